@@ -1,10 +1,14 @@
 """One way to run one op on one format: the registry, and the measured choice among candidates."""
 
+import statistics
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from fxsparse.errors import UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -26,8 +30,22 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What one run of a kernel does, forward and (in training) backward."""
+
+    flops: int
+    """2 x multiply-adds."""
+    bytes: int
+    """Weight storage read by one forward."""
+
+
+@dataclass(frozen=True)
 class Kernel:
-    """A kernel entry; `refuses` answers with reasons and never raises."""
+    """A kernel entry; `refuses` answers with reasons and never raises.
+
+    `pack` turns a dense weight (zeros are zeros) into buffers; `run` and `reference` take
+    ``(x, bias, *buffers in order, activation="none")``, so that a pass can write them into a graph as they are.
+    """
 
     name: str
     op: str
@@ -36,3 +54,213 @@ class Kernel:
     run: Callable[..., Tensor]
     reference: Callable[..., Tensor]
     refuses: Callable[[Problem], list[str]]
+    cost: Callable[[Problem], Cost]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel for one call site, and the measurement behind it."""
+
+    kernel: Kernel
+    times_us: Mapping[str, float]
+    """Median of each candidate, microseconds."""
+    refusals: Mapping[str, list[str]]
+    reason: str
+
+
+_REGISTRY: dict[str, Kernel] = {}
+_CHOICES: dict[tuple, Choice] = {}
+
+
+def register(kernel: Kernel) -> Kernel:
+    """Make `kernel` a candidate everywhere; ValueError on a name that is taken."""
+    if kernel.name in _REGISTRY:
+        raise ValueError(f"a kernel named {kernel.name!r} is registered already")
+    _REGISTRY[kernel.name] = kernel
+    return kernel
+
+
+def registered() -> dict[str, Kernel]:
+    """Every kernel by name: the shipped ones first, then those registered by others."""
+    import fxsparse.kernels  # noqa: F401  its modules register themselves
+
+    return dict(_REGISTRY)
+
+
+def candidates(problem: Problem) -> tuple[list[Kernel], dict[str, list[str]]]:
+    """The kernels that can run `problem`, and for each of the others its reasons not to."""
+    refusals = {name: _reasons(kernel, problem) for name, kernel in registered().items()}
+    usable = [kernel for name, kernel in registered().items() if not refusals[name]]
+    return usable, {name: reasons for name, reasons in refusals.items() if reasons}
+
+
+def choose(
+    problem: Problem,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    *,
+    advantage: float = 0.95,
+    rounds: int = 21,
+) -> Choice:
+    """Measure every candidate on `x` and return the fastest one that is correct.
+
+    `weight` is dense with its zeros in place.  Candidates run in turns, `rounds` times each, and the medians count:
+    a sparse kernel is taken only where its median is at most `advantage` of the best dense one.  Training problems
+    time forward + backward with gradients of x and the weight.  Choices are remembered for the life of the process.
+    UnsupportedError, with the reasons of every kernel, if none can run.
+    """
+    key = (problem, bias is not None, activation, torch.get_num_threads(), tuple(registered()))
+    if key not in _CHOICES:
+        usable, refusals = candidates(problem)
+        _CHOICES[key] = _measured(problem, usable, refusals, (x, weight, bias, activation), advantage, rounds)
+    return _CHOICES[key]
+
+
+def tolerance(dtype: torch.dtype, terms: int) -> float:
+    """Error allowed for sums of `terms` products kept in `dtype`, relative to the largest result.
+
+    Sums are carried in at least fp32, where random rounding grows with the root of the number of terms; the result is
+    rounded once to `dtype`.
+    """
+    carried = torch.promote_types(dtype, torch.float32)
+    return 2 * torch.finfo(dtype).eps + 4 * max(1, terms) ** 0.5 * torch.finfo(carried).eps
+
+
+def capabilities() -> list[dict[str, object]]:
+    """One row per kernel: what it does, and on this machine for which dtypes or why not."""
+    rows = []
+    for name, kernel in registered().items():
+        reasons = {
+            d: _either_mode(kernel, d) for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+        }
+        dtypes = [str(d).removeprefix("torch.") for d, why in reasons.items() if not why]
+        available = "yes" if dtypes else "; ".join(reasons[torch.float32])
+        rows.append(
+            {
+                "kernel": name,
+                "op": kernel.op,
+                "format": kernel.format,
+                "dtypes": dtypes,
+                "available": available,
+            }
+        )
+    return rows
+
+
+def _reasons(kernel: Kernel, problem: Problem) -> list[str]:
+    if kernel.op != problem.op:
+        return [f"it computes {kernel.op}, not {problem.op}"]
+    return kernel.refuses(problem)
+
+
+def _either_mode(kernel: Kernel, dtype: torch.dtype) -> list[str]:
+    """Why `kernel` refuses a small layer of `dtype` on the CPU in the mode that it refuses less."""
+    modes = [
+        Problem(kernel.op, (64, 64), 64, 512, dtype, torch.device("cpu"), mode, 8) for mode in (False, True)
+    ]
+    return min((kernel.refuses(problem) for problem in modes), key=len)
+
+
+def _measured(problem: Problem, usable, refusals, call, advantage: float, rounds: int) -> Choice:
+    refusals = dict(refusals)
+    timers = {}
+    for kernel in usable:
+        timer, output = _prepared(kernel, problem, *call)
+        error = _error(output, *call)
+        allowed = 2 * tolerance(problem.dtype, problem.shape[-1])
+        if error > allowed:
+            refusals[kernel.name] = [
+                f"its result is wrong here: relative error {error:.1e}, allowed {allowed:.1e}"
+            ]
+        else:
+            timers[kernel.name] = timer
+    if not timers:
+        raise UnsupportedError(_nothing_runs(problem, refusals))
+    times = _medians(timers, rounds)
+    dense = [name for name in times if registered()[name].format == "dense"]
+    fastest = min(times, key=times.__getitem__)
+    best_dense = min(dense, key=times.__getitem__, default=fastest)
+    taken = fastest if times[fastest] <= advantage * times[best_dense] else best_dense
+    return Choice(registered()[taken], times, refusals, _reason(taken, best_dense, fastest, times, refusals))
+
+
+def _prepared(
+    kernel: Kernel, problem: Problem, x, weight, bias, activation
+) -> tuple[Callable[[], None], Tensor]:
+    """A function that runs `kernel` once as `problem` says, and its output."""
+    buffers = [tensor.detach() for tensor in kernel.pack(weight.detach()).values()]
+    if not problem.training:
+        x = x.detach()
+
+        def infer() -> Tensor:
+            with torch.no_grad():
+                return kernel.run(x, bias, *buffers, activation=activation)
+
+        return _synchronised(infer, problem.device), infer()
+    x = x.detach().requires_grad_()
+    for tensor in buffers:
+        tensor.requires_grad_(tensor.is_floating_point())
+    leaves = [x, *(tensor for tensor in buffers if tensor.requires_grad)]
+    output = kernel.run(x, bias, *buffers, activation=activation)
+    upstream = torch.ones_like(output)
+
+    def train() -> object:
+        return torch.autograd.grad(kernel.run(x, bias, *buffers, activation=activation), leaves, upstream)
+
+    return _synchronised(train, problem.device), output.detach()
+
+
+def _synchronised(call: Callable[[], object], device: torch.device) -> Callable[[], None]:
+    def run() -> None:
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return run
+
+
+def _error(output: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> float:
+    """Largest difference from the fp64 result, relative to the largest entry of it."""
+    from fxsparse.kernels.library import activate
+
+    with torch.no_grad():
+        exact = torch.nn.functional.linear(
+            x.double(), weight.double(), None if bias is None else bias.double()
+        )
+        exact = activate(exact, activation)
+        if exact.numel() == 0:
+            return 0.0
+        return (
+            (output.double() - exact).abs().max() / exact.abs().max().clamp_min(torch.finfo(exact.dtype).tiny)
+        ).item()
+
+
+def _medians(timers: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """Median microseconds of each, run in turns so that drift and cache state fall on all alike."""
+    samples = {name: [] for name in timers}
+    for _ in range(rounds):
+        for name, run in timers.items():
+            start = time.perf_counter()
+            run()
+            samples[name].append((time.perf_counter() - start) * 1e6)
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def _reason(taken: str, best_dense: str, fastest: str, times: Mapping[str, float], refusals) -> str:
+    if taken != best_dense:
+        return f"{taken} {times[taken]:.1f} us, {times[best_dense] / times[taken]:.2f}x of {best_dense}"
+    if len(times) == 1:
+        reasons = "; ".join(f"{name}: {why[0]}" for name, why in refusals.items())
+        return f"{taken} is the only candidate ({reasons})" if reasons else f"{taken} is the only candidate"
+    rest = {name: time_us for name, time_us in times.items() if name != taken}
+    other = min(rest, key=rest.__getitem__)
+    return f"{taken} {times[taken]:.1f} us; the next best, {other}, {times[other]:.1f} us"
+
+
+def _nothing_runs(problem: Problem, refusals: Mapping[str, list[str]]) -> str:
+    lines = [f"  {name}: {'; '.join(reasons)}" for name, reasons in refusals.items()]
+    return "\n".join(
+        [f"no kernel can run {problem}:", *lines, "Add one with fxsparse.kernel.register(Kernel(...))."]
+    )

@@ -1,0 +1,7 @@
+"""Kernels: one family a folder.  Importing this registers the shipped ones."""
+
+from fxsparse.kernels.condensed.linear import condensed_linear
+from fxsparse.kernels.csr.linear import csr_linear
+from fxsparse.kernels.dense.linear import DENSE, MASKED
+
+__all__ = ["DENSE", "MASKED", "condensed_linear", "csr_linear"]

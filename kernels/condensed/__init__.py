@@ -1,0 +1,1 @@
+"""Constant fan-in products."""

@@ -1,0 +1,5 @@
+"""The C++ kernels: built on first use, cached, and asked for what this CPU can do."""
+
+from fxsparse.kernels.cpu.build import availability, implements, load, refuses
+
+__all__ = ["availability", "implements", "load", "refuses"]

@@ -1,0 +1,1 @@
+"""CSR products and the dense-gradient probe."""

@@ -1,0 +1,183 @@
+"""Linear layers with a CSR weight: forward, both gradients at the stored coordinates, and their kernel entries."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from fxsparse.formats import csr
+from fxsparse.kernel import Cost, Kernel, Problem, register
+from fxsparse.kernels import cpu
+from fxsparse.kernels.csr import probe, reference
+from fxsparse.kernels.library import ACTIVATIONS, activation_code, autocast, define
+
+_BACKWARD_ARGUMENTS = (
+    "(Tensor grad, Tensor x, Tensor values, Tensor crow, Tensor cols, Tensor ccol, Tensor rows_t, Tensor perm, "
+    "bool need_x, bool need_values, bool need_bias) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def csr_linear(
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    cols: Tensor,
+    ccol: Tensor | None = None,
+    rows_t: Tensor | None = None,
+    perm: Tensor | None = None,
+    bias: Tensor | None = None,
+    probe_key: int = -1,
+    activation: str = "none",
+) -> Tensor:
+    """``activation(x @ W^T + bias)`` with W [out, in] in CSR; sums in fp32 (fp64 for fp64).
+
+    x [..., in] and values [nnz] are of one floating dtype; every index is int32: crow [out + 1], cols [nnz].
+    With the transposed index (ccol [in + 1], rows_t [nnz], perm [nnz]; ``formats.csr.CsrIndex``) the result is
+    differentiable in x, values and bias, and no tensor of W's size is made.  Without it there is no gradient.
+    With ``probe_key >= 0`` backward leaves copies of x and the output gradient in ``probe.PROBES[probe_key]``.
+    An activation goes with inference only.
+    """
+    x, values, bias = autocast(x, values, bias)  # pyright: ignore[reportAssignmentType]
+    if ccol is None:
+        return _op(x, "csr_forward")(x, values, crow, cols, bias, activation_code(activation))
+    if activation != "none":
+        raise ValueError(
+            f"the differentiable CSR linear fuses no activation, got {activation!r}: apply it after"
+        )
+    return _CsrLinear.apply(x, values, crow, cols, ccol, rows_t, perm, bias, probe_key)  # pyright: ignore[reportReturnType]
+
+
+class _CsrLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, values, crow, cols, ccol, rows_t, perm, bias, probe_key):
+        ctx.save_for_backward(x, values, crow, cols, ccol, rows_t, perm)
+        ctx.probe_key = probe_key
+        return _op(x, "csr_forward")(x, values, crow, cols, bias, 0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, *weight = ctx.saved_tensors
+        need_x, need_values, need_bias = (ctx.needs_input_grad[i] for i in (0, 1, 7))
+        if ctx.probe_key >= 0:
+            grad = probe.stash(x, grad, ctx.probe_key)
+        grad_x, grad_values, grad_bias = _op(x, "csr_backward")(
+            grad, x, *weight, need_x, need_values, need_bias
+        )
+        return (
+            grad_x if need_x else None,
+            grad_values if need_values else None,
+            *(None,) * 5,
+            grad_bias if need_bias else None,
+            None,
+        )
+
+
+def _op(x: Tensor, name: str):
+    """The op, or for fp64 its reference: the compiled kernels sum in fp32."""
+    if x.dtype == torch.float64:
+        return {"csr_forward": reference.linear, "csr_backward": reference.linear_backward}[name]
+    return getattr(torch.ops.fxsparse, name)
+
+
+def _forward_fake(x, values, crow, cols, bias, activation):
+    return x.new_empty(*x.shape[:-1], crow.shape[0] - 1)
+
+
+def _backward_fake(grad, x, values, crow, cols, ccol, rows_t, perm, need_x, need_values, need_bias):
+    return (
+        x.new_empty(x.shape if need_x else (0,)),
+        values.new_empty(values.shape if need_values else (0,)),
+        grad.new_empty(grad.shape[-1:] if need_bias else (0,)),
+    )
+
+
+define(
+    "csr_forward(Tensor x, Tensor values, Tensor crow, Tensor cols, Tensor? bias, int activation) -> Tensor",
+    reference.linear,
+    _forward_fake,
+)
+define("csr_backward" + _BACKWARD_ARGUMENTS, reference.linear_backward, _backward_fake)
+
+
+@register_flop_formula(torch.ops.fxsparse.csr_forward)
+def _forward_flops(x_shape, values_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * values_shape[0] * torch.Size(x_shape[:-1]).numel()
+
+
+@register_flop_formula(torch.ops.fxsparse.csr_backward)
+def _backward_flops(grad_shape, x_shape, values_shape, *args, out_shape=None, **kwargs) -> int:
+    need_x, need_values, _ = args[-3:]
+    return (need_x + need_values) * 2 * values_shape[0] * torch.Size(x_shape[:-1]).numel()
+
+
+def _pack_inference(weight: Tensor) -> Mapping[str, Tensor]:
+    index = csr.from_mask(weight != 0)
+    return {"values": csr.values_of(weight, index), "crow": index.crow, "cols": index.cols.clone()}
+
+
+def _run_inference(x, bias, values, crow, cols, activation: str = "none") -> Tensor:
+    return csr_linear(x, values, crow, cols, bias=bias, activation=activation)
+
+
+def _reference_inference(x, bias, values, crow, cols, activation: str = "none") -> Tensor:
+    return reference.linear(x, values, crow, cols, bias, ACTIVATIONS.index(activation))
+
+
+def _pack_training(weight: Tensor) -> Mapping[str, Tensor]:
+    index = csr.from_mask(weight != 0)
+    names = ("crow", "cols", "ccol", "rows_t", "perm")
+    return {"values": csr.values_of(weight, index), **{name: getattr(index, name) for name in names}}
+
+
+def _run_training(x, bias, values, crow, cols, ccol, rows_t, perm, activation: str = "none") -> Tensor:
+    return csr_linear(x, values, crow, cols, ccol, rows_t, perm, bias)
+
+
+def _reference_training(x, bias, values, crow, cols, ccol, rows_t, perm, activation: str = "none") -> Tensor:
+    return reference.linear(x, values, crow, cols, bias, 0)
+
+
+def _refuses_inference(problem: Problem) -> list[str]:
+    return cpu.refuses(problem) + (["it has no gradient: cpu-csr-train has"] if problem.training else [])
+
+
+def _refuses_training(problem: Problem) -> list[str]:
+    return cpu.refuses(problem) + (
+        [] if problem.training else ["it is for training: cpu-csr needs less memory"]
+    )
+
+
+def _cost_inference(problem: Problem) -> Cost:
+    return Cost(2 * problem.batch * problem.nnz, problem.nnz * (problem.dtype.itemsize + 4))
+
+
+def _cost_training(problem: Problem) -> Cost:
+    return Cost(6 * problem.batch * problem.nnz, problem.nnz * (problem.dtype.itemsize + 4))
+
+
+CSR = register(
+    Kernel(
+        "cpu-csr",
+        "linear",
+        "csr",
+        _pack_inference,
+        _run_inference,
+        _reference_inference,
+        _refuses_inference,
+        _cost_inference,
+    )
+)
+CSR_TRAIN = register(
+    Kernel(
+        "cpu-csr-train",
+        "linear",
+        "csr",
+        _pack_training,
+        _run_training,
+        _reference_training,
+        _refuses_training,
+        _cost_training,
+    )
+)

@@ -1,0 +1,80 @@
+"""CSR products in plain PyTorch: the oracle of the C++ kernels, and what runs without them."""
+
+import torch
+from torch import Tensor
+
+from fxsparse.kernels.library import ACTIVATIONS, activate
+
+_GATHERED = 1 << 20
+"""Entries that one step may gather, so that memory stays far below [tokens, nnz]."""
+
+
+def linear(
+    x: Tensor, values: Tensor, crow: Tensor, cols: Tensor, bias: Tensor | None, activation: int
+) -> Tensor:
+    """``activation(x @ W^T + bias)`` for W in CSR; differentiable; sums in at least fp32."""
+    flat = _accumulating(x.reshape(-1, x.shape[-1]))
+    rows = entry_rows(crow, cols)
+    weight = values.to(flat.dtype)
+    parts = [
+        flat.new_zeros(len(part), crow.numel() - 1).index_add(1, rows, part[:, cols] * weight)
+        for part in flat.split(tokens_per_step(values))
+    ]
+    y = torch.cat(parts)
+    if bias is not None:
+        y = y + bias.to(y.dtype)
+    return (
+        activate(y, ACTIVATIONS[activation]).to(x.dtype).reshape(*x.shape[:-1], -1 if len(y) else y.shape[1])
+    )
+
+
+def linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    cols: Tensor,
+    ccol: Tensor,
+    rows_t: Tensor,
+    perm: Tensor,
+    need_x: bool,
+    need_values: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, values (at the stored coordinates only) and bias; an empty tensor where one is not needed."""
+    flat_grad = _accumulating(grad.reshape(-1, grad.shape[-1]))
+    flat = _accumulating(x.reshape(-1, x.shape[-1]))
+    rows = entry_rows(crow, cols)
+    step = tokens_per_step(values)
+    grad_x, grad_values, grad_bias = x.new_empty(0), values.new_empty(0), values.new_empty(0)
+    if need_x:
+        weight = values.to(flat.dtype)
+        total = torch.zeros_like(flat)
+        for into, part in zip(total.split(step), flat_grad.split(step), strict=True):
+            into.index_add_(1, cols, part[:, rows] * weight)
+        grad_x = total.to(x.dtype).reshape(x.shape)
+    if need_values:
+        sums = flat.new_zeros(values.numel())
+        for part_grad, part in zip(flat_grad.split(step), flat.split(step), strict=True):
+            sums += (part_grad[:, rows] * part[:, cols]).sum(0)
+        grad_values = sums.to(values.dtype)
+    if need_bias:
+        grad_bias = flat_grad.sum(0).to(grad.dtype)
+    return grad_x, grad_values, grad_bias
+
+
+def entry_rows(crow: Tensor, cols: Tensor) -> Tensor:
+    """Row of every entry, int64 [nnz]."""
+    counts = crow.diff().long()
+    return torch.repeat_interleave(
+        torch.arange(counts.numel(), device=crow.device), counts, output_size=cols.numel()
+    )
+
+
+def tokens_per_step(values: Tensor) -> int:
+    """Tokens whose gathered entries fit the step limit."""
+    return max(1, _GATHERED // max(1, values.numel()))
+
+
+def _accumulating(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
