@@ -27,3 +27,7 @@ class UnsupportedError(FxSparseError, ValueError):
 
 class InvariantError(FxSparseError, RuntimeError):
     """A bug of fxsparse: a pass broke the graph or a mask lost its count."""
+
+
+class NumericsError(FxSparseError, ValueError):
+    """A NaN among numbers that have to be ranked: training has diverged."""

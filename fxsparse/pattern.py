@@ -1,23 +1,50 @@
-"""The constraint on a mask, apart from how it is stored."""
+"""The constraint on a mask, apart from how it is stored.
 
-from collections.abc import Sequence
-from typing import Protocol
+A weight is read as a matrix [output rows, fan-in]: dimension 0 is the row.  Groups and blocks run along the input
+channels, dimension 1, as hardware needs them; the kernel positions of a convolution are apart from each other
+(the matrix of a [out, in, kh, kw] weight is its permutation to [out, kh, kw, in]).  Ties go to the lower flat
+index of the weight's own layout.
+"""
 
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar, Protocol
+
+import torch
 from torch import Tensor
+
+from fxsparse.errors import PatternError
+from fxsparse.selection import to_positions
+from fxsparse.topk import top_mask, top_of_tiles
+
+Tiles = Iterable[tuple[int, Tensor]]
+"""(first row, scores [rows, fan_in]) in ascending row order, the rows of one weight exactly once."""
 
 
 class Pattern(Protocol):
     """Which masks are allowed.  A frozen dataclass; its fields are its options."""
 
-    row_local: bool
+    row_local: ClassVar[bool]
     """Rows choose on their own, so that a score may be projected row tile by row tile."""
+
+    streams: ClassVar[bool]
+    """`project_tiles` never holds a whole weight, and `prune` also takes the scores of the active entries alone
+    (1-D, ascending flat positions).  A pattern that does not stream needs masked storage."""
 
     def feasible(self, shape: Sequence[int], nnz: int) -> int:
         """The allowed count nearest to and not above `nnz`; PatternError where the shape does not fit."""
         ...
 
     def project(self, score: Tensor, nnz: int) -> Tensor:
-        """Bool mask of the score's shape with exactly ``feasible(shape, nnz)`` ones at the largest scores."""
+        """Bool mask of the score's shape with exactly ``feasible(shape, nnz)`` ones at the largest scores.
+
+        +inf forces an entry in, -inf keeps it out; PatternError where too many are kept out.
+        """
+        ...
+
+    def project_tiles(self, tiles: Tiles, shape: Sequence[int], nnz: int) -> Tensor:
+        """Flat positions (int64, ascending) of `project` of the joined tiles, ties included."""
         ...
 
     def prune(self, score: Tensor, keep: int) -> Tensor:
@@ -30,3 +57,246 @@ class Pattern(Protocol):
     def check(self, mask: Tensor) -> None:
         """Raise PatternError naming the first row or group that breaks the pattern."""
         ...
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Any mask: the `nnz` largest scores of the weight."""
+
+    row_local: ClassVar[bool] = False
+    streams: ClassVar[bool] = True
+
+    def feasible(self, shape: Sequence[int], nnz: int) -> int:
+        return min(_count(nnz), prod(shape))
+
+    def project(self, score: Tensor, nnz: int) -> Tensor:
+        return _exact(top_mask(score, nnz), self.feasible(score.shape, nnz), self)
+
+    def project_tiles(self, tiles: Tiles, shape: Sequence[int], nnz: int) -> Tensor:
+        fan_in = prod(shape[1:])
+        positions = top_of_tiles(((first * fan_in, scores) for first, scores in tiles), nnz)
+        _exact(positions, self.feasible(shape, nnz), self)
+        return positions
+
+    def prune(self, score: Tensor, keep: int) -> Tensor:
+        return top_mask(score, keep)
+
+    def check(self, mask: Tensor) -> None:
+        del mask
+
+
+@dataclass(frozen=True)
+class ConstantFanIn:
+    """As many ones in every row: ``nnz // rows``, or `fan_in` whatever the nnz.
+
+    `check` lets a row without any one pass: an ablated neuron (SRigL, arXiv:2305.02299).
+    """
+
+    fan_in: int | None = None
+    row_local: ClassVar[bool] = True
+    streams: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.fan_in is not None:
+            _positive("ConstantFanIn", fan_in=self.fan_in)
+
+    def feasible(self, shape: Sequence[int], nnz: int) -> int:
+        rows, columns = _matrix(shape)
+        k = min(_count(nnz) // rows, columns) if self.fan_in is None else self.fan_in
+        if k > columns:
+            raise PatternError(
+                f"expected a fan-in of at most {columns} for shape {list(shape)}, got {self}. Lower fan_in."
+            )
+        return k * rows
+
+    def project(self, score: Tensor, nnz: int) -> Tensor:
+        total = self.feasible(score.shape, nnz)
+        matrix = score.reshape(len(score), -1)
+        return _exact(top_mask(matrix, total // len(score), dim=1), total, self).view(score.shape)
+
+    def project_tiles(self, tiles: Tiles, shape: Sequence[int], nnz: int) -> Tensor:
+        return _project_row_tiles(self, tiles, shape, nnz)
+
+    def prune(self, score: Tensor, keep: int) -> Tensor:
+        return top_mask(score, keep)
+
+    def check(self, mask: Tensor) -> None:
+        counts = mask.reshape(len(mask), -1).sum(1)
+        allowed = self.fan_in
+        if allowed is None:
+            filled = counts[counts > 0]
+            allowed = int(filled[0]) if len(filled) else 0
+        row = _first((counts != allowed) & (counts > 0))
+        if row is not None:
+            raise PatternError(
+                f"expected {allowed} ones in every row that has any, got {int(counts[row])} in row {row}. "
+                "Project the mask with ConstantFanIn().project, or use Unstructured()."
+            )
+
+
+@dataclass(frozen=True)
+class NM:
+    """`n` ones in every group of `m` consecutive input channels; the count follows from the shape, not from nnz.
+
+    `check` lets groups with fewer ones pass, as the hardware does.
+    """
+
+    n: int
+    m: int
+    row_local: ClassVar[bool] = True
+    streams: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _positive("NM", n=self.n, m=self.m)
+        if self.n > self.m:
+            raise PatternError(f"expected n <= m, got NM(n={self.n}, m={self.m}). 2:4 is NM(2, 4).")
+
+    def feasible(self, shape: Sequence[int], nnz: int) -> int:
+        _count(nnz)
+        self._groups(shape)
+        return prod(shape) // self.m * self.n
+
+    def project(self, score: Tensor, nnz: int) -> Tensor:
+        total = self.feasible(score.shape, nnz)
+        mask = top_mask(score.reshape(self._groups(score.shape)), self.n, dim=2)
+        return _exact(mask, total, self).reshape(score.shape)
+
+    def project_tiles(self, tiles: Tiles, shape: Sequence[int], nnz: int) -> Tensor:
+        return _project_row_tiles(self, tiles, shape, nnz)
+
+    def prune(self, score: Tensor, keep: int) -> Tensor:
+        return top_mask(score, keep)
+
+    def check(self, mask: Tensor) -> None:
+        counts = mask.reshape(self._groups(mask.shape)).sum(2)
+        place = _first(counts > self.n)
+        if place is not None:
+            row, group, kernel = torch.unravel_index(torch.tensor(place), counts.shape)
+            first = int(group) * self.m
+            raise PatternError(
+                f"expected at most {self.n} ones in {self.m} input channels, got {int(counts[row, group, kernel])} "
+                f"in row {int(row)}, channels {first} to {first + self.m - 1}"
+                + (f", kernel position {int(kernel)}. " if counts.shape[2] > 1 else ". ")
+                + f"Project the mask with NM({self.n}, {self.m}).project."
+            )
+
+    def _groups(self, shape: Sequence[int]) -> tuple[int, int, int, int]:
+        """[rows, groups, m, kernel positions]."""
+        _matrix(shape)
+        _divides("in", shape[1], self.m, f"{self.n}:{self.m}")
+        return shape[0], shape[1] // self.m, self.m, prod(shape[2:])
+
+
+@dataclass(frozen=True)
+class Block:
+    """Ones only as whole blocks of `rows` outputs x `cols` input channels; a block's score is the sum of its scores."""
+
+    rows: int
+    cols: int
+    row_local: ClassVar[bool] = False
+    streams: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _positive("Block", rows=self.rows, cols=self.cols)
+
+    def feasible(self, shape: Sequence[int], nnz: int) -> int:
+        self._blocks(shape)
+        size = self.rows * self.cols
+        return min(_count(nnz), prod(shape)) // size * size
+
+    def project(self, score: Tensor, nnz: int) -> Tensor:
+        return _exact(self.prune(score, nnz), self.feasible(score.shape, nnz), self)
+
+    def project_tiles(self, tiles: Tiles, shape: Sequence[int], nnz: int) -> Tensor:
+        whole = torch.cat([scores for _, scores in tiles]).reshape(tuple(shape))
+        return to_positions(self.project(whole, nnz))
+
+    def prune(self, score: Tensor, keep: int) -> Tensor:
+        blocks = score.reshape(self._blocks(score.shape))
+        # float64: a sum of finite float32 scores stays finite, below the +inf that forces a block in.
+        chosen = top_mask(blocks.double().sum((1, 3)), keep // (self.rows * self.cols))
+        return chosen[:, None, :, None].expand(blocks.shape).reshape(score.shape)
+
+    def check(self, mask: Tensor) -> None:
+        counts = mask.reshape(self._blocks(mask.shape)).sum((1, 3))
+        size = self.rows * self.cols
+        place = _first((counts > 0) & (counts < size))
+        if place is not None:
+            row, column, kernel = torch.unravel_index(torch.tensor(place), counts.shape)
+            raise PatternError(
+                f"expected blocks of {self.rows} x {self.cols} that are all ones or all zeros, got "
+                f"{int(counts[row, column, kernel])} ones of {size} in the block at row {int(row) * self.rows}, "
+                f"channel {int(column) * self.cols}"
+                + (f", kernel position {int(kernel)}. " if counts.shape[2] > 1 else ". ")
+                + f"Project the mask with Block({self.rows}, {self.cols}).project."
+            )
+
+    def _blocks(self, shape: Sequence[int]) -> tuple[int, int, int, int, int]:
+        """[row blocks, rows, channel blocks, cols, kernel positions]."""
+        _matrix(shape)
+        _divides("out", shape[0], self.rows, f"Block({self.rows}, {self.cols})")
+        _divides("in", shape[1], self.cols, f"Block({self.rows}, {self.cols})")
+        return shape[0] // self.rows, self.rows, shape[1] // self.cols, self.cols, prod(shape[2:])
+
+
+def _project_row_tiles(pattern: Pattern, tiles: Tiles, shape: Sequence[int], nnz: int) -> Tensor:
+    per_row = pattern.feasible(shape, nnz) // shape[0]
+    fan_in = prod(shape[1:])
+    return torch.cat(
+        [
+            to_positions(pattern.project(scores.reshape(-1, *shape[1:]), per_row * len(scores)))
+            + first * fan_in
+            for first, scores in tiles
+        ]
+    )
+
+
+def row_tiles(shape: Sequence[int], share: int = 16) -> Iterator[tuple[int, int]]:
+    """(first row, rows) of tiles that hold at most ``1 / share`` of a weight, and never less than a row."""
+    height = max(1, shape[0] // share)
+    for first in range(0, shape[0], height):
+        yield first, min(height, shape[0] - first)
+
+
+def _exact(chosen: Tensor, expected: int, pattern: Pattern) -> Tensor:
+    got = len(chosen) if chosen.dtype == torch.int64 else int(torch.count_nonzero(chosen))
+    if got != expected:
+        raise PatternError(
+            f"expected {expected} entries for {pattern}, got only {got} with a score above -inf. "
+            "Keep fewer entries out, or ask for fewer nonzeros."
+        )
+    return chosen
+
+
+def _first(bad: Tensor) -> int | None:
+    """Flat index of the first true entry."""
+    places = to_positions(bad)
+    return int(places[0]) if len(places) else None
+
+
+def _matrix(shape: Sequence[int]) -> tuple[int, int]:
+    if len(shape) < 2 or not all(shape):
+        raise PatternError(
+            f"expected a weight of at least 2 dimensions, none of them 0, got shape {list(shape)}. Exclude this weight."
+        )
+    return shape[0], prod(shape[1:])
+
+
+def _count(nnz: int) -> int:
+    if nnz < 0:
+        raise PatternError(f"expected nnz >= 0, got {nnz}.")
+    return nnz
+
+
+def _positive(owner: str, **numbers: int) -> None:
+    for name, number in numbers.items():
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise PatternError(f"{owner}: expected {name} as an integer >= 1, got {number!r}.")
+
+
+def _divides(side: str, width: int, step: int, pattern: str) -> None:
+    if width % step:
+        raise PatternError(
+            f"{side}_features={width}; {pattern} needs a multiple of {step}. "
+            "Exclude this weight, or give it Unstructured() by an Override."
+        )

@@ -1,0 +1,81 @@
+"""Sets of weight entries as sorted flat positions, and the difference that one mask update makes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fxsparse.errors import InvariantError
+
+
+def to_positions(mask: Tensor) -> Tensor:
+    """Flat positions of a mask's ones: int64, ascending."""
+    return mask.flatten().nonzero().squeeze(1)
+
+
+def to_mask(positions: Tensor, shape: Sequence[int]) -> Tensor:
+    """Bool mask of `shape` with ones at flat `positions`."""
+    mask = torch.zeros(torch.Size(shape), dtype=torch.bool, device=positions.device)
+    mask.view(-1)[positions] = True
+    return mask
+
+
+def check_positions(positions: Tensor, numel: int, where: str) -> None:
+    """Raise InvariantError unless `positions` are int64, one-dimensional, ascending without repeats, in ``[0, numel)``."""
+    if positions.dtype != torch.int64 or positions.dim() != 1:
+        raise InvariantError(
+            f"{where}: expected flat positions as int64 [n], got {positions.dtype} {list(positions.shape)}. "
+            "An update rule returns positions, not a mask: use fxsparse.selection.to_positions."
+        )
+    steps = positions.diff()
+    if bool((steps <= 0).any()):
+        at = int((steps <= 0).nonzero()[0]) + 1
+        raise InvariantError(
+            f"{where}: expected ascending positions without repeats, got {int(positions[at])} after "
+            f"{int(positions[at - 1])} at index {at}. Sort them, or use fxsparse.selection.to_positions."
+        )
+    if len(positions) and (int(positions[0]) < 0 or int(positions[-1]) >= numel):
+        raise InvariantError(
+            f"{where}: expected positions from 0 to {numel - 1}, got {int(positions[0])} to {int(positions[-1])}."
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class MaskChange:
+    """What one update does to one weight; disjoint flat positions, each int64 and ascending.
+
+    An entry that was pruned and grown again in the same update is `kept`: it keeps its value and its optimizer
+    state (RigL's ``reinit_when_same=False``, arXiv:1911.11134).
+    """
+
+    kept: Tensor
+    pruned: Tensor
+    grown: Tensor
+    kept_from: Tensor
+    """Where the kept entries stand among the old positions: slots of compact storage."""
+    kept_to: Tensor
+    """Where they stand among the new positions."""
+
+    @staticmethod
+    def between(old: Tensor, new: Tensor) -> "MaskChange":
+        """The change from ascending positions `old` to ascending positions `new`."""
+        slot = torch.searchsorted(old, new)
+        known = slot < len(old)
+        known[known.clone()] = old[slot[known]] == new[known]
+        kept_from = slot[known]
+        left = torch.ones_like(old, dtype=torch.bool)
+        left[kept_from] = False
+        return MaskChange(
+            kept=new[known],
+            pruned=old[left],
+            grown=new[~known],
+            kept_from=kept_from,
+            kept_to=known.nonzero().squeeze(1),
+        )
+
+    def carry(self, values: Tensor) -> Tensor:
+        """Old per-entry `values` [nnz old] in the new order [nnz new]: grown entries are 0, pruned ones gone."""
+        moved = values.new_zeros(len(self.kept) + len(self.grown))
+        moved[self.kept_to] = values[self.kept_from]
+        return moved

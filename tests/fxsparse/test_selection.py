@@ -1,0 +1,56 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fxsparse.errors import InvariantError
+from fxsparse.selection import MaskChange, check_positions, to_mask, to_positions
+
+sets = st.sets(st.integers(0, 30))
+
+
+def ascending(entries):
+    return torch.tensor(sorted(entries), dtype=torch.int64)
+
+
+def test_positions_and_mask_are_inverse():
+    mask = torch.tensor([[True, False, True], [False, False, True]])
+    assert to_positions(mask).tolist() == [0, 2, 5]
+    assert torch.equal(to_mask(to_positions(mask), (2, 3)), mask)
+
+
+@given(sets, sets)
+def test_a_change_is_the_set_difference(old, new):
+    change = MaskChange.between(ascending(old), ascending(new))
+    assert change.kept.tolist() == sorted(old & new)
+    assert change.pruned.tolist() == sorted(old - new)
+    assert change.grown.tolist() == sorted(new - old)
+    assert ascending(old)[change.kept_from].tolist() == change.kept.tolist()
+    assert ascending(new)[change.kept_to].tolist() == change.kept.tolist()
+
+
+def test_values_travel_with_kept_entries_and_grown_ones_start_at_zero():
+    # old {1, 4, 6}, new {0, 4, 6, 9}: 4 and 6 keep 20 and 30; 0 and 9 are new.
+    change = MaskChange.between(ascending({1, 4, 6}), ascending({0, 4, 6, 9}))
+    assert change.carry(torch.tensor([10.0, 20.0, 30.0])).tolist() == [0.0, 20.0, 30.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("positions", "message"),
+    [
+        (torch.tensor([True, False]), "expected flat positions as int64"),
+        (torch.tensor([[1, 2]]), r"got torch.int64 \[1, 2\]"),
+        (torch.tensor([3, 1]), "got 1 after 3 at index 1"),
+        (torch.tensor([1, 1]), "got 1 after 1 at index 1"),
+        (torch.tensor([2, 10]), "expected positions from 0 to 9, got 2 to 10"),
+        (torch.tensor([-1, 2]), "got -1 to 2"),
+    ],
+)
+def test_malformed_positions_are_named(positions, message):
+    with pytest.raises(InvariantError, match=f"blk.weight: .*{message}"):
+        check_positions(positions, 10, "blk.weight")
+
+
+def test_well_formed_positions_pass():
+    check_positions(torch.tensor([0, 9]), 10, "w")
+    check_positions(torch.empty(0, dtype=torch.int64), 10, "w")

@@ -1,0 +1,81 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fxsparse.errors import NumericsError
+from fxsparse.topk import top_mask, top_of_tiles, top_positions
+
+
+def by_sorting(scores, n):
+    """The definition: order by (score descending, flat index ascending), take n, never -inf."""
+    flat = scores.flatten().tolist()
+    order = sorted((i for i, s in enumerate(flat) if s != float("-inf")), key=lambda i: (-flat[i], i))
+    return sorted(order[: max(n, 0)])
+
+
+few_values = st.sampled_from([float("-inf"), -1.0, -0.0, 0.0, 0.5, 1.0, float("inf")])
+
+
+@given(st.lists(few_values, max_size=40), st.integers(0, 45))
+def test_equals_sorting_with_ties_and_infinities(values, n):
+    scores = torch.tensor(values)
+    assert top_positions(scores, n).tolist() == by_sorting(scores, n)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("columns", [1, 4, 8, 9, 50])
+def test_slices_along_a_dimension_equal_sorting_each(dtype, columns):
+    generator = torch.Generator().manual_seed(columns)
+    scores = torch.randint(0, 6, (7, columns, 3), generator=generator).to(dtype)
+    for n in (0, 1, columns // 2, columns):
+        mask = top_mask(scores, n, dim=1)
+        for row in range(7):
+            for last in range(3):
+                chosen = mask[row, :, last].nonzero().squeeze(1).tolist()
+                assert chosen == by_sorting(scores[row, :, last], n)
+
+
+def test_equal_scores_choose_the_lowest_indices():
+    assert top_positions(torch.zeros(3, 5), 4).tolist() == [0, 1, 2, 3]
+
+
+def test_minus_infinity_is_never_chosen():
+    assert top_positions(torch.tensor([-torch.inf, 3.0, -torch.inf]), 3).tolist() == [1]
+    assert top_mask(torch.tensor([[-torch.inf, 3.0]] * 2), 2, dim=1).tolist() == [[False, True]] * 2
+
+
+@given(
+    st.lists(few_values, min_size=1, max_size=60),
+    st.integers(0, 60),
+    st.integers(1, 60),
+)
+def test_tiles_equal_the_whole(values, n, height):
+    scores = torch.tensor(values)
+    tiles = [(i, scores[i : i + height]) for i in range(0, len(scores), height)]
+    assert top_of_tiles(tiles, n).tolist() == top_positions(scores, n).tolist()
+
+
+def test_no_tiles_choose_nothing():
+    assert top_of_tiles([], 3).tolist() == []
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 8))
+def test_nan_is_refused_by_count_and_place(n):
+    scores = torch.tensor([1.0, 2.0, torch.nan, 0.0, torch.nan])
+    with pytest.raises(NumericsError, match="2 NaN among 5, the first at flat position 2"):
+        top_mask(scores, n)
+    with pytest.raises(NumericsError, match="2 NaN among 5"):
+        top_of_tiles([(0, torch.ones(5)), (5, scores)], n)
+
+
+def test_scores_that_require_grad_are_read_only():
+    scores = torch.rand(20, requires_grad=True)
+    assert not top_mask(scores, 3).requires_grad
+
+
+def test_a_large_selection_equals_a_stable_sort():
+    scores = torch.rand(300_000).mul(1000).floor()
+    expected = scores.sort(descending=True, stable=True).indices[:30_000].sort().values
+    assert torch.equal(top_positions(scores, 30_000), expected)
