@@ -70,6 +70,8 @@ class PassContext:
     example_inputs: tuple[Any, ...] | None = None
     weights: dict[str, WeightSpec] = field(default_factory=dict)
     decisions: dict[str, Decision] = field(default_factory=dict)
+    excluded: dict[str, WeightSpec] = field(default_factory=dict)
+    """Eligible weights that the plan excluded; they are in `untouched` too."""
     untouched: dict[str, str] = field(default_factory=dict)
     """{parameter name: reason} for every parameter that is not in `weights`."""
 

@@ -1,15 +1,178 @@
 """Report: what was done to every parameter, pass and call site, as tables."""
 
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import isnan
+from typing import Any
+
+from fxsparse.errors import InvariantError
+
+Row = dict[str, Any]
+
+UNKNOWN = "—"
+
+HEADERS = {
+    "seconds": "time (s)",
+    "sparsity_target": "target sparsity",
+    "flops_dense": "dense (FLOP)",
+    "flops_sparse": "theoretical (FLOP)",
+    "flops_executed": "executed (FLOP)",
+    "train_flops_ratio": "training FLOPs / dense",
+    "bytes_dense": "dense (byte)",
+    "bytes_sparse": "sparse (byte)",
+    "dense_us": "dense (us)",
+    "sparse_us": "sparse (us)",
+}
+"""Column headers that carry a unit; other columns are headed by their field."""
+
+PASSES = ("name", "rewrites", "seconds", "notes")
+LAYERS = (
+    *("name", "op", "shape", "pattern", "storage", "kernel", "sparsity_target", "sparsity", "nnz", "numel"),
+    *("flops_dense", "flops_sparse", "flops_executed", "dense_us", "sparse_us", "reason"),
+)
+OPTIONAL = ("dense_us", "sparse_us")
+"""Columns shown only where some layer has them: nothing is measured in training."""
+TOTALS = (
+    *("numel", "nnz", "sparsity", "flops_dense", "flops_sparse", "flops_executed", "train_flops_ratio"),
+    *("bytes_dense", "bytes_sparse"),
+)
+ENVIRONMENT = ("torch", "device", "threads", "dtype")
 
 
 @dataclass
 class Report:
-    """Rows for ``to_dict``; filled by the runner and by passes."""
+    """Rows for ``to_dict``; filled by the runner and by passes.
 
-    passes: list[dict[str, object]] = field(default_factory=list)
-    layers: list[dict[str, object]] = field(default_factory=list)
-    untouched: list[dict[str, object]] = field(default_factory=list)
-    totals: dict[str, object] = field(default_factory=dict)
-    environment: dict[str, object] = field(default_factory=dict)
+    A number that is not known is absent or None, never 0; tables print it as "—".  FLOPs are for one sample, in three
+    columns that are never mixed: dense, theoretical (nonzeros only) and executed (what the storage really computes).
+    """
+
+    passes: list[Row] = field(default_factory=list)
+    layers: list[Row] = field(default_factory=list)
+    untouched: list[Row] = field(default_factory=list)
+    totals: Row = field(default_factory=dict)
+    environment: Row = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All rows as plain values; every documented key is there, None where it is not known."""
+        return {
+            "passes": [_with_keys(row, PASSES) for row in self.passes],
+            "layers": [_with_keys(row, _required(LAYERS)) for row in self.layers],
+            "untouched": [_with_keys(row, ("name", "reason")) for row in self.untouched],
+            "totals": _with_keys(self.totals, TOTALS),
+            "environment": _with_keys(self.environment, ENVIRONMENT),
+            "notes": list(self.notes),
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON, indented."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+    def to_markdown(self) -> str:
+        """Every table under a heading, in GitHub's table syntax."""
+        return self._text("## {}\n\n", "github", pipe="\\|")
+
+    def to_html(self, plots: Mapping[str, bytes] | None = None) -> str:
+        """One self-contained page; `plots` ({title: PNG bytes}) are embedded in it."""
+        from fxsparse.report_html import page
+
+        return page(self, plots or {})
+
+    def __str__(self) -> str:
+        return self._text("{}\n", "simple")
+
+    def _repr_html_(self) -> str:
+        return self.to_html()
+
+    def tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
+        """(title, headers, cells as text) of every table that has a row, in reading order."""
+        shown = [c for c in LAYERS if c not in OPTIONAL or any(row.get(c) is not None for row in self.layers)]
+        tables = [
+            ("Front ends", ["note"], [[note] for note in self.notes]),
+            _table("Passes", PASSES, self.passes),
+            _table("Layers", shown, self.layers),
+            _table("Untouched", ("name", "reason"), self.untouched),
+            _pairs("Totals", TOTALS, self.totals),
+            _pairs("Environment", ENVIRONMENT, self.environment),
+        ]
+        return [table for table in tables if table[2]]
+
+    def _text(self, heading: str, style: str, pipe: str = "|") -> str:
+        from tabulate import tabulate
+
+        parts = []
+        for title, headers, rows in self.tables():
+            rows = [[value.replace("|", pipe) for value in row] for row in rows]
+            table = tabulate(rows, headers, tablefmt=style, disable_numparse=True, colalign=_align(rows))
+            parts.append(heading.format(title) + table)
+        return "\n\n".join(parts)
+
+
+def check_complete(report: Report, parameters: Iterable[str]) -> None:
+    """Raise InvariantError unless every parameter is in `layers` or `untouched`, exactly once, and nothing else is."""
+    seen = Counter(row["name"] for row in (*report.layers, *report.untouched))
+    expected = set(parameters)
+    missing, extra = sorted(expected - set(seen)), sorted(set(seen) - expected)
+    twice = sorted(name for name, n in seen.items() if n > 1)
+    if missing or extra or twice:
+        raise InvariantError(
+            "report: expected every parameter in layers or untouched exactly once; "
+            f"missing {missing}, twice {twice}, not a parameter {extra}. This is a bug of the pass that collects weights."
+        )
+
+
+def cell(value: object) -> str:
+    """A value as a table shows it: thousands separated, fractions to four digits, "—" for unknown."""
+    if value is None or value == "" or (isinstance(value, float) and isnan(value)):
+        return UNKNOWN
+    if isinstance(value, bool) or not isinstance(value, int | float | tuple | list):
+        return " ".join(str(value).split())
+    if isinstance(value, tuple | list):
+        return (
+            "; ".join(map(str, value))
+            if any(isinstance(v, str) for v in value)
+            else "x".join(map(str, value))
+        )
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _required(columns: Iterable[str]) -> tuple[str, ...]:
+    return tuple(c for c in columns if c not in OPTIONAL)
+
+
+def _with_keys(row: Row, keys: Iterable[str]) -> Row:
+    return {key: _plain(value) for key, value in (dict.fromkeys(keys) | row).items()}
+
+
+def _plain(value: object) -> object:
+    """JSON's types: tuples become lists, values such as patterns and sympy numbers their text, NaN None."""
+    if isinstance(value, float) and isnan(value):
+        return None
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return str(value)
+
+
+def _table(title: str, columns: Iterable[str], rows: list[Row]) -> tuple[str, list[str], list[list[str]]]:
+    columns = list(columns)
+    return title, [HEADERS.get(c, c) for c in columns], [[cell(row.get(c)) for c in columns] for row in rows]
+
+
+def _pairs(title: str, keys: Iterable[str], row: Row) -> tuple[str, list[str], list[list[str]]]:
+    shown = [*keys, *(key for key in row if key not in keys)] if row else []
+    return title, ["", "value"], [[HEADERS.get(key, key), cell(row.get(key))] for key in shown]
+
+
+def _align(rows: list[list[str]]) -> list[str]:
+    numeric = [
+        all(v == UNKNOWN or v[0].isdigit() or v[0] == "-" for v in column)
+        for column in zip(*rows, strict=True)
+    ]
+    return ["right" if n else "left" for n in numeric]

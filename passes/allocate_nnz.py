@@ -1,0 +1,103 @@
+"""Give every selected weight its pattern and its number of nonzeros."""
+
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch.fx import GraphModule
+
+from fxsparse.allocation import Target, resolve
+from fxsparse.errors import PatternError, PlanError
+from fxsparse.globs import matches, unmatched
+from fxsparse.pattern import Pattern, Unstructured
+from fxsparse.pipeline import Decision, PassContext, WeightSpec
+from fxsparse.plans import Override, Plan
+
+
+@dataclass(frozen=True)
+class AllocateNnz:
+    """Fill `ctx.decisions` from the plan: pattern, sparsity_target, and nnz = what the pattern can hold of the budget.
+
+    Rewrites nothing.  A weight whose pattern allows one count only (N:M, a given fan-in) is not the allocation's to
+    decide.  The first override whose glob names a weight decides for it.
+
+    Raises:
+        PlanError: an override that names no weight, or a weight that would keep no entry.
+        PatternError: a shape that the pattern does not fit; the message names the weight.
+    """
+
+    name: ClassVar[str] = "allocate-nnz"
+    after: ClassVar[tuple[str, ...]] = ("collect-weights",)
+    preserves_function: ClassVar[bool] = True
+
+    def run(self, gm: GraphModule, ctx: PassContext) -> int:
+        if ctx.plan is not None and not ctx.decisions:
+            ctx.decisions.update(decide(ctx.plan, ctx))
+        return 0
+
+
+def decide(plan: Plan, ctx: PassContext) -> dict[str, Decision]:
+    """The decision for every weight of `ctx.weights`; changes nothing."""
+    wishes = _overrides(plan, ctx.weights)
+    patterns = {name: _pattern(plan, wishes.get(name)) for name in ctx.weights}
+    forced: dict[str, float | int] = {}
+    for name, spec in ctx.weights.items():
+        only = _only_count(spec, patterns[name])
+        if only is not None:
+            forced[name] = only
+        elif name in wishes and wishes[name].sparsity is not None:
+            forced[name] = float(wishes[name].sparsity)
+    target = Target(
+        sparsity=plan.sparsity,
+        forced=forced,
+        keep_dense_counts=plan.keep_dense_counts,
+        excluded_numel=sum(spec.numel for spec in ctx.excluded.values()),
+        weight=ctx.program.skeleton.get_parameter,
+    )
+    budgets = resolve(plan.allocation)(list(ctx.weights.values()), target)
+    return {name: _decision(spec, patterns[name], budgets[name]) for name, spec in ctx.weights.items()}
+
+
+def _overrides(plan: Plan, weights: Mapping[str, WeightSpec]) -> dict[str, Override]:
+    lost = unmatched([o.glob for o in plan.overrides], weights)
+    if lost:
+        known = ", ".join(list(weights)[:3]) or "no weight at all"
+        raise PlanError(
+            f"Override({lost[0]!r}): expected a glob of selected weights, it names none of {known}, ...; "
+            "check the spelling, or whether the weight is excluded."
+        )
+    return {name: o for name in weights for o in reversed(plan.overrides) if matches(o.glob, name)}
+
+
+def _pattern(plan: Plan, wish: Override | None) -> Pattern:
+    if wish is None or (wish.pattern is None and wish.sparsity != 0):
+        return plan.pattern
+    # A weight kept dense has no constraint to satisfy; 2:4 would not let it be dense.
+    return wish.pattern or Unstructured()
+
+
+def _only_count(spec: WeightSpec, pattern: Pattern) -> int | None:
+    least, most = _feasible(spec, pattern, 0), _feasible(spec, pattern, spec.numel)
+    return most if least == most else None
+
+
+def _decision(spec: WeightSpec, pattern: Pattern, budget: int) -> Decision:
+    nnz = _feasible(spec, pattern, budget)
+    if nnz == 0:
+        least = bisect_left(range(spec.numel), 1, key=lambda n: _feasible(spec, pattern, n))
+        raise PlanError(
+            f"weight {spec.name!r} of shape {spec.shape}: {pattern} cannot hold {budget} nonzeros "
+            f"(density {budget / spec.numel:.3g}) and would keep none; its smallest feasible density is "
+            f"{least / spec.numel:.3g}. Lower the sparsity, or give this weight an Override or exclude it."
+        )
+    return Decision(pattern, 1 - budget / spec.numel, nnz)
+
+
+def _feasible(spec: WeightSpec, pattern: Pattern, nnz: int) -> int:
+    # Patterns read [rows, fan-in]; GPT-2's Conv1D stores the transpose.
+    shape = spec.shape[::-1] if spec.transposed else spec.shape
+    try:
+        return pattern.feasible(shape, nnz)
+    except PatternError as error:
+        raise PatternError(f"weight {spec.name!r}: {error}") from error
