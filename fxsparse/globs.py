@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 
 
 def matches(glob: str, name: str) -> bool:
-    """Whether `glob` names this weight: ``layer4.*.weight``, or a module prefix such as ``head`` for ``head.weight``."""
+    """Whether `glob` names this weight: ``layer4.*.weight``, or a module above it (``head``)."""
     return fnmatchcase(name, glob) or fnmatchcase(name, f"{glob}.*")
 
 

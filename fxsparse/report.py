@@ -1,9 +1,11 @@
 """Report: what was done to every parameter, pass and call site, as tables."""
 
 import json
+from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib import resources
 from math import isnan
 from typing import Any
 
@@ -45,8 +47,9 @@ ENVIRONMENT = ("torch", "device", "threads", "dtype")
 class Report:
     """Rows for ``to_dict``; filled by the runner and by passes.
 
-    A number that is not known is absent or None, never 0; tables print it as "—".  FLOPs are for one sample, in three
-    columns that are never mixed: dense, theoretical (nonzeros only) and executed (what the storage really computes).
+    A number that is not known is absent or None, never 0; tables print it as "—".  FLOPs are for one sample,
+    in three columns that are never mixed: dense, theoretical (nonzeros only) and executed (what the storage
+    really computes).
     """
 
     passes: list[Row] = field(default_factory=list)
@@ -77,9 +80,12 @@ class Report:
 
     def to_html(self, plots: Mapping[str, bytes] | None = None) -> str:
         """One self-contained page; `plots` ({title: PNG bytes}) are embedded in it."""
-        from fxsparse.report_html import page
+        from jinja2 import Environment
 
-        return page(self, plots or {})
+        source = resources.files("fxsparse").joinpath("report.html").read_text(encoding="utf-8")
+        template = Environment(autoescape=True, trim_blocks=True).from_string(source)
+        images = [(title, b64encode(png).decode()) for title, png in (plots or {}).items()]
+        return template.render(tables=self.tables(), plots=images)
 
     def __str__(self) -> str:
         return self._text("{}\n", "simple")
@@ -112,7 +118,7 @@ class Report:
 
 
 def check_complete(report: Report, parameters: Iterable[str]) -> None:
-    """Raise InvariantError unless every parameter is in `layers` or `untouched`, exactly once, and nothing else is."""
+    """Raise InvariantError unless every parameter, and nothing else, is in `layers` or `untouched` once."""
     seen = Counter(row["name"] for row in (*report.layers, *report.untouched))
     expected = set(parameters)
     missing, extra = sorted(expected - set(seen)), sorted(set(seen) - expected)
@@ -120,7 +126,8 @@ def check_complete(report: Report, parameters: Iterable[str]) -> None:
     if missing or extra or twice:
         raise InvariantError(
             "report: expected every parameter in layers or untouched exactly once; "
-            f"missing {missing}, twice {twice}, not a parameter {extra}. This is a bug of the pass that collects weights."
+            f"missing {missing}, twice {twice}, not a parameter {extra}. "
+            "This is a bug of the pass that collects weights."
         )
 
 

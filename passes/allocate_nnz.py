@@ -17,10 +17,10 @@ from fxsparse.plans import Override, Plan
 
 @dataclass(frozen=True)
 class AllocateNnz:
-    """Fill `ctx.decisions` from the plan: pattern, sparsity_target, and nnz = what the pattern can hold of the budget.
+    """Fill `ctx.decisions`: pattern, sparsity_target, and nnz = what the pattern can hold of the budget.
 
-    Rewrites nothing.  A weight whose pattern allows one count only (N:M, a given fan-in) is not the allocation's to
-    decide.  The first override whose glob names a weight decides for it.
+    Rewrites nothing.  A weight whose pattern allows one count only (N:M, a given fan-in) is not the
+    allocation's to decide.  The first override whose glob names a weight decides for it.
 
     Raises:
         PlanError: an override that names no weight, or a weight that would keep no entry.
@@ -41,16 +41,11 @@ def decide(plan: Plan, ctx: PassContext) -> dict[str, Decision]:
     """The decision for every weight of `ctx.weights`; changes nothing."""
     wishes = _overrides(plan, ctx.weights)
     patterns = {name: _pattern(plan, wishes.get(name)) for name in ctx.weights}
-    forced: dict[str, float | int] = {}
-    for name, spec in ctx.weights.items():
-        only = _only_count(spec, patterns[name])
-        if only is not None:
-            forced[name] = only
-        elif name in wishes and wishes[name].sparsity is not None:
-            forced[name] = float(wishes[name].sparsity)
+    wished = {name: float(w.sparsity) for name, w in wishes.items() if w.sparsity is not None}
+    only = {name: _only_count(spec, patterns[name]) for name, spec in ctx.weights.items()}
     target = Target(
         sparsity=plan.sparsity,
-        forced=forced,
+        forced=wished | {name: count for name, count in only.items() if count is not None},
         keep_dense_counts=plan.keep_dense_counts,
         excluded_numel=sum(spec.numel for spec in ctx.excluded.values()),
         weight=ctx.program.skeleton.get_parameter,

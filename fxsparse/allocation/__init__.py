@@ -1,4 +1,4 @@
-"""How a budget of nonzeros is shared among weights: ``(specs, target) -> {weight name: nnz}``, one policy a file."""
+"""How weights share a budget of nonzeros: ``(specs, target) -> {weight name: nnz}``, one policy a file."""
 
 from fxsparse.allocation.policies import POLICIES, check, resolve
 from fxsparse.allocation.target import Target

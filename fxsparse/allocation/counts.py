@@ -9,9 +9,9 @@ from fxsparse.allocation.target import Weight
 def to_counts(specs: Sequence[Weight], densities: Mapping[str, float], total: int) -> dict[str, int]:
     """{name: nnz} of the weights in `densities`, summing to `total` exactly, each within [1, numel].
 
-    Every count starts as ``floor(numel * density)``, the published codes' rounding.  What is then missing from
-    `total` goes one by one to the largest fractional parts; what is too much comes off the smallest ones, off whole
-    numbers (dense weights) last; ties go by name.
+    Every count starts as ``floor(numel * density)``, the published codes' rounding.  What is then missing
+    from `total` goes one by one to the largest fractional parts; what is too much comes off the smallest
+    ones, off whole numbers (dense weights) last; ties go by name.
     `total` has to lie between the number of weights and their numel, as `Target.free_total` checks.
     """
     weights = sorted((s for s in specs if s.name in densities), key=lambda s: s.name)

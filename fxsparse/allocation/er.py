@@ -8,12 +8,12 @@ from fxsparse.allocation.target import Target, Weight
 
 
 def er_densities(specs: Sequence[Weight], target: Target) -> dict[str, float]:
-    """{name: density} of the free weights; kernel sizes play no part (SET, arXiv:1707.04780; arXiv:1911.11134)."""
+    """{name: density} of the free weights; kernel sizes play no part (arXiv:1707.04780, 1911.11134)."""
     return proportional(specs, target, _raw)[0]
 
 
 def er(specs: Sequence[Weight], target: Target) -> dict[str, int]:
-    """{name: nnz} by ER; weights that would exceed density 1 become dense and the others share what is left."""
+    """{name: nnz} by ER; what would exceed density 1 becomes dense and the others share what is left."""
     counts = to_counts(specs, er_densities(specs, target), target.free_total(specs))
     return counts | target.forced_counts(specs)
 

@@ -8,7 +8,7 @@ from fxsparse.allocation.target import Target, Weight
 
 
 def er_unrolled_densities(specs: Sequence[Weight], target: Target) -> dict[str, float]:
-    """{name: density} of the free weights, ``min(1, scale * (n_in + n_out) / (n_in * n_out))`` (arXiv:2401.06898)."""
+    """{name: density}, ``min(1, scale * (n_in + n_out) / (n_in * n_out))`` (arXiv:2401.06898, section 3)."""
     scale = _scale(specs, target)
     return {s.name: min(1.0, scale * _sides(s) / s.numel) for s in target.free(specs)}
 

@@ -9,12 +9,12 @@ from fxsparse.allocation.target import Target, Weight
 
 
 def erk_densities(specs: Sequence[Weight], target: Target) -> dict[str, float]:
-    """{name: density} of the free weights, ``min(1, scale * sum(shape) / prod(shape))`` (arXiv:1911.11134, section 3)."""
+    """{name: density}, ``min(1, scale * sum(shape) / prod(shape))`` (arXiv 1911.11134)."""
     return proportional(specs, target, _raw)[0]
 
 
 def erk(specs: Sequence[Weight], target: Target) -> dict[str, int]:
-    """{name: nnz} by ERK; weights that would exceed density 1 become dense and the others share what is left."""
+    """{name: nnz} by ERK; what would exceed density 1 becomes dense and the others share what is left."""
     counts = to_counts(specs, erk_densities(specs, target), target.free_total(specs))
     return counts | target.forced_counts(specs)
 

@@ -33,7 +33,8 @@ class Explicit:
             raise PlanError(
                 f"allocation: expected globs of selected weights, {lost[0]!r} names none of {names}, ..."
             )
-        wishes = {s.name: self.table[g] for s in specs for g in reversed(tuple(self.table)) if matches(g, s.name)}
+        first_wins = list(self.table.items())[::-1]
+        wishes = {s.name: wish for s in specs for glob, wish in first_wins if matches(glob, s.name)}
         return uniform(specs, replace(target, forced=wishes | dict(target.forced)))
 
 

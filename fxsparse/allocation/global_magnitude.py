@@ -38,7 +38,7 @@ def _magnitudes(spec: Weight, target: Target) -> torch.Tensor:
     weight = target.weight(spec.name) if target.weight else None
     if weight is None or weight.is_meta:
         raise PlanError(
-            f"allocation 'global_magnitude' compares values, and weight {spec.name!r} has none; load the weights "
-            "first, or use 'erk' or 'uniform'."
+            f"allocation 'global_magnitude' compares values, and weight {spec.name!r} has none; "
+            "load the weights first, or use 'erk' or 'uniform'."
         )
     return weight.detach().abs().flatten().to("cpu", torch.float32)

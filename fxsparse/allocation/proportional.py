@@ -11,9 +11,9 @@ def proportional(
 ) -> tuple[dict[str, float], float, frozenset[str]]:
     """({name: density} of the free weights, scale, names that became dense).
 
-    Density = ``min(1, scale * raw)``.  A weight that would exceed 1 is made dense, counts in the budget, and `scale` is
-    solved again, until none does.  Rounding inside is the published code's, ``floor(sparsity * numel)`` zeros per
-    weight, so that published densities come out to the last digit (arXiv:1911.11134, section 3).
+    Density = ``min(1, scale * raw)``.  A weight that would exceed 1 is made dense, counts in the budget, and
+    `scale` is solved again, until none does.  Rounding inside is the published code's, ``floor(sparsity *
+    numel)`` zeros per weight, so that published densities come out to the last digit (arXiv:1911.11134).
     """
     free = target.free(specs)
     if not free:

@@ -28,14 +28,14 @@ class Weight(Protocol):
 class Target:
     """A budget of nonzeros over some weights.
 
-    Counts are exact: sparsities are read as the decimals they were written as, so 0.9 of 1,000 leaves 100, where
-    ``int(1000 * (1 - 0.9))`` is 99.
+    Counts are exact: sparsities are read as the decimals they were written as, so 0.9 of 1,000 leaves 100,
+    where ``int(1000 * (1 - 0.9))`` is 99.
     """
 
     sparsity: float
     """Fraction of zeros over the weights in the budget, in [0, 1)."""
     forced: Mapping[str, float | int] = field(default_factory=dict)
-    """Weights that are not the policy's to decide: a float is a sparsity (0.0 is dense), an int is a count."""
+    """Weights that the policy does not decide: a float is a sparsity (0.0 is dense), an int is a count."""
     keep_dense_counts: bool = False
     """Forced and excluded weights count in the budget and the others make up for them (SRigL's uniform,
     arXiv:2305.02299); else the sparsity holds over the others alone (RigL's, arXiv:1911.11134)."""
@@ -92,14 +92,16 @@ def _forced_count(spec: Weight, wish: float) -> int:
     if 1 <= nnz <= spec.numel:
         return nnz
     raise PlanError(
-        f"weight {spec.name!r} of shape {tuple(spec.shape)}: expected 1 to {spec.numel} nonzeros, got {nnz} from "
-        f"{'nnz' if isinstance(wish, int) else 'sparsity'} {wish}; its smallest feasible density is {1 / spec.numel:.3g}."
+        f"weight {spec.name!r} of shape {tuple(spec.shape)}: expected 1 to {spec.numel} nonzeros, got {nnz} "
+        f"from {'nnz' if isinstance(wish, int) else 'sparsity'} {wish}; its smallest feasible density is "
+        f"{1 / spec.numel:.3g}."
     )
 
 
 def _infeasible(target: Target, total: int, least: int, most: int) -> str:
     why = " once the weights with a fixed count are paid for" if target.keep_dense_counts else ""
     return (
-        f"sparsity {target.sparsity} leaves {total} nonzeros for {least} weights{why}; expected {least} (one per weight) "
-        f"to {most} (all of them). Change the sparsity, force or exclude fewer weights, or set keep_dense_counts=False."
+        f"sparsity {target.sparsity} leaves {total} nonzeros for {least} weights{why}; expected {least} "
+        f"(one per weight) to {most} (all of them). Change the sparsity, force or exclude fewer weights, "
+        "or set keep_dense_counts=False."
     )

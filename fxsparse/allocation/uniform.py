@@ -13,6 +13,6 @@ def uniform_densities(specs: Sequence[Weight], target: Target) -> dict[str, floa
 
 
 def uniform(specs: Sequence[Weight], target: Target) -> dict[str, int]:
-    """{name: nnz}: every free weight at the same sparsity, which `keep_dense_counts` raises to pay for dense ones."""
+    """{name: nnz}: one sparsity for all free weights; `keep_dense_counts` raises it to pay for dense ones."""
     counts = to_counts(specs, uniform_densities(specs, target), target.free_total(specs))
     return counts | target.forced_counts(specs)

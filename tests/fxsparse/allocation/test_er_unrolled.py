@@ -22,7 +22,7 @@ def test_outputs_of_a_transposed_convolution_are_its_second_dimension(shape):
 
 
 def test_clipped_entries_are_not_given_to_other_weights(shape):
-    # Half of 8 + 10,000 is 5,004 over sides 2 + 4 + 200 = 206: "a" would get 145.7 of its 8, so 137.8 are lost.
+    # Half of 8 + 10,000 is 5,004 over sides 6 + 200: "a" would get 145.7 of its 8, so 137.7 are lost.
     specs = [shape("a", (2, 4)), shape("b", (100, 100))]
     counts = er_unrolled(specs, Target(0.5))
     assert counts["a"] == 8

@@ -66,6 +66,6 @@ def test_names_and_tables_resolve():
 @pytest.mark.parametrize("wrong", ["ERK", None, 0.9])
 def test_an_unknown_policy_lists_the_known_ones(wrong):
     with pytest.raises(
-        PlanError, match="expected uniform, er, erk, er_unrolled, global_magnitude or {glob: sparsity}"
+        PlanError, match=r"expected uniform, er, erk, er_unrolled, global_magnitude or {glob: sparsity}"
     ):
         check(wrong)
