@@ -1,33 +1,48 @@
 """What a sparse-training method is made of: Method = Reparam + UpdateRule + Schedule, all frozen values."""
 
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, ClassVar, ParamSpec, Protocol
 
 import torch
 from torch import Tensor
 
+from fxsparse.errors import PlanError
 from fxsparse.pattern import Pattern
 from fxsparse.schedule import Schedule
 
 
 class Probe(Enum):
-    """The gradient information an update needs beyond the active entries."""
+    """The gradient information that is needed beyond the active entries: by an update, or by every step."""
 
     NONE = "none"
     SAMPLED = "sampled"
     DENSE = "dense"
 
 
+MaskFunction = Callable[..., Tensor]
+"""(weight, mask, *numbers) -> effective weight, differentiable; defined at module level."""
+
+
 class Reparam(Protocol):
     """How the stored weight becomes the effective weight, and how its gradient flows back."""
 
-    exact_zeros: bool
-    """Pruned entries are kept at exactly 0 in storage; only then may storage be compact."""
+    exact_zeros: ClassVar[bool]
+    """Pruned entries are kept at exactly 0 in storage, and grown ones start there; only then may storage be
+    compact.  Otherwise nothing is zeroed: an entry that comes back still has its value and state."""
+
+    probe: ClassVar[Probe]
+    """What the weight gradient of *every* step needs beyond the active entries (FLOPs are counted by it)."""
+
+    def function(self, dense_grad: bool) -> tuple[MaskFunction, tuple[float, ...]]:
+        """What a pass puts in the graph: the function, and its arguments after (weight, mask)."""
+        ...
 
     def effective(self, weight: Tensor, mask: Tensor, dense_grad: bool) -> Tensor:
-        """The weight the op sees, differentiable; with `dense_grad` the gradient is left unmasked (a probe step)."""
+        """The weight the op sees, differentiable; on a probe step `dense_grad` unmasks the gradient."""
         ...
 
     def fold(self, weight: Tensor, mask: Tensor) -> Tensor:
@@ -53,15 +68,19 @@ class WeightView:
     weight: Callable[[], Tensor]
     """The dense weight, hidden values included; masked storage only."""
     gradient_tiles: Callable[[], Iterator[tuple[int, Tensor]]]
-    """Row tiles of the signed dense gradient: (first row, [rows, fan_in]); only with Probe.DENSE."""
+    """Row tiles of the signed dense gradient with respect to the effective weight, in ascending row order:
+    (first row, [rows, fan_in]); only with Probe.DENSE.  May be read once."""
     generator: torch.Generator
-    """Seeded by (seed, weight name, step), so that all ranks draw the same numbers."""
+    """``fxsparse.rng.generator_for(seed, weight name, step)``, so that all ranks draw the same numbers."""
 
 
 class UpdateRule(Protocol):
     """Chooses the entries that are active after an update."""
 
-    probe: Probe
+    @property
+    def probe(self) -> Probe:
+        """What an update needs; between updates nothing beyond the active entries is computed for it."""
+        ...
 
     def __call__(self, view: WeightView) -> Tensor:
         """Flat positions of the entries to be active, int64, ascending."""
@@ -85,4 +104,66 @@ class Method:
     rule: UpdateRule | None = None
     schedule: Schedule | None = None
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """The keyword arguments it was built from: what ``Plan.to_dict`` writes."""
+    """The keyword arguments it was built from, without those at their default: what ``to_dict`` writes."""
+
+    def nnz(self, step: int, final: int, numel: int) -> int:
+        """Entries of a weight after `step` optimizer steps, on the way to `final`.
+
+        Step -1 asks for the initial mask.  ``pattern.feasible`` rounds what comes out.
+        """
+        if self.schedule is None or self.schedule.ramp is None:
+            return final
+        return self.schedule.ramp(self.schedule.last_update(step), final, numel)
+
+    def to_dict(self) -> dict[str, Any]:
+        """``{"name": ..., option: value, ...}`` for `from_dict`; options at their default are left out."""
+        _constructor(self.name)
+        return {"name": self.name, **self.options}
+
+
+P = ParamSpec("P")
+_METHODS: dict[str, Callable[..., Method]] = {}
+
+
+def register(build: Callable[P, Method]) -> Callable[P, Method]:
+    """Make a constructor known to `from_dict` under its function name, and record the options it is given.
+
+    Its parameters are the method's options; each has a default that a TOML file could hold, or None.
+    """
+    name = build.__name__.rstrip("_")
+    known = _METHODS.get(name)
+    if known is not None and known.__module__ != build.__module__:
+        raise PlanError(f"method {name!r} is registered by {known.__module__} already. Choose another name.")
+    signature = inspect.signature(build)
+
+    @functools.wraps(build)
+    def constructor(*args: P.args, **kwargs: P.kwargs) -> Method:
+        given = signature.bind(*args, **kwargs).arguments
+        options = {key: value for key, value in given.items() if value != signature.parameters[key].default}
+        return replace(build(*args, **kwargs), name=name, options=options)
+
+    _METHODS[name] = constructor
+    return constructor
+
+
+def from_dict(fields: Mapping[str, Any]) -> Method:
+    """The inverse of ``Method.to_dict``; PlanError for an unknown name or option, or a value out of range."""
+    options = dict(fields)
+    constructor = _constructor(options.pop("name", None))
+    known = inspect.signature(constructor).parameters
+    unknown = [key for key in options if key not in known]
+    if unknown:
+        raise PlanError(
+            f"method {fields['name']!r} has no option {unknown[0]!r}. Its options: {', '.join(known)}."
+        )
+    return constructor(**options)
+
+
+def _constructor(name: object) -> Callable[..., Method]:
+    constructor = _METHODS.get(name) if isinstance(name, str) else None
+    if constructor is None:
+        raise PlanError(
+            f"expected the name of a registered method, got {name!r}. Known: {', '.join(sorted(_METHODS))}. "
+            "Add one with @fxsparse.method.register."
+        )
+    return constructor

@@ -1,8 +1,8 @@
 """The constraint on a mask, apart from how it is stored.
 
-A weight is read as a matrix [output rows, fan-in]: dimension 0 is the row.  Groups and blocks run along the input
-channels, dimension 1, as hardware needs them; the kernel positions of a convolution are apart from each other
-(the matrix of a [out, in, kh, kw] weight is its permutation to [out, kh, kw, in]).  Ties go to the lower flat
+A weight is read as a matrix [output rows, fan-in]: dimension 0 is the row.  Groups and blocks run along the
+input channels, dimension 1, as hardware needs them, at one kernel position of a convolution at a time (the
+matrix of a [out, in, kh, kw] weight is its permutation to [out, kh, kw, in]).  Ties go to the lower flat
 index of the weight's own layout.
 """
 
@@ -29,8 +29,8 @@ class Pattern(Protocol):
     """Rows choose on their own, so that a score may be projected row tile by row tile."""
 
     streams: ClassVar[bool]
-    """`project_tiles` never holds a whole weight, and `prune` also takes the scores of the active entries alone
-    (1-D, ascending flat positions).  A pattern that does not stream needs masked storage."""
+    """`project_tiles` never holds a whole weight, and `prune` also takes the scores of the active entries
+    alone (1-D, ascending flat positions).  A pattern that does not stream needs masked storage."""
 
     def feasible(self, shape: Sequence[int], nnz: int) -> int:
         """The allowed count nearest to and not above `nnz`; PatternError where the shape does not fit."""
@@ -48,9 +48,9 @@ class Pattern(Protocol):
         ...
 
     def prune(self, score: Tensor, keep: int) -> Tensor:
-        """Bool mask of at most `keep` ones at the largest scores, by the pattern's unit (entry or block), quotas ignored.
+        """Bool mask of at most `keep` ones at the largest scores, in whole units (entries or blocks).
 
-        Entries with score -inf are never kept.
+        Quotas of rows and groups are ignored.  Entries with score -inf are never kept.
         """
         ...
 
@@ -136,7 +136,7 @@ class ConstantFanIn:
 
 @dataclass(frozen=True)
 class NM:
-    """`n` ones in every group of `m` consecutive input channels; the count follows from the shape, not from nnz.
+    """`n` ones in every group of `m` consecutive input channels, whatever the nnz asked for.
 
     `check` lets groups with fewer ones pass, as the hardware does.
     """
@@ -174,7 +174,8 @@ class NM:
             row, group, kernel = torch.unravel_index(torch.tensor(place), counts.shape)
             first = int(group) * self.m
             raise PatternError(
-                f"expected at most {self.n} ones in {self.m} input channels, got {int(counts[row, group, kernel])} "
+                f"expected at most {self.n} ones in {self.m} input channels, "
+                f"got {int(counts[row, group, kernel])} "
                 f"in row {int(row)}, channels {first} to {first + self.m - 1}"
                 + (f", kernel position {int(kernel)}. " if counts.shape[2] > 1 else ". ")
                 + f"Project the mask with NM({self.n}, {self.m}).project."
@@ -189,7 +190,7 @@ class NM:
 
 @dataclass(frozen=True)
 class Block:
-    """Ones only as whole blocks of `rows` outputs x `cols` input channels; a block's score is the sum of its scores."""
+    """Whole blocks of `rows` outputs x `cols` input channels, ranked by the sum of their scores."""
 
     rows: int
     cols: int
@@ -225,8 +226,8 @@ class Block:
             row, column, kernel = torch.unravel_index(torch.tensor(place), counts.shape)
             raise PatternError(
                 f"expected blocks of {self.rows} x {self.cols} that are all ones or all zeros, got "
-                f"{int(counts[row, column, kernel])} ones of {size} in the block at row {int(row) * self.rows}, "
-                f"channel {int(column) * self.cols}"
+                f"{int(counts[row, column, kernel])} ones of {size} "
+                f"in the block at row {int(row) * self.rows}, channel {int(column) * self.cols}"
                 + (f", kernel position {int(kernel)}. " if counts.shape[2] > 1 else ". ")
                 + f"Project the mask with Block({self.rows}, {self.cols}).project."
             )
@@ -277,7 +278,8 @@ def _first(bad: Tensor) -> int | None:
 def _matrix(shape: Sequence[int]) -> tuple[int, int]:
     if len(shape) < 2 or not all(shape):
         raise PatternError(
-            f"expected a weight of at least 2 dimensions, none of them 0, got shape {list(shape)}. Exclude this weight."
+            f"expected a weight of at least 2 dimensions, none of them 0, got shape {list(shape)}. "
+            "Exclude this weight."
         )
     return shape[0], prod(shape[1:])
 

@@ -4,6 +4,19 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
+from fxsparse.errors import PlanError
+
+
+def _check_fraction(name: str, value: float) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value <= 1:
+        raise PlanError(f"expected {name} as a number from 0 to 1, got {value!r}.")
+
+
+def _check_integer(name: str, value: int, lowest: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+        raise PlanError(f"expected {name} as an integer >= {lowest}, got {value!r}.")
+
 
 class Curve(Protocol):
     """A number as a function of the optimizer step; serialisable by its fields."""
@@ -17,28 +30,96 @@ class Constant:
 
     value: float
 
+    def __post_init__(self) -> None:
+        _check_fraction("drop fraction", self.value)
+
     def __call__(self, step: int) -> float:
         return self.value
 
 
 @dataclass(frozen=True)
 class Cosine:
-    """``initial / 2 * (1 + cos(pi * step / stop))``: RigL's drop fraction, arXiv:1911.11134 section 3."""
+    """``initial / 2 * (1 + cos(pi * step / stop))``, 0 from `stop` on: RigL, arXiv:1911.11134 section 3."""
 
     initial: float
     stop: int
 
+    def __post_init__(self) -> None:
+        _check_fraction("drop fraction", self.initial)
+        _check_integer("stop", self.stop, 1)
+
     def __call__(self, step: int) -> float:
-        return self.initial / 2 * (1 + math.cos(math.pi * step / self.stop))
+        return self.initial / 2 * (1 + math.cos(math.pi * min(step, self.stop) / self.stop))
+
+
+@dataclass(frozen=True)
+class InversePower:
+    """``initial * (1 - step / stop) ** power``, 0 from `stop` on: arXiv:1911.11134 appendix G (1 and 3)."""
+
+    initial: float
+    stop: int
+    power: int
+
+    def __post_init__(self) -> None:
+        _check_fraction("drop fraction", self.initial)
+        _check_integer("stop", self.stop, 1)
+        _check_integer("power", self.power, 1)
+
+    def __call__(self, step: int) -> float:
+        return self.initial * (1 - min(step, self.stop) / self.stop) ** self.power
+
+
+def decay_curve(name: str, initial: float, stop: int | None) -> Curve:
+    """The drop fraction by name: "constant", or "cosine", "linear" or "cubic", which end at `stop`."""
+    if name == "constant":
+        return Constant(initial)
+    if name not in ("cosine", "linear", "cubic"):
+        raise PlanError(f"expected decay as one of constant, cosine, linear, cubic, got {name!r}.")
+    if stop is None:
+        raise PlanError(f"expected stop as an integer for decay={name!r}, got None. Use decay='constant'?")
+    if name == "cosine":
+        return Cosine(initial, stop)
+    return InversePower(initial, stop, power=1 if name == "linear" else 3)
+
+
+class Ramp(Protocol):
+    """The number of nonzeros as a function of the optimizer step."""
+
+    def __call__(self, step: int, final: int, numel: int) -> int: ...
+
+
+@dataclass(frozen=True)
+class CubicRamp:
+    """From `initial_sparsity` at `start` to the final nnz at `stop`: Zhu and Gupta, arXiv:1710.01878 eq. 1.
+
+    The nonzeros, not the sparsity, are interpolated and rounded once, so that both ends are exact.
+    """
+
+    initial_sparsity: float
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        _check_fraction("initial_sparsity", self.initial_sparsity)
+        _check_integer("start", self.start, 0)
+        _check_integer("stop", self.stop, self.start + 1)
+
+    def __call__(self, step: int, final: int, numel: int) -> int:
+        done = min(max(step - self.start, 0) / (self.stop - self.start), 1.0)
+        initial = max(final, round((1 - self.initial_sparsity) * numel))
+        return final + round((initial - final) * (1 - done) ** 3)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Update at step t if ``start <= t < stop`` and ``(t - start) % every == 0``; t counts from 0.
+    """Update at step t if ``start <= t < stop`` and ``(t - start) % every == 0``.
 
-    `skip_step`: the optimizer takes no step at an update (RigL, Algorithm 1); otherwise it steps first.
+    t counts the optimizer steps before the update, replaced ones included.  With `skip_step` it replaces
+    the optimizer step (RigL, Algorithm 1), so it can come at t = 0; without, it follows one: t = 100 is the
+    update after the 100th step, and the gradient it ranks is the one which that step was taken with.
+
     `drop_fraction`: share of the active entries that an update prunes.
-    `density`: share of the *final zeros already pruned* is ramped by GMP; None keeps nnz constant.
+    `ramp`: nonzeros at an update; None keeps them constant.
     """
 
     every: int
@@ -46,9 +127,25 @@ class Schedule:
     start: int = 0
     skip_step: bool = False
     drop_fraction: Curve = Constant(0.0)
+    ramp: Ramp | None = None
+
+    def __post_init__(self) -> None:
+        _check_integer("every", self.every, 1)
+        _check_integer("start", self.start, 0)
+        if self.stop is not None:
+            _check_integer("stop", self.stop, self.start)
 
     def fires(self, step: int) -> bool:
         """Whether the masks move at this optimizer step."""
         if step < self.start or (self.stop is not None and step >= self.stop):
             return False
         return (step - self.start) % self.every == 0
+
+    def updates(self, total: int) -> range:
+        """The steps t < `total` at which the masks move."""
+        return range(self.start, total if self.stop is None else min(total, self.stop), self.every)
+
+    def last_update(self, step: int) -> int:
+        """The latest step <= `step` at which the masks moved; -1 before the first."""
+        moved = self.updates(step + 1)
+        return moved[-1] if moved else -1

@@ -22,7 +22,7 @@ def to_mask(positions: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def check_positions(positions: Tensor, numel: int, where: str) -> None:
-    """Raise InvariantError unless `positions` are int64, one-dimensional, ascending without repeats, in ``[0, numel)``."""
+    """Raise InvariantError unless `positions` are int64 [n], ascending without repeats, in ``[0, numel)``."""
     if positions.dtype != torch.int64 or positions.dim() != 1:
         raise InvariantError(
             f"{where}: expected flat positions as int64 [n], got {positions.dtype} {list(positions.shape)}. "
@@ -37,7 +37,8 @@ def check_positions(positions: Tensor, numel: int, where: str) -> None:
         )
     if len(positions) and (int(positions[0]) < 0 or int(positions[-1]) >= numel):
         raise InvariantError(
-            f"{where}: expected positions from 0 to {numel - 1}, got {int(positions[0])} to {int(positions[-1])}."
+            f"{where}: expected positions from 0 to {numel - 1}, "
+            f"got {int(positions[0])} to {int(positions[-1])}."
         )
 
 
@@ -45,8 +46,8 @@ def check_positions(positions: Tensor, numel: int, where: str) -> None:
 class MaskChange:
     """What one update does to one weight; disjoint flat positions, each int64 and ascending.
 
-    An entry that was pruned and grown again in the same update is `kept`: it keeps its value and its optimizer
-    state (RigL's ``reinit_when_same=False``, arXiv:1911.11134).
+    An entry that was pruned and grown again in the same update is `kept`, with its value and its optimizer
+    state (RigL's ``reinit_when_same=False``).
     """
 
     kept: Tensor
@@ -75,7 +76,7 @@ class MaskChange:
         )
 
     def carry(self, values: Tensor) -> Tensor:
-        """Old per-entry `values` [nnz old] in the new order [nnz new]: grown entries are 0, pruned ones gone."""
+        """Old per-entry `values` [nnz old] in the new order [nnz new]: grown ones 0, pruned ones gone."""
         moved = values.new_zeros(len(self.kept) + len(self.grown))
         moved[self.kept_to] = values[self.kept_from]
         return moved

@@ -39,7 +39,7 @@ def top_positions(scores: Tensor, n: int) -> Tensor:
 
 
 def top_of_tiles(tiles: Iterable[tuple[int, Tensor]], n: int) -> Tensor:
-    """Flat positions of the `n` largest scores over tiles (first flat position, scores), given in ascending order.
+    """Flat positions of the `n` largest scores over tiles (first flat position, scores) in ascending order.
 
     Equals ``top_positions`` of the joined tiles, ties included, and holds one tile and `n` scores at a time.
     """
@@ -64,9 +64,9 @@ def _refuse_nan(scores: Tensor) -> None:
     if scores.numel() and scores.amax().isnan():
         bad = scores.isnan().flatten()
         raise NumericsError(
-            f"expected scores without NaN, got {int(bad.sum())} NaN among {scores.numel()}, the first at flat "
-            f"position {int(bad.nonzero()[0])}. The weights or gradients have diverged: look at the loss and the "
-            "learning rate before this step."
+            f"expected scores without NaN, got {int(bad.sum())} NaN among {scores.numel()}, the first at "
+            f"flat position {int(bad.nonzero()[0])}. The weights or gradients have diverged: "
+            "look at the loss and the learning rate before this step."
         )
 
 
@@ -100,7 +100,7 @@ def _nth_largest(scores: Tensor, n: int) -> Tensor:
 
 
 def _top_by_rank(scores: Tensor, n: int) -> Tensor:
-    """Mask of the `n` largest along the first dimension, which is short: compare every pair and count defeats."""
+    """Mask of the `n` largest along the short first dimension: compare every pair and count defeats."""
     scores = scores.contiguous()
     defeats = torch.zeros(scores.shape, dtype=torch.uint8, device=scores.device)
     for distance in range(1, len(scores)):

@@ -1,3 +1,5 @@
+from typing import cast
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -78,7 +80,8 @@ def test_block_of_a_convolution_spans_channels_at_one_kernel_position():
     score = torch.zeros(2, 2, 1, 2)
     score[..., 1] = 1.0
     mask = Block(2, 2).project(score, 4)
-    assert mask[..., 1].all() and not mask[..., 0].any()
+    assert mask[..., 1].all()
+    assert not mask[..., 0].any()
 
 
 def test_blocks_are_scored_by_their_sum():
@@ -123,7 +126,7 @@ def test_prune_ignores_row_quotas():
         (lambda: Unstructured().feasible((4, 8), -1), "nnz >= 0, got -1"),
         (lambda: NM(5, 4), r"n <= m, got NM\(n=5, m=4\)"),
         (lambda: NM(0, 4), "NM: expected n as an integer >= 1, got 0"),
-        (lambda: Block(2, 1.5), "Block: expected cols as an integer >= 1, got 1.5"),
+        (lambda: Block(2, cast(int, 1.5)), "Block: expected cols as an integer >= 1, got 1.5"),
         (lambda: ConstantFanIn(True), "ConstantFanIn: expected fan_in as an integer >= 1, got True"),
         (
             lambda: Unstructured().project(torch.tensor([[1.0, -torch.inf]]), 2),
@@ -147,7 +150,7 @@ def test_check_names_the_first_bad_row_of_constant_fan_in():
     with pytest.raises(PatternError, match="expected 2 ones in every row that has any, got 1 in row 2"):
         ConstantFanIn().check(mask)
     ConstantFanIn().check(mask[:2])
-    with pytest.raises(PatternError, match="expected 1 ones .* got 2 in row 0"):
+    with pytest.raises(PatternError, match=r"expected 1 ones .* got 2 in row 0"):
         ConstantFanIn(1).check(mask)
 
 

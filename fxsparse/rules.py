@@ -1,0 +1,103 @@
+"""Update rules that methods share, and the growth criteria they are put together from."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from fxsparse.method import Probe, WeightView
+from fxsparse.scores import random_tiles
+from fxsparse.selection import to_positions
+
+
+class Growth(Protocol):
+    """Scores the entries to grow, larger first; called with the weight as it is after pruning was decided."""
+
+    probe: ClassVar[Probe]
+
+    def tiles(self, view: WeightView) -> Iterator[tuple[int, Tensor]]:
+        """(first row, scores [rows, fan_in]) in ascending row order."""
+        ...
+
+
+@dataclass(frozen=True)
+class GradientMagnitude:
+    """Grow where the dense gradient is largest (RigL, arXiv:1911.11134)."""
+
+    probe: ClassVar[Probe] = Probe.DENSE
+
+    def tiles(self, view: WeightView) -> Iterator[tuple[int, Tensor]]:
+        return ((first, gradient.detach().abs()) for first, gradient in view.gradient_tiles())
+
+
+@dataclass(frozen=True)
+class UniformRandom:
+    """Grow anywhere (SET, arXiv:1707.04780)."""
+
+    probe: ClassVar[Probe] = Probe.NONE
+
+    def tiles(self, view: WeightView) -> Iterator[tuple[int, Tensor]]:
+        return random_tiles(view.shape, view.generator, view.active.device)
+
+
+@dataclass(frozen=True)
+class PruneGrow:
+    """Drop ``int(n * drop_fraction)`` of the n active entries by magnitude, then grow to nnz by a criterion.
+
+    Only active entries can be dropped, zeros among them included.  A dropped entry may be grown again.  Where
+    the pattern has quotas (rows, groups) dropping ignores them and growing fills them up; blocks are dropped
+    whole, as many as it takes to drop at least that many entries.
+    """
+
+    grow: Growth
+
+    @property
+    def probe(self) -> Probe:
+        return self.grow.probe
+
+    def __call__(self, view: WeightView) -> Tensor:
+        budget = min(len(view.active), view.nnz)
+        drop = int(budget * view.drop_fraction)
+        if drop == 0 and len(view.active) == view.nnz:
+            return view.active
+        kept = _largest_active(view, budget - drop)
+        scores = _force(kept, self.grow.tiles(view), prod(view.shape[1:]))
+        return view.pattern.project_tiles(scores, view.shape, view.nnz)
+
+
+@dataclass(frozen=True)
+class LargestMagnitude:
+    """Take the pattern's best by magnitude over the whole weight, hidden values included (GMP, SR-STE)."""
+
+    @property
+    def probe(self) -> Probe:
+        return Probe.NONE
+
+    def mask(self, view: WeightView) -> Tensor:
+        """The same as a bool mask: all that storage without exact zeros needs, and several times cheaper."""
+        return view.pattern.project(view.weight().detach().abs(), view.nnz)
+
+    def __call__(self, view: WeightView) -> Tensor:
+        return to_positions(self.mask(view))
+
+
+def _largest_active(view: WeightView, keep: int) -> Tensor:
+    score = view.values.detach().abs()
+    if view.pattern.streams:
+        return view.active[view.pattern.prune(score, keep)]
+    whole = score.new_full(view.shape, -torch.inf)
+    whole.view(-1)[view.active] = score
+    return to_positions(view.pattern.prune(whole, keep))
+
+
+def _force(kept: Tensor, tiles: Iterator[tuple[int, Tensor]], fan_in: int) -> Iterator[tuple[int, Tensor]]:
+    """Tiles with +inf at the kept positions, and nowhere else."""
+    for first, tile in tiles:
+        scores = tile.clamp(max=torch.finfo(tile.dtype).max).contiguous()
+        ends = torch.tensor([first * fan_in, (first + len(tile)) * fan_in], device=kept.device)
+        low, high = torch.searchsorted(kept, ends).tolist()
+        scores.view(-1)[kept[low:high] - first * fan_in] = torch.inf
+        yield first, scores

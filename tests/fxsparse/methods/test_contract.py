@@ -1,0 +1,31 @@
+import pytest
+
+from fxsparse.method import Method
+from fxsparse.methods import METHODS, gmp, rigl, set_, sr_ste, static
+from fxsparse.pattern import NM, Block, ConstantFanIn, Pattern, Unstructured
+from fxsparse.testing import check_method
+
+FAST = {
+    "static": static(),
+    "set": set_(every=1),
+    "rigl": rigl(every=1, stop=1000),
+    "gmp": gmp(start=0, stop=999, every=1),
+    "sr_ste": sr_ste(),
+}
+PATTERNS = [Unstructured(), ConstantFanIn(), NM(2, 4), Block(2, 4)]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("method", FAST.values(), ids=FAST)
+def test_nnz_is_exact_after_a_thousand_updates(method: Method, pattern: Pattern) -> None:
+    check_method(method, pattern, shape=(6, 8), nnz=19, updates=1000)
+
+
+@pytest.mark.parametrize("build", METHODS, ids=lambda build: build.__name__)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_defaults_keep_the_contract_on_a_convolution(build, pattern: Pattern) -> None:
+    check_method(build(), pattern, shape=(4, 8, 2, 2), nnz=50, updates=20)
+
+
+def test_every_exported_method_runs_a_thousand_updates_here() -> None:
+    assert {build().name for build in METHODS} == set(FAST)
