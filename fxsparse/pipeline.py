@@ -1,15 +1,21 @@
-"""The pass protocol and what passes share."""
+"""The pass protocol, what passes share, and the runner: order, checks, timing, and a report row for each pass."""
 
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
+import networkx as nx
 import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from fxsparse.errors import InvariantError, PlanError
 from fxsparse.pattern import Pattern
 from fxsparse.plans import Plan
 from fxsparse.report import Report
+from fxsparse.inputs import has_meta
+from fxsparse.verify import Observation, compare, observe
 
 
 @dataclass
@@ -24,6 +30,17 @@ class Program:
     """"train" and "eval"; the same object where the code does not differ; sites only on the walk tier."""
     notes: list[str] = field(default_factory=list)
     """One line per front end that was tried and why it was left."""
+    hidden: dict[str, str] = field(default_factory=dict)
+    """{eligible weight: reason} for weights that no pass can reach, such as those in a module that cannot be traced."""
+
+    def distinct_graphs(self) -> list[tuple[str, GraphModule]]:
+        """(mode, graph) without repeating a graph that serves both modes."""
+        return list({id(gm): (mode, gm) for mode, gm in reversed(self.graphs.items())}.values())[::-1]
+
+    def run(self, mode: str, *args: Any, **kwargs: Any) -> Any:
+        """Call the program as a model in a mode ("train" or "eval"); leaves the skeleton in that mode."""
+        self.skeleton.train(mode == "train")
+        return (self.skeleton if self.tier == "walk" else self.graphs[mode])(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -74,6 +91,8 @@ class PassContext:
     """Eligible weights that the plan excluded; they are in `untouched` too."""
     untouched: dict[str, str] = field(default_factory=dict)
     """{parameter name: reason} for every parameter that is not in `weights`."""
+    notes: list[str] = field(default_factory=list)
+    """What the running pass has to say; the runner moves them to its report row."""
 
 
 class Pass(Protocol):
@@ -86,3 +105,77 @@ class Pass(Protocol):
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         """Edit `gm` in place and return the number of rewrites; called once per distinct graph."""
         ...
+
+
+def run_passes(passes: Sequence[Pass], ctx: PassContext) -> None:
+    """Run the passes, ordered by `after`, on every distinct graph of ``ctx.program``, and write their report rows.
+
+    Raises PlanError when the order cannot be met, and InvariantError when a pass breaks a graph, changes the function
+    that it claims to preserve, or miscounts its rewrites.
+    """
+    for current in ordered(passes):
+        ctx.notes = []
+        start = time.perf_counter()
+        rewrites = sum(_run_on(current, gm, mode, ctx) for mode, gm in ctx.program.distinct_graphs())
+        seconds = time.perf_counter() - start
+        row = {"name": current.name, "rewrites": rewrites, "seconds": seconds, "notes": list(dict.fromkeys(ctx.notes))}
+        ctx.report.passes.append(row)
+
+
+def ordered(passes: Sequence[Pass]) -> list[Pass]:
+    """The passes in an order that meets every `after`, and otherwise as given."""
+    by_name = {p.name: p for p in passes}
+    if len(by_name) != len(passes):
+        twice = sorted({p.name for p in passes if sum(q.name == p.name for q in passes) > 1})
+        raise PlanError(f"every pass may be listed once; got {twice} more than once")
+    graph: nx.DiGraph = nx.DiGraph()
+    graph.add_nodes_from(by_name)
+    for current in passes:
+        missing = [name for name in current.after if name not in by_name]
+        if missing:
+            raise PlanError(
+                f"pass {current.name!r} must run after {list(current.after)}, but {missing} is not in the pipeline "
+                f"{list(by_name)}; add it"
+            )
+        graph.add_edges_from((name, current.name) for name in current.after)
+    position = {name: k for k, name in enumerate(by_name)}
+    try:
+        return [by_name[name] for name in nx.lexicographical_topological_sort(graph, position.__getitem__)]
+    except nx.NetworkXUnfeasible:
+        cycle = [edge[0] for edge in nx.find_cycle(graph)]
+        first, last = cycle[0], cycle[-1]
+        raise PlanError(
+            f"pass {first!r} must run after [{last!r}], but {last!r} itself waits for {first!r}: the passes "
+            f"{' -> '.join([*cycle, first])} wait for each other; drop one of their `after` names"
+        ) from None
+
+
+def _run_on(current: Pass, gm: GraphModule, mode: str, ctx: PassContext) -> int:
+    checked = current.preserves_function and gm is ctx.program.graphs.get("eval") and _is_executable(ctx)
+    before, code, known = (_outputs(gm, ctx) if checked else None), gm.code, set(gm.graph.nodes)
+    rewrites = current.run(gm, ctx)
+    for node in gm.graph.nodes:
+        if node not in known:
+            node.meta.setdefault("from_pass", current.name)
+    try:
+        gm.graph.lint()
+    except (RuntimeError, AssertionError) as error:
+        raise InvariantError(f"pass {current.name!r} left a broken {mode} graph: {error}\n{gm.graph}") from error
+    gm.recompile()
+    if rewrites == 0 and gm.code != code:
+        raise InvariantError(f"pass {current.name!r} reported 0 rewrites but changed the {mode} graph:\n{gm.code}")
+    if before is not None:
+        difference = compare(before, _outputs(gm, ctx))
+        if difference:
+            raise InvariantError(f"pass {current.name!r} changed the function of the {mode} graph: {difference}")
+    return rewrites
+
+
+def _outputs(gm: GraphModule, ctx: PassContext) -> Observation:
+    return observe(ctx.program.skeleton, gm, ctx.example_inputs, training=False)
+
+
+def _is_executable(ctx: PassContext) -> bool:
+    if ctx.program.tier == "walk" or ctx.example_inputs is None:
+        return False
+    return not has_meta(ctx.example_inputs) and not has_meta(ctx.program.skeleton)

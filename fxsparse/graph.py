@@ -1,0 +1,209 @@
+"""What one may ask of an fx graph and do to it, without policy: names, call sites, safe edits."""
+
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+SITE_OPS: dict[Callable[..., Any], str] = {
+    F.linear: "linear",
+    F.conv1d: "conv1d",
+    F.conv2d: "conv2d",
+    F.conv3d: "conv3d",
+    F.conv_transpose1d: "conv_transpose1d",
+    F.conv_transpose2d: "conv_transpose2d",
+    F.conv_transpose3d: "conv_transpose3d",
+}
+"""Normal form of the ops that may become sparse: input, weight and bias are the first three arguments."""
+
+PRODUCTS: dict[Callable[..., Any], tuple[int, int, int | None]] = {
+    torch.mm: (0, 1, None),
+    torch.matmul: (0, 1, None),
+    operator.matmul: (0, 1, None),
+    torch.addmm: (1, 2, 0),
+    torch.ops.aten.mm.default: (0, 1, None),
+    torch.ops.aten.matmul.default: (0, 1, None),
+    torch.ops.aten.addmm.default: (1, 2, 0),
+}
+"""Matrix products that can be ``F.linear``: positions of input, weight and bias."""
+
+_TRANSPOSES = {
+    torch.t, torch.transpose, torch.permute, torch.ops.aten.t.default, torch.ops.aten.transpose.int,
+    torch.ops.aten.permute.default, torch.ops.aten.numpy_T.default,
+}  # fmt: skip
+_SLICES = {
+    operator.getitem, torch.chunk, torch.split, torch.ops.aten.chunk.default, torch.ops.aten.split.Tensor,
+    torch.ops.aten.split_with_sizes.default, torch.ops.aten.slice.Tensor,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Site:
+    """One call of a site op on a parameter."""
+
+    node: Node
+    op: str
+    weight: Node
+    """The ``get_attr`` node of the parameter."""
+    transposed: bool
+    """The op reads the parameter transposed, as in GPT-2's Conv1D."""
+    sliced: bool
+    """The op reads a part of the parameter, as cross-attention does with its packed projections."""
+
+
+def fetch(root: nn.Module, name: str) -> Any:
+    """The attribute at a dotted name; AttributeError where the tree has none."""
+    value: Any = root
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds the last part of a dotted name, and that part."""
+    prefix, _, last = name.rpartition(".")
+    return (fetch(root, prefix) if prefix else root), last
+
+
+def canonical_names(root: nn.Module) -> dict[str, str]:
+    """{every name of every parameter: its first name}, so that tied parameters have one name."""
+    first: dict[int, str] = {}
+    return {
+        name: first.setdefault(id(parameter), name)
+        for name, parameter in root.named_parameters(remove_duplicate=False)
+    }
+
+
+def attribute_nodes(graph: Graph, name: str) -> list[Node]:
+    """The ``get_attr`` nodes of a dotted name, in graph order."""
+    return [node for node in graph.find_nodes(op="get_attr", target=name)]
+
+
+def is_parameter(gm: GraphModule, node: object) -> bool:
+    """Whether a node's value is a parameter of the module."""
+    if not isinstance(node, Node) or node.op != "get_attr":
+        return False
+    return isinstance(fetch(gm, str(node.target)), nn.Parameter)
+
+
+def argument(node: Node, position: int, name: str) -> Any:
+    """An argument given by position or by name; None when it was left out."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
+
+
+def sites(gm: GraphModule, name: str | None = None) -> list[Site]:
+    """Call sites of every parameter, or of the parameter `name`, in graph order."""
+    found = [_site(gm, node) for node in gm.graph.nodes if node.op == "call_function" and node.target in SITE_OPS]
+    return [site for site in found if site is not None and (name is None or site.weight.target == name)]
+
+
+def weight_source(gm: GraphModule, value: Any) -> tuple[Node, bool, bool] | None:
+    """The parameter's ``get_attr`` node below transposes and slices, whether transposed, whether sliced; else None."""
+    transposed = sliced = False
+    while isinstance(value, Node) and value.op != "get_attr":
+        if _swaps_two_axes(value):
+            transposed = not transposed
+        elif _takes_a_part(value):
+            sliced = True
+        else:
+            return None
+        value = value.args[0]
+    return (value, transposed, sliced) if is_parameter(gm, value) else None
+
+
+def is_product(node: Node) -> bool:
+    """Whether a node is a matrix product that may be written as ``F.linear``."""
+    return node.target in PRODUCTS or (node.op == "call_method" and node.target == "matmul")
+
+
+def operation_name(node: Node) -> str:
+    """The op of a node as a reader would write it: ``embedding``, ``aten.mul.Tensor``, ``module encoder.norm``."""
+    if node.op == "call_module":
+        return f"module {node.target}"
+    return str(getattr(node.target, "__name__", node.target)) if callable(node.target) else str(node.target)
+
+
+def insert_get_attr(graph: Graph, name: str, before: Node | None = None) -> Node:
+    """A new ``get_attr`` node before a node, or at the top of the graph, below the placeholders."""
+    if before is None:
+        before = next(node for node in graph.nodes if node.op != "placeholder")
+    with graph.inserting_before(before):
+        return graph.get_attr(name)
+
+
+def replace(node: Node, target: Callable[..., Any], args: tuple[Any, ...], **kwargs: Any) -> Node:
+    """Put a call of `target` in the place of a node, which is erased; its meta is carried over."""
+    with node.graph.inserting_before(node):
+        new = node.graph.call_function(target, args, kwargs)
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+    return new
+
+
+def is_pure(node: Node) -> bool:
+    """Whether a node without users may be removed: no in-place op, no random op, nothing unknown.
+
+    ``Graph.eliminate_dead_code`` removes in-place ``call_method`` nodes, so it is not used anywhere here.
+    """
+    if node.op == "get_attr":
+        return True
+    if node.op == "call_method":
+        return str(node.target) in _PURE_METHODS
+    if node.op != "call_function" or "out" in node.kwargs or node.kwargs.get("inplace"):
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        random = torch.Tag.nondeterministic_seeded in node.target.tags
+        return node.target.namespace == "aten" and not node.target._schema.is_mutable and not random
+    return node.target in _PURE_FUNCTIONS
+
+
+def eliminate_dead_code(graph: Graph) -> int:
+    """Erase pure nodes that nobody reads, and return how many."""
+    erased = 0
+    for node in reversed(graph.nodes):
+        if not node.users and is_pure(node):
+            graph.erase_node(node)
+            erased += 1
+    return erased
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors of a nested value, in order."""
+    return (leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor))
+
+
+def _site(gm: GraphModule, node: Node) -> Site | None:
+    source = weight_source(gm, argument(node, 1, "weight"))
+    return None if source is None else Site(node, SITE_OPS[node.target], *source)  # type: ignore[index]
+
+
+def _swaps_two_axes(node: Node) -> bool:
+    if node.op == "call_method":
+        return node.target in ("t", "transpose", "permute")
+    if node.target is getattr:
+        return node.args[1] in ("T", "mT")
+    return node.op == "call_function" and node.target in _TRANSPOSES
+
+
+def _takes_a_part(node: Node) -> bool:
+    if node.op == "call_method":
+        return node.target in ("chunk", "split")
+    return node.op == "call_function" and node.target in _SLICES
+
+
+_PURE_METHODS = frozenset(
+    "size dim view reshape permute transpose t flatten unflatten chunk split unbind squeeze unsqueeze expand "
+    "contiguous to float detach add sub mul div matmul mean sum softmax movedim type_as new_zeros new_ones".split()
+)
+_PURE_FUNCTIONS = frozenset(
+    [getattr, *_TRANSPOSES, *_SLICES, *SITE_OPS, torch.add, torch.sub, torch.mul, torch.matmul, torch.mm]
+    + [torch.addmm, torch.cat, torch.flatten, torch.reshape, torch.zeros, torch.ones, torch.arange, torch.full]
+    + [operator.getitem, operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv]
+    + [operator.eq, operator.ne, operator.matmul]
+)

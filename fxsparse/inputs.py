@@ -1,0 +1,49 @@
+"""How example inputs are written, and what a forward makes of them."""
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fxsparse.errors import TraceError
+
+
+def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(positional, keyword) arguments of a call.
+
+    A tensor is the only argument; a tuple or list holds the positional arguments, and a dict at its end the keyword
+    arguments; a dict alone is all keyword arguments.  A model that takes a dict by position needs ``(batch, {})``.
+    """
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, dict):
+        return (), dict(example_inputs)
+    if not isinstance(example_inputs, (tuple, list)):
+        raise TraceError(
+            f"example_inputs must be a tensor, a tuple (its last element may be a dict of keyword arguments) or a dict; "
+            f"got {type(example_inputs).__name__}"
+        )
+    if example_inputs and isinstance(example_inputs[-1], dict):
+        return tuple(example_inputs[:-1]), dict(example_inputs[-1])
+    return tuple(example_inputs), {}
+
+
+def named_arguments(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
+    """Example values by parameter name of the model's forward; TraceError where the forward would not take them."""
+    args, kwargs = split_inputs(example_inputs)
+    signature = inspect.signature(type(model).forward)
+    try:
+        return dict(signature.bind(model, *args, **kwargs).arguments)
+    except TypeError as error:
+        raise TraceError(
+            f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}; pass a tensor, or a tuple of "
+            f"the positional arguments with a dict of keyword arguments at its end"
+        ) from error
+
+
+def has_meta(value: Any) -> bool:
+    """Whether a nested value or a module holds a tensor on meta."""
+    if isinstance(value, nn.Module):
+        return any(t.is_meta for t in (*value.parameters(), *value.buffers()))
+    return any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in pytree.tree_leaves(value))

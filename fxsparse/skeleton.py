@@ -1,0 +1,167 @@
+"""The structural copy of a model that a program runs on, and graphs bound to it."""
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
+
+from fxsparse.errors import TraceError
+from fxsparse.graph import canonical_names, fetch, owner
+
+_SHARED_DICTS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
+
+def copy_structure(model: nn.Module) -> nn.Module:
+    """New module objects of the same classes that hold the very same parameters and buffers.
+
+    Shared submodules stay shared; lists, dicts, bound methods and partials that mention modules of the tree mention
+    their copies.  TorchScript modules cannot be copied this way and are shared.
+    """
+    copies = {id(m): object.__new__(type(m)) for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)}
+    for module in model.modules():
+        if id(module) in copies:
+            copies[id(module)].__dict__.update(_copied_dict(module, copies))
+    return copies.get(id(model), model)
+
+
+def bind(graph: Graph, skeleton: nn.Module) -> GraphModule:
+    """A GraphModule that runs `graph` on the skeleton's own dicts of parameters, buffers and modules.
+
+    So ``.to()``, loading, unused parameters, key names and their order are the skeleton's by construction.
+    """
+    gm = GraphModule(nn.Module(), Graph())
+    gm.__dict__.update({name: skeleton.__dict__[name] for name in _SHARED_DICTS})
+    gm.training = skeleton.training
+    graph._tracer_cls = None
+    gm.graph = graph
+    return gm
+
+
+def adopt(graph: Graph, source: nn.Module, skeleton: nn.Module) -> None:
+    """Make every name of `graph`, which runs on `source`, a name of the skeleton, in place.
+
+    Parameters get their first name; tensors without a place in the tree become non-persistent buffers of the skeleton
+    (one per value); graph modules become its submodules.
+    """
+    names = canonical_names(skeleton)
+    buffers = {name for name, _ in skeleton.named_buffers(remove_duplicate=False)}
+    for node in graph.find_nodes(op="get_attr"):
+        target = str(node.target)
+        if target in names:
+            node.target = names[target]
+        elif target not in buffers:
+            node.target = _lift(fetch(source, target), target, skeleton)
+
+
+@contextmanager
+def substituted(
+    root: nn.Module,
+    parameter: Callable[[nn.Parameter], Tensor] | None = None,
+    buffer: Callable[[Tensor], Tensor] | None = None,
+) -> Iterator[None]:
+    """Inside the block, the tree holds ``parameter(p)`` and ``buffer(b)`` in the places of its tensors.
+
+    Shared tensors stay shared.  Whatever the block does to buffers, in place or by assignment, is undone.
+    """
+    saved = [(m, dict(m._parameters), dict(m._buffers)) for m in root.modules()]
+    made: dict[int, Any] = {}
+
+    def through(change: Callable[[Any], Tensor] | None, tensor: Tensor | None) -> Any:
+        if tensor is None or change is None:
+            return tensor
+        return made.setdefault(id(tensor), change(tensor)) if id(tensor) not in made else made[id(tensor)]
+
+    try:
+        for module, parameters, buffers in saved:
+            module._parameters.update({name: through(parameter, p) for name, p in parameters.items()})
+            module._buffers.update({name: through(buffer, b) for name, b in buffers.items()})
+        yield
+    finally:
+        for module, parameters, buffers in saved:
+            for live, old in ((module._parameters, parameters), (module._buffers, buffers)):
+                live.clear()
+                live.update(old)
+
+
+def _copied_dict(module: nn.Module, copies: dict[int, Any]) -> dict[str, Any]:
+    rebuilt: dict[int, Any] = {}
+    state = {key: _rebuilt(value, copies, rebuilt) for key, value in module.__dict__.items()}
+    for name in ("_parameters", "_buffers"):
+        state[name] = module.__dict__[name].copy()
+    return state
+
+
+def _rebuilt(value: Any, copies: dict[int, Any], rebuilt: dict[int, Any]) -> Any:
+    """The value with every module of the tree replaced by its copy; containers are new objects."""
+    if id(value) in copies:
+        return copies[id(value)]
+    if id(value) in rebuilt:
+        return rebuilt[id(value)]
+    again = functools.partial(_rebuilt, copies=copies, rebuilt=rebuilt)
+    if type(value) in (dict, OrderedDict):
+        rebuilt[id(value)] = new = type(value)()
+        new.update((key, again(item)) for key, item in value.items())
+        return new
+    if type(value) is list:
+        rebuilt[id(value)] = new = []
+        new.extend(again(item) for item in value)
+        return new
+    if type(value) in (tuple, set):
+        return type(value)(again(item) for item in value)
+    if type(value) is MethodType and id(value.__self__) in copies:
+        return MethodType(value.__func__, copies[id(value.__self__)])
+    if type(value) is functools.partial:
+        return functools.partial(again(value.func), *map(again, value.args), **again(value.keywords))
+    return value
+
+
+def _lift(value: Any, target: str, skeleton: nn.Module) -> str:
+    if isinstance(value, GraphModule):
+        return _lift_module(value, skeleton)
+    if not isinstance(value, Tensor):
+        raise TraceError(f"the graph reads {target!r}, a {type(value).__name__}; only tensors can be kept in it")
+    value = value.detach()
+    for name, buffer in skeleton._buffers.items():
+        if name.startswith("_constant_") and _same_constant(buffer, value):
+            return name
+    holder, last = _place(skeleton, target)
+    name = last if holder is not skeleton else _fresh(skeleton, "_constant_")
+    holder.__dict__.pop(name, None)
+    holder.register_buffer(name, value, persistent=False)
+    return target if holder is not skeleton else name
+
+
+def _place(skeleton: nn.Module, target: str) -> tuple[nn.Module, str]:
+    """Where a plain tensor attribute of a submodule stays; constants of a trace go to the root."""
+    try:
+        holder, last = owner(skeleton, target)
+    except AttributeError:
+        return skeleton, target
+    return (holder, last) if isinstance(holder.__dict__.get(last), Tensor) else (skeleton, target)
+
+
+def _lift_module(region: GraphModule, skeleton: nn.Module) -> str:
+    """Keep a region of an exported graph (no_grad, autocast) as a submodule of the skeleton."""
+    for node in region.graph.find_nodes(op="get_attr"):
+        inner = fetch(region, str(node.target))
+        if not isinstance(inner, GraphModule):
+            raise TraceError(f"a region of the exported graph owns {node.target!r}; it should be an argument")
+    name = _fresh(skeleton, "_region_")
+    skeleton.add_module(name, region)
+    return name
+
+
+def _fresh(skeleton: nn.Module, prefix: str) -> str:
+    return next(f"{prefix}{k}" for k in range(10**6) if not hasattr(skeleton, f"{prefix}{k}"))
+
+
+def _same_constant(ours: Tensor | None, theirs: Tensor) -> bool:
+    if ours is None or ours.is_meta or theirs.is_meta or type(ours) is not type(theirs):
+        return ours is theirs
+    return ours.dtype == theirs.dtype and ours.device == theirs.device and torch.equal(ours, theirs)

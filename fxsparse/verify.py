@@ -1,0 +1,162 @@
+"""Does a program compute what the model computes?  One eval pass and one seeded train step, compared tensor by tensor."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fxsparse.errors import TraceError
+from fxsparse.inputs import has_meta, split_inputs
+from fxsparse.skeleton import substituted
+
+RUN_FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError, NotImplementedError)
+_RELATIVE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 3e-2}
+"""Rounding that a reordered sum may cost, relative to a tensor's largest entry; a wrong trace is off by about 1."""
+_NOISE = 1e-2
+"""Share of that which gradients of exactly zero (a bias before BatchNorm) may show, relative to the largest gradient."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Observation:
+    """What one call showed: output structure, and tensors by name (outputs, then gradients and buffers)."""
+
+    structure: Any
+    tensors: dict[str, Tensor]
+
+
+def observe(root: nn.Module, call: Callable[..., Any], example_inputs: Any, *, training: bool) -> Observation:
+    """Run `call` on copies of the inputs with the tree `root` in a mode, seeded; nothing of `root` changes.
+
+    In training also the gradients of a fixed random projection of the float outputs (their plain sum is constant for
+    a softmax), and the buffers after the call.  On meta tensors only shapes are seen.
+    """
+    with frozen_state(root, training=training, meta=has_meta(root) or has_meta(example_inputs)):
+        args, kwargs = copied_inputs(example_inputs, meta=has_meta(root))
+        with torch.set_grad_enabled(training):
+            output = call(*args, **kwargs)
+        leaves, structure = pytree.tree_flatten(output)
+        seen = {f"output {k}": _as_tensor(leaf) for k, leaf in enumerate(leaves) if _is_number(leaf)}
+        if training:
+            seen |= _gradients(root, list(seen.values()))
+            seen |= {f"buffer {name}": buffer.detach().clone() for name, buffer in root.named_buffers()}
+    return Observation(structure, {name: tensor.detach() for name, tensor in seen.items()})
+
+
+def compare(expected: Observation, got: Observation) -> str | None:
+    """The first thing that differs, in words with its size; None where all is equal up to rounding."""
+    if expected.structure != got.structure:
+        return f"the output should be {expected.structure}, got {got.structure}"
+    return first_difference(expected.tensors, got.tensors)
+
+
+def first_difference(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> str | None:
+    """The first of the expected tensors that is missing or different, with its largest error; None if there is none."""
+    scales: dict[str, float] = {}
+    for name, want in expected.items():
+        scales[name.split()[0]] = max(scales.get(name.split()[0], 0.0), _largest(want))
+    for name, want in expected.items():
+        if name not in got:
+            return f"{name} is missing"
+        if reason := _difference(want, got[name], scales[name.split()[0]]):
+            return f"{name} {reason}"
+    return None
+
+
+@contextmanager
+def frozen_state(root: nn.Module, *, training: bool, meta: bool = False) -> Iterator[None]:
+    """Inside the block `root` is in a mode, with copies of its buffers and seeded random numbers.
+
+    Afterwards mode, buffers and the random state are as before.  With `meta`, its tensors are on meta inside.
+    """
+    modes = [(module, module.training) for module in root.modules()]
+    buffer = (lambda b: b.detach().to("meta")) if meta else (lambda b: b.detach().clone())
+    parameter = (lambda p: nn.Parameter(p.to("meta"), p.requires_grad)) if meta else None
+    try:
+        with substituted(root, parameter, buffer), torch.random.fork_rng():
+            torch.manual_seed(0)
+            root.train(training)
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def copied_inputs(example_inputs: Any, *, meta: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments with every tensor cloned, so that in-place ops do no harm."""
+
+    def copy(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.detach().to("meta") if meta else leaf.detach().clone()
+
+    return pytree.tree_map(copy, split_inputs(example_inputs))
+
+
+def difference_from(
+    model: nn.Module, skeleton: nn.Module, call: Callable[..., Any], example_inputs: Any, mode: str
+) -> str | None:
+    """How `call`, which runs on `skeleton`, differs from `model` in a mode; None if it does not.
+
+    `model` should be a structural copy of the user's: what its forward leaves in Python attributes stays there.
+    Raises TraceError where the model itself cannot run on these inputs.
+    """
+    training = mode == "train"
+    try:
+        expected = observe(model, model, example_inputs, training=training)
+    except RUN_FAILURES as error:
+        raise TraceError(
+            f"the model itself fails on example_inputs in {mode} mode: {type(error).__name__}: {error}"
+        ) from error
+    try:
+        got = observe(skeleton, call, example_inputs, training=training)
+    except RUN_FAILURES as error:
+        return f"it raises {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+    return compare(expected, got)
+
+
+def _gradients(root: nn.Module, outputs: list[Tensor]) -> dict[str, Tensor]:
+    wanted = {name: p for name, p in root.named_parameters() if p.requires_grad}
+    losses = [_projection(out) for out in outputs if out.requires_grad]
+    if not losses or not wanted:
+        return {}
+    grads = torch.autograd.grad(torch.stack(losses).sum(), list(wanted.values()), allow_unused=True)
+    return {f"gradient of {name}": grad for name, grad in zip(wanted, grads, strict=True) if grad is not None}
+
+
+def _projection(out: Tensor) -> Tensor:
+    weights = torch.arange(out.numel(), device=out.device, dtype=torch.float32).cos().view(out.shape)
+    return (out * weights).sum().float()
+
+
+def _difference(want: Tensor, have: Tensor, scale: float) -> str | None:
+    if want.shape != have.shape or want.dtype != have.dtype:
+        return f"should be {want.dtype} {tuple(want.shape)}, got {have.dtype} {tuple(have.shape)}"
+    if want.is_meta or have.is_meta or not want.numel():
+        return None
+    if not want.is_floating_point():
+        return None if torch.equal(want, have) else f"differs in {int((want != have).sum())} of {want.numel()} entries"
+    error = torch.nan_to_num(want.float() - have.float(), nan=0.0, posinf=0.0, neginf=0.0).abs().max().item()
+    if not torch.equal(want.isfinite(), have.isfinite()):
+        return "differs in which entries are finite"
+    tolerance = _RELATIVE.get(want.dtype, 3e-2)
+    if error <= tolerance * (_largest(want) + _NOISE * scale):
+        return None
+    return f"differs by {error:.3g} where its largest entry is {_largest(want):.3g}"
+
+
+def _largest(tensor: Tensor) -> float:
+    if tensor.is_meta or not tensor.numel() or not tensor.is_floating_point():
+        return 0.0
+    return torch.nan_to_num(tensor.float(), posinf=0.0, neginf=0.0).abs().max().item()
+
+
+def _is_number(leaf: Any) -> bool:
+    return isinstance(leaf, (Tensor, bool, int, float))
+
+
+def _as_tensor(leaf: Any) -> Tensor:
+    return leaf if isinstance(leaf, Tensor) else torch.tensor(leaf)
