@@ -1,13 +1,13 @@
 """What one may ask of an fx graph and do to it, without policy: names, call sites, safe edits."""
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 SITE_OPS: dict[Callable[..., Any], str] = {
@@ -81,7 +81,7 @@ def canonical_names(root: nn.Module) -> dict[str, str]:
 
 def attribute_nodes(graph: Graph, name: str) -> list[Node]:
     """The ``get_attr`` nodes of a dotted name, in graph order."""
-    return [node for node in graph.find_nodes(op="get_attr", target=name)]
+    return list(graph.find_nodes(op="get_attr", target=name))
 
 
 def is_parameter(gm: GraphModule, node: object) -> bool:
@@ -98,12 +98,16 @@ def argument(node: Node, position: int, name: str) -> Any:
 
 def sites(gm: GraphModule, name: str | None = None) -> list[Site]:
     """Call sites of every parameter, or of the parameter `name`, in graph order."""
-    found = [_site(gm, node) for node in gm.graph.nodes if node.op == "call_function" and node.target in SITE_OPS]
+    found = [
+        _site(gm, node) for node in gm.graph.nodes if node.op == "call_function" and node.target in SITE_OPS
+    ]
     return [site for site in found if site is not None and (name is None or site.weight.target == name)]
 
 
 def weight_source(gm: GraphModule, value: Any) -> tuple[Node, bool, bool] | None:
-    """The parameter's ``get_attr`` node below transposes and slices, whether transposed, whether sliced; else None."""
+    """The parameter's ``get_attr`` node below transposes and slices, whether transposed, whether sliced;
+    else None.
+    """
     transposed = sliced = False
     while isinstance(value, Node) and value.op != "get_attr":
         if _swaps_two_axes(value):
@@ -122,7 +126,9 @@ def is_product(node: Node) -> bool:
 
 
 def operation_name(node: Node) -> str:
-    """The op of a node as a reader would write it: ``embedding``, ``aten.mul.Tensor``, ``module encoder.norm``."""
+    """The op of a node as a reader would write it: ``embedding``, ``aten.mul.Tensor``, ``module
+    encoder.norm``.
+    """
     if node.op == "call_module":
         return f"module {node.target}"
     return str(getattr(node.target, "__name__", node.target)) if callable(node.target) else str(node.target)
@@ -173,11 +179,6 @@ def eliminate_dead_code(graph: Graph) -> int:
     return erased
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors of a nested value, in order."""
-    return (leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor))
-
-
 def _site(gm: GraphModule, node: Node) -> Site | None:
     source = weight_source(gm, argument(node, 1, "weight"))
     return None if source is None else Site(node, SITE_OPS[node.target], *source)  # type: ignore[index]
@@ -198,12 +199,53 @@ def _takes_a_part(node: Node) -> bool:
 
 
 _PURE_METHODS = frozenset(
-    "size dim view reshape permute transpose t flatten unflatten chunk split unbind squeeze unsqueeze expand "
-    "contiguous to float detach add sub mul div matmul mean sum softmax movedim type_as new_zeros new_ones".split()
+    [
+        "size",
+        "dim",
+        "view",
+        "reshape",
+        "permute",
+        "transpose",
+        "t",
+        "flatten",
+        "unflatten",
+        "chunk",
+        "split",
+        "unbind",
+        "squeeze",
+        "unsqueeze",
+        "expand",
+        "contiguous",
+        "to",
+        "float",
+        "detach",
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "matmul",
+        "mean",
+        "sum",
+        "softmax",
+        "movedim",
+        "type_as",
+        "new_zeros",
+        "new_ones",
+    ]
 )
 _PURE_FUNCTIONS = frozenset(
-    [getattr, *_TRANSPOSES, *_SLICES, *SITE_OPS, torch.add, torch.sub, torch.mul, torch.matmul, torch.mm]
-    + [torch.addmm, torch.cat, torch.flatten, torch.reshape, torch.zeros, torch.ones, torch.arange, torch.full]
-    + [operator.getitem, operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv]
-    + [operator.eq, operator.ne, operator.matmul]
+    {
+        *(getattr, *_TRANSPOSES, *_SLICES, *SITE_OPS, *PRODUCTS),
+        *(torch.add, torch.sub, torch.mul, torch.cat, torch.flatten, torch.reshape),
+        *(torch.zeros, torch.ones, torch.arange, torch.full),
+        *(
+            operator.add,
+            operator.sub,
+            operator.mul,
+            operator.truediv,
+            operator.floordiv,
+            operator.eq,
+            operator.ne,
+        ),
+    }
 )

@@ -12,8 +12,10 @@ from fxsparse.errors import TraceError
 def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """(positional, keyword) arguments of a call.
 
-    A tensor is the only argument; a tuple or list holds the positional arguments, and a dict at its end the keyword
-    arguments; a dict alone is all keyword arguments.  A model that takes a dict by position needs ``(batch, {})``.
+    A tensor is the only argument; a tuple or list holds the positional arguments, and a dict at its end the
+    keyword
+    arguments; a dict alone is all keyword arguments.  A model that takes a dict by position needs ``(batch,
+    {})``.
     """
     if isinstance(example_inputs, Tensor):
         return (example_inputs,), {}
@@ -21,8 +23,8 @@ def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (), dict(example_inputs)
     if not isinstance(example_inputs, (tuple, list)):
         raise TraceError(
-            f"example_inputs must be a tensor, a tuple (its last element may be a dict of keyword arguments) or a dict; "
-            f"got {type(example_inputs).__name__}"
+            f"example_inputs must be a tensor, a dict, or a tuple whose last element may be a dict of "
+            f"keyword arguments; got {type(example_inputs).__name__}"
         )
     if example_inputs and isinstance(example_inputs[-1], dict):
         return tuple(example_inputs[:-1]), dict(example_inputs[-1])
@@ -30,15 +32,17 @@ def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def named_arguments(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
-    """Example values by parameter name of the model's forward; TraceError where the forward would not take them."""
+    """Example values by parameter name of the model's forward; TraceError where the forward would not take
+    them.
+    """
     args, kwargs = split_inputs(example_inputs)
     signature = inspect.signature(type(model).forward)
     try:
         return dict(signature.bind(model, *args, **kwargs).arguments)
     except TypeError as error:
         raise TraceError(
-            f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}; pass a tensor, or a tuple of "
-            f"the positional arguments with a dict of keyword arguments at its end"
+            f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}; pass a "
+            f"tensor, or a tuple of the positional arguments with a dict of keyword arguments at its end"
         ) from error
 
 

@@ -1,4 +1,6 @@
-"""The pass protocol, what passes share, and the runner: order, checks, timing, and a report row for each pass."""
+"""The pass protocol, what passes share, and the runner: order, checks, timing, and a report row for each
+pass.
+"""
 
 import time
 from collections.abc import Sequence
@@ -11,10 +13,10 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxsparse.errors import InvariantError, PlanError
+from fxsparse.inputs import has_meta
 from fxsparse.pattern import Pattern
 from fxsparse.plans import Plan
 from fxsparse.report import Report
-from fxsparse.inputs import has_meta
 from fxsparse.verify import Observation, compare, observe
 
 
@@ -31,7 +33,8 @@ class Program:
     notes: list[str] = field(default_factory=list)
     """One line per front end that was tried and why it was left."""
     hidden: dict[str, str] = field(default_factory=dict)
-    """{eligible weight: reason} for weights that no pass can reach, such as those in a module that cannot be traced."""
+    """{eligible weight: reason} for weights that no pass can reach, such as those in a module that cannot be
+    traced."""
 
     def distinct_graphs(self) -> list[tuple[str, GraphModule]]:
         """(mode, graph) without repeating a graph that serves both modes."""
@@ -84,7 +87,8 @@ class PassContext:
     mode: str
     program: Program
     report: Report
-    example_inputs: tuple[Any, ...] | None = None
+    example_inputs: Any = None
+    """As the user gave them; see :func:`fxsparse.inputs.split_inputs`."""
     weights: dict[str, WeightSpec] = field(default_factory=dict)
     decisions: dict[str, Decision] = field(default_factory=dict)
     excluded: dict[str, WeightSpec] = field(default_factory=dict)
@@ -108,17 +112,25 @@ class Pass(Protocol):
 
 
 def run_passes(passes: Sequence[Pass], ctx: PassContext) -> None:
-    """Run the passes, ordered by `after`, on every distinct graph of ``ctx.program``, and write their report rows.
+    """Run the passes, ordered by `after`, on every distinct graph of ``ctx.program``, and write their report
+    rows.
 
-    Raises PlanError when the order cannot be met, and InvariantError when a pass breaks a graph, changes the function
+    Raises PlanError when the order cannot be met, and InvariantError when a pass breaks a graph, changes the
+    function
     that it claims to preserve, or miscounts its rewrites.
     """
+    check = _FunctionCheck(ctx)
     for current in ordered(passes):
         ctx.notes = []
         start = time.perf_counter()
-        rewrites = sum(_run_on(current, gm, mode, ctx) for mode, gm in ctx.program.distinct_graphs())
+        rewrites = sum(_run_on(current, gm, mode, ctx, check) for mode, gm in ctx.program.distinct_graphs())
         seconds = time.perf_counter() - start
-        row = {"name": current.name, "rewrites": rewrites, "seconds": seconds, "notes": list(dict.fromkeys(ctx.notes))}
+        row = {
+            "name": current.name,
+            "rewrites": rewrites,
+            "seconds": seconds,
+            "notes": list(dict.fromkeys(ctx.notes)),
+        }
         ctx.report.passes.append(row)
 
 
@@ -134,8 +146,8 @@ def ordered(passes: Sequence[Pass]) -> list[Pass]:
         missing = [name for name in current.after if name not in by_name]
         if missing:
             raise PlanError(
-                f"pass {current.name!r} must run after {list(current.after)}, but {missing} is not in the pipeline "
-                f"{list(by_name)}; add it"
+                f"pass {current.name!r} must run after {list(current.after)}, but {missing} is not in the "
+                f"pipeline {list(by_name)}; add it"
             )
         graph.add_edges_from((name, current.name) for name in current.after)
     position = {name: k for k, name in enumerate(by_name)}
@@ -150,9 +162,9 @@ def ordered(passes: Sequence[Pass]) -> list[Pass]:
         ) from None
 
 
-def _run_on(current: Pass, gm: GraphModule, mode: str, ctx: PassContext) -> int:
-    checked = current.preserves_function and gm is ctx.program.graphs.get("eval") and _is_executable(ctx)
-    before, code, known = (_outputs(gm, ctx) if checked else None), gm.code, set(gm.graph.nodes)
+def _run_on(current: Pass, gm: GraphModule, mode: str, ctx: PassContext, check: "_FunctionCheck") -> int:
+    check.before(current, gm)
+    code, known = gm.code, set(gm.graph.nodes)
     rewrites = current.run(gm, ctx)
     for node in gm.graph.nodes:
         if node not in known:
@@ -160,22 +172,46 @@ def _run_on(current: Pass, gm: GraphModule, mode: str, ctx: PassContext) -> int:
     try:
         gm.graph.lint()
     except (RuntimeError, AssertionError) as error:
-        raise InvariantError(f"pass {current.name!r} left a broken {mode} graph: {error}\n{gm.graph}") from error
+        raise InvariantError(
+            f"pass {current.name!r} left a broken {mode} graph: {error}\n{gm.graph}"
+        ) from error
     gm.recompile()
     if rewrites == 0 and gm.code != code:
-        raise InvariantError(f"pass {current.name!r} reported 0 rewrites but changed the {mode} graph:\n{gm.code}")
-    if before is not None:
-        difference = compare(before, _outputs(gm, ctx))
-        if difference:
-            raise InvariantError(f"pass {current.name!r} changed the function of the {mode} graph: {difference}")
+        raise InvariantError(
+            f"pass {current.name!r} reported 0 rewrites but changed the {mode} graph:\n{gm.code}"
+        )
+    check.after(current, gm, changed=gm.code != code)
     return rewrites
 
 
-def _outputs(gm: GraphModule, ctx: PassContext) -> Observation:
-    return observe(ctx.program.skeleton, gm, ctx.example_inputs, training=False)
+class _FunctionCheck:
+    """Runs the eval graph on real example inputs before and after each pass that claims to preserve the
+    function.
+    """
 
+    def __init__(self, ctx: PassContext) -> None:
+        program, inputs = ctx.program, ctx.example_inputs
+        real = inputs is not None and not has_meta(inputs) and not has_meta(program.skeleton)
+        self.graph = program.graphs.get("eval") if real and program.tier != "walk" else None
+        self.skeleton, self.inputs = program.skeleton, inputs
+        self.seen: Observation | None = None
 
-def _is_executable(ctx: PassContext) -> bool:
-    if ctx.program.tier == "walk" or ctx.example_inputs is None:
-        return False
-    return not has_meta(ctx.example_inputs) and not has_meta(ctx.program.skeleton)
+    def before(self, current: Pass, gm: GraphModule) -> None:
+        if gm is self.graph and current.preserves_function and self.seen is None:
+            self.seen = self._observe(gm)
+
+    def after(self, current: Pass, gm: GraphModule, *, changed: bool) -> None:
+        if gm is not self.graph or not changed:
+            return
+        if not current.preserves_function or self.seen is None:
+            self.seen = None
+            return
+        now = self._observe(gm)
+        if difference := compare(self.seen, now):
+            raise InvariantError(
+                f"pass {current.name!r} changed the function of the eval graph: {difference}"
+            )
+        self.seen = now
+
+    def _observe(self, gm: GraphModule) -> Observation:
+        return observe(self.skeleton, gm, self.inputs, training=False)

@@ -20,10 +20,13 @@ _SHARED_DICTS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers
 def copy_structure(model: nn.Module) -> nn.Module:
     """New module objects of the same classes that hold the very same parameters and buffers.
 
-    Shared submodules stay shared; lists, dicts, bound methods and partials that mention modules of the tree mention
+    Shared submodules stay shared; lists, dicts, bound methods and partials that mention modules of the tree
+    mention
     their copies.  TorchScript modules cannot be copied this way and are shared.
     """
-    copies = {id(m): object.__new__(type(m)) for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)}
+    copies = {
+        id(m): object.__new__(type(m)) for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)
+    }
     for module in model.modules():
         if id(module) in copies:
             copies[id(module)].__dict__.update(_copied_dict(module, copies))
@@ -46,7 +49,8 @@ def bind(graph: Graph, skeleton: nn.Module) -> GraphModule:
 def adopt(graph: Graph, source: nn.Module, skeleton: nn.Module) -> None:
     """Make every name of `graph`, which runs on `source`, a name of the skeleton, in place.
 
-    Parameters get their first name; tensors without a place in the tree become non-persistent buffers of the skeleton
+    Parameters get their first name; tensors without a place in the tree become non-persistent buffers of the
+    skeleton
     (one per value); graph modules become its submodules.
     """
     names = canonical_names(skeleton)
@@ -84,9 +88,10 @@ def substituted(
         yield
     finally:
         for module, parameters, buffers in saved:
-            for live, old in ((module._parameters, parameters), (module._buffers, buffers)):
-                live.clear()
-                live.update(old)
+            module._parameters.clear()
+            module._parameters.update(parameters)
+            module._buffers.clear()
+            module._buffers.update(buffers)
 
 
 def _copied_dict(module: nn.Module, copies: dict[int, Any]) -> dict[str, Any]:
@@ -125,7 +130,9 @@ def _lift(value: Any, target: str, skeleton: nn.Module) -> str:
     if isinstance(value, GraphModule):
         return _lift_module(value, skeleton)
     if not isinstance(value, Tensor):
-        raise TraceError(f"the graph reads {target!r}, a {type(value).__name__}; only tensors can be kept in it")
+        raise TraceError(
+            f"the graph reads {target!r}, a {type(value).__name__}; only tensors can be kept in it"
+        )
     value = value.detach()
     for name, buffer in skeleton._buffers.items():
         if name.startswith("_constant_") and _same_constant(buffer, value):

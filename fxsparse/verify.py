@@ -1,4 +1,6 @@
-"""Does a program compute what the model computes?  One eval pass and one seeded train step, compared tensor by tensor."""
+"""Does a program compute what the model computes?  One eval pass and one seeded train step, compared tensor
+by tensor.
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -13,11 +15,21 @@ from fxsparse.errors import TraceError
 from fxsparse.inputs import has_meta, split_inputs
 from fxsparse.skeleton import substituted
 
-RUN_FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError, NotImplementedError)
+RUN_FAILURES = (
+    RuntimeError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+    AssertionError,
+    NotImplementedError,
+)
 _RELATIVE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 3e-2}
-"""Rounding that a reordered sum may cost, relative to a tensor's largest entry; a wrong trace is off by about 1."""
+"""Rounding that a reordered sum may cost, relative to a tensor's largest entry; a wrong trace is off by
+about 1."""
 _NOISE = 1e-2
-"""Share of that which gradients of exactly zero (a bias before BatchNorm) may show, relative to the largest gradient."""
+"""Share of that which gradients of exactly zero (a bias before BatchNorm) may show, relative to the largest
+gradient."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +43,8 @@ class Observation:
 def observe(root: nn.Module, call: Callable[..., Any], example_inputs: Any, *, training: bool) -> Observation:
     """Run `call` on copies of the inputs with the tree `root` in a mode, seeded; nothing of `root` changes.
 
-    In training also the gradients of a fixed random projection of the float outputs (their plain sum is constant for
+    In training also the gradients of a fixed random projection of the float outputs (their plain sum is
+    constant for
     a softmax), and the buffers after the call.  On meta tensors only shapes are seen.
     """
     with frozen_state(root, training=training, meta=has_meta(root) or has_meta(example_inputs)):
@@ -54,7 +67,9 @@ def compare(expected: Observation, got: Observation) -> str | None:
 
 
 def first_difference(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> str | None:
-    """The first of the expected tensors that is missing or different, with its largest error; None if there is none."""
+    """The first of the expected tensors that is missing or different, with its largest error; None if there
+    is none.
+    """
     scales: dict[str, float] = {}
     for name, want in expected.items():
         scales[name.split()[0]] = max(scales.get(name.split()[0], 0.0), _largest(want))
@@ -101,7 +116,8 @@ def difference_from(
 ) -> str | None:
     """How `call`, which runs on `skeleton`, differs from `model` in a mode; None if it does not.
 
-    `model` should be a structural copy of the user's: what its forward leaves in Python attributes stays there.
+    `model` should be a structural copy of the user's: what its forward leaves in Python attributes stays
+    there.
     Raises TraceError where the model itself cannot run on these inputs.
     """
     training = mode == "train"
@@ -138,7 +154,11 @@ def _difference(want: Tensor, have: Tensor, scale: float) -> str | None:
     if want.is_meta or have.is_meta or not want.numel():
         return None
     if not want.is_floating_point():
-        return None if torch.equal(want, have) else f"differs in {int((want != have).sum())} of {want.numel()} entries"
+        return (
+            None
+            if torch.equal(want, have)
+            else f"differs in {int((want != have).sum())} of {want.numel()} entries"
+        )
     error = torch.nan_to_num(want.float() - have.float(), nan=0.0, posinf=0.0, neginf=0.0).abs().max().item()
     if not torch.equal(want.isfinite(), have.isfinite()):
         return "differs in which entries are finite"

@@ -11,7 +11,9 @@ from fxsparse.pipeline import PassContext
 
 @dataclass(frozen=True)
 class Cleanup:
-    """Erase unread nodes that are known to be pure; in-place and random ones stay (fx's own sweep drops them)."""
+    """Erase unread nodes that are known to be pure; in-place and random ones stay (fx's own sweep drops
+    them).
+    """
 
     name: ClassVar[str] = "cleanup"
     after: ClassVar[tuple[str, ...]] = ()

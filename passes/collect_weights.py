@@ -10,7 +10,16 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxsparse.errors import PlanError
-from fxsparse.graph import Site, argument, attribute_nodes, canonical_names, fetch, operation_name, owner, sites
+from fxsparse.graph import (
+    Site,
+    argument,
+    attribute_nodes,
+    canonical_names,
+    fetch,
+    operation_name,
+    owner,
+    sites,
+)
 from fxsparse.pattern import Unstructured
 from fxsparse.pipeline import PassContext, WeightSpec
 from fxsparse.plans import Plan
@@ -23,7 +32,8 @@ _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 class CollectWeights:
     """Fill ``ctx.weights`` and ``ctx.untouched``: every parameter of the model is in exactly one of them.
 
-    Raises PlanError for an `exclude` glob that matches no parameter and an override that matches no selected weight.
+    Raises PlanError for an `exclude` glob that matches no parameter and an override that matches no selected
+    weight.
     """
 
     name: ClassVar[str] = "collect-weights"
@@ -52,12 +62,16 @@ class CollectWeights:
 
 
 def matches(glob: str, name: str) -> bool:
-    """Whether a glob matches a full weight name or one of its module prefixes: ``head`` matches ``head.weight``."""
+    """Whether a glob matches a full weight name or one of its module prefixes: ``head`` matches
+    ``head.weight``.
+    """
     parts = name.split(".")
     return any(fnmatchcase(".".join(parts[:k]), glob) for k in range(1, len(parts) + 1))
 
 
-def _refusal(ctx: PassContext, name: str, names: list[str], found: list[Site], graphs: list[GraphModule]) -> str | None:
+def _refusal(
+    ctx: PassContext, name: str, names: list[str], found: list[Site], graphs: list[GraphModule]
+) -> str | None:
     skeleton = ctx.program.skeleton
     for alias in names:
         module, last = owner(skeleton, alias)
@@ -74,7 +88,11 @@ def _refusal(ctx: PassContext, name: str, names: list[str], found: list[Site], g
     for glob in ctx.plan.exclude if ctx.plan else ():
         if any(matches(glob, alias) for alias in names):
             return f"excluded by {glob!r}"
-    if found[0].op.startswith("conv_transpose") and ctx.plan and not isinstance(_pattern(ctx.plan, names), Unstructured):
+    if (
+        found[0].op.startswith("conv_transpose")
+        and ctx.plan
+        and not isinstance(_pattern(ctx.plan, names), Unstructured)
+    ):
         return f"{found[0].op} stores input channels first; only Unstructured() fits it"
     if len({site.op for site in found}) > 1 or len({site.transposed for site in found}) > 1:
         return f"used in different ways: {sorted({site.op for site in found})}"
@@ -91,7 +109,7 @@ def _why_no_site(
     if not users:
         return _why_unread(ctx, name, graphs)
     ops = ", ".join(sorted({operation_name(user) for user in users}))
-    if parameter.dim() == 3:
+    if parameter.dim() == 3 and any(word in ops for word in ("mm", "matmul", "einsum")):
         return f"3-D expert weight (op {ops})"
     return f"its op is neither a linear nor a convolution ({ops})"
 
@@ -103,14 +121,18 @@ def _why_unread(ctx: PassContext, name: str, graphs: list[GraphModule]) -> str:
     inside = next((path for path in sorted(called) if name.startswith(f"{path}.")), None)
     if inside is None:
         return "not read by the forward pass"
-    return f"inside {inside} ({type(ctx.program.skeleton.get_submodule(inside)).__name__}), which runs as one module"
+    kind = type(ctx.program.skeleton.get_submodule(inside)).__name__
+    return f"inside {inside} ({kind}), which runs as one module"
 
 
 def _is_embedding_table(node: Node) -> bool:
     table_first = (torch.ops.aten.embedding.default, torch.ops.aten.embedding_bag.default)
     return any(
         (user.target in table_first and user.args[0] is node)
-        or (user.target in (torch.embedding, nn.functional.embedding) and node in (argument(user, 1, "weight"), user.args[0]))
+        or (
+            user.target in (torch.embedding, nn.functional.embedding)
+            and node in (argument(user, 1, "weight"), user.args[0])
+        )
         for user in node.users
     )
 
@@ -141,7 +163,9 @@ def _groups(site: Site) -> int:
 
 def _check_globs(field: str, globs: Any, names: Any, targets: Any) -> None:
     known = list(targets) if field == "overrides" else [alias for group in names.values() for alias in group]
-    prefixes = sorted({name.rsplit(".", k)[0] for name in known for k in range(name.count(".") + 1)} | set(known))
+    prefixes = sorted(
+        {name.rsplit(".", k)[0] for name in known for k in range(name.count(".") + 1)} | set(known)
+    )
     for glob in globs:
         if any(matches(glob, name) for name in known):
             continue

@@ -22,7 +22,7 @@ from fxsparse.graph import (
 from fxsparse.pipeline import PassContext
 from fxsparse.trace.modules import FUNCTIONAL, functional_arguments, refuses_functional, site_type
 
-_ATEN = {
+_ATEN: dict[Any, Any] = {
     torch.ops.aten.linear.default: F.linear,
     torch.ops.aten.conv1d.default: F.conv1d,
     torch.ops.aten.conv1d.padding: F.conv1d,
@@ -44,7 +44,8 @@ _CONVOLUTIONS = {
 class Functionalize:
     """Afterwards each such call is ``F.linear`` or ``F.conv*`` on ``get_attr`` nodes.
 
-    A matrix product ``x @ W`` becomes ``F.linear(x, W.t())``.  Norms and dropouts stay modules.  A module that its
+    A matrix product ``x @ W`` becomes ``F.linear(x, W.t())``.  Norms and dropouts stay modules.  A module
+    that its
     functional cannot say (hooks, parametrized weight, padding_mode) stays a call, with a note.
     """
 
@@ -83,7 +84,9 @@ def _rewrite_module(gm: GraphModule, node: Node, names: dict[str, str], notes: l
         return False
     weight = _attribute(gm, names[f"{path}.weight"], node)
     bias = None if module.bias is None else _attribute(gm, names[f"{path}.bias"], node)
-    replace(node, FUNCTIONAL[kind], (argument(node, 0, "input"), weight, bias), **functional_arguments(module))
+    replace(
+        node, FUNCTIONAL[kind], (argument(node, 0, "input"), weight, bias), **functional_arguments(module)
+    )
     return True
 
 
@@ -118,7 +121,10 @@ def _rewrite_product(gm: GraphModule, node: Node) -> bool:
 
 def _transposed(weight: Any) -> Node:
     """The transpose of a 2-D weight expression; of a transpose, what it transposes."""
-    if weight.op == "call_method" and weight.target == "t" or weight.target in (torch.t, torch.ops.aten.t.default):
+    if (weight.op == "call_method" and weight.target == "t") or weight.target in (
+        torch.t,
+        torch.ops.aten.t.default,
+    ):
         return weight.args[0]
     with weight.graph.inserting_after(weight):
         return weight.graph.call_function(torch.t, (weight,))

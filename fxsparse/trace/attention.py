@@ -1,6 +1,7 @@
 """Traceable forwards of torch's attention modules, whose own forwards hide their weights behind fast paths.
 
-The projections are ``F.linear`` on ``in_proj_weight`` and ``out_proj.weight``, so passes see these weights.  No function
+The projections are ``F.linear`` on ``in_proj_weight`` and ``out_proj.weight``, so passes see these weights.
+No function
 here looks at sizes of its inputs: inputs may be batched or not, and proxies have no sizes.
 """
 
@@ -32,7 +33,9 @@ def refuses_attention(module: nn.Module) -> str | None:
 
 
 def traceable_forward(module: nn.Module) -> Callable[..., Any] | None:
-    """A forward of the same function, taking the module first, for torch's attention modules; None for others."""
+    """A forward of the same function, taking the module first, for torch's attention modules; None for
+    others.
+    """
     if refuses_attention(module) is None:
         return attention_forward
     if has_hooks(module):
@@ -74,7 +77,8 @@ def attention_forward(
 def attention_mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, query: Tensor) -> Tensor:
     """The two masks as one that is added to scores ``[batch, heads, length, source]``, in the query's dtype.
 
-    `query`: ``[batch, heads, length, head_dim]`` or ``[heads, length, head_dim]``.  True means "do not attend".
+    `query`: ``[batch, heads, length, head_dim]`` or ``[heads, length, head_dim]``.  True means "do not
+    attend".
     """
     merged = None
     if attn_mask is not None:

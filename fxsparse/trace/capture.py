@@ -1,19 +1,23 @@
-"""Capture a model: front ends in order, each verified against the original, with the reason for every step down."""
+"""Capture a model: front ends in order, each verified against the original, with the reason for every step
+down.
+"""
 
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from fxsparse.errors import TraceError
-from fxsparse.pipeline import Program
 from fxsparse.inputs import named_arguments
+from fxsparse.pipeline import Program
 from fxsparse.skeleton import adopt, bind, copy_structure
 from fxsparse.trace.symbolic import hidden_weights, trace_symbolic
 
 
-def capture(model: nn.Module, example_inputs: Any = None, *, modes: Sequence[str] = ("train", "eval")) -> Program:
+def capture(
+    model: nn.Module, example_inputs: Any = None, *, modes: Sequence[str] = ("train", "eval")
+) -> Program:
     """Trace a model once per mode, without touching its modules, buffers, gradients or mode.
 
     `example_inputs`: see :func:`fxsparse.inputs.split_inputs`.  Raises TraceError for lazy modules.
@@ -48,5 +52,7 @@ def _merged(graphs: dict[str, Any]) -> dict[str, Any]:
 
 def _check(model: nn.Module) -> None:
     for name, parameter in (*model.named_parameters(), *model.named_buffers()):
-        if isinstance(parameter, UninitializedTensorMixin):
-            raise TraceError(f"{name!r} of a lazy module has no shape yet; run the model once before compiling it")
+        if is_lazy(parameter):
+            raise TraceError(
+                f"{name!r} of a lazy module has no shape yet; run the model once before compiling it"
+            )

@@ -53,13 +53,15 @@ def refuses_functional(module: nn.Module) -> str | None:
         return "the weight is parametrized, so it is computed at every call"
     if getattr(module, "padding_mode", "zeros") != "zeros":
         return f"padding_mode={module.padding_mode!r} is more than one convolution"
-    if type(module)._conv_forward is not site_type(module)._conv_forward if _is_plain_conv(module) else False:
+    if getattr(type(module), "_conv_forward", None) is not getattr(site_type(module), "_conv_forward", None):
         return f"{type(module).__name__} overrides _conv_forward"
     return None
 
 
 def functional_arguments(module: nn.Module) -> dict[str, Any]:
-    """Keyword arguments, apart from input, weight and bias, that repeat a Linear or Conv by its functional."""
+    """Keyword arguments, apart from input, weight and bias, that repeat a Linear or Conv by its
+    functional.
+    """
     if isinstance(module, nn.Linear):
         return {}
     names = ["stride", "padding", "dilation", "groups"]
@@ -90,7 +92,3 @@ def eligible_below(root: nn.Module, prefix: str = "") -> dict[str, str]:
 
 
 _TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-
-def _is_plain_conv(module: nn.Module) -> bool:
-    return hasattr(module, "_conv_forward")

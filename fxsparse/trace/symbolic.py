@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.proxy import TraceError as FxTraceError
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
@@ -17,14 +18,16 @@ from fxsparse.trace.attention import traceable_forward
 from fxsparse.trace.modules import FUNCTIONAL, eligible_below, has_hooks, refuses_functional, site_type
 
 TRACE_FAILURES = (
-    fx.proxy.TraceError, TypeError, ValueError, RuntimeError, AttributeError, LookupError, NameError, AssertionError,
+    FxTraceError, TypeError, ValueError, RuntimeError, AttributeError, LookupError, NameError,
+    AssertionError,
 )  # fmt: skip
 """What user code raises when it meets a proxy: control flow, sizes as Python numbers, attribute checks."""
 
 _LEAVES = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _DropoutNd, nn.Embedding, nn.EmbeddingBag)
 _OPEN = (nn.Sequential, nn.Transformer)
 _FACTORIES = (
-    torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal, torch.bernoulli, torch.zeros, torch.ones,
+    torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal, torch.bernoulli, torch.zeros,
+    torch.ones,
     torch.empty, torch.full, torch.arange, torch.linspace, torch.eye, torch.tensor,
 )  # fmt: skip
 
@@ -34,8 +37,10 @@ def trace_symbolic(
 ) -> tuple[fx.Graph, dict[str, str]]:
     """Trace a module in its present mode; returns its graph and {module path: why it stayed opaque}.
 
-    `arguments`: example values by parameter name of ``forward``; the rest keep their defaults.  Values that are no
-    tensors are fixed: the graph raises when called with another.  `root` may be left with proxies in its attributes,
+    `arguments`: example values by parameter name of ``forward``; the rest keep their defaults.  Values that
+    are no
+    tensors are fixed: the graph raises when called with another.  `root` may be left with proxies in its
+    attributes,
     so pass a copy.  Raises TraceError where the forward of `root` itself cannot be traced.
     """
     if has_hooks(root):
@@ -66,7 +71,8 @@ def hidden_weights(gm: fx.GraphModule, opaque: Mapping[str, str]) -> dict[str, s
     names = canonical_names(gm)
     for name in {names[name] for name in eligible_below(gm)}:
         for node in attribute_nodes(gm.graph, name) if name not in reached else ():
-            hidden.update({name: f"its op is {operation_name(user)}" for user in node.users if not is_product(user)})
+            odd = [operation_name(user) for user in node.users if not is_product(user)]
+            hidden.update({name: f"its op is {', '.join(odd)}"} if odd else {})
     return hidden
 
 
@@ -123,7 +129,9 @@ class SiteTracer(fx.Tracer):
 
 
 class _RecordFactories(TorchFunctionMode):
-    """Makes ``torch.rand(2)`` and ``torch.zeros(2)`` nodes; otherwise the trace would keep one result for ever."""
+    """Makes ``torch.rand(2)`` and ``torch.zeros(2)`` nodes; otherwise the trace would keep one result for
+    ever.
+    """
 
     def __init__(self, tracer: SiteTracer) -> None:
         super().__init__()
@@ -148,6 +156,5 @@ def _fixed_arguments(root: nn.Module, arguments: Mapping[str, Any] | None) -> di
 
 
 def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
-
-
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

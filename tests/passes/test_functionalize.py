@@ -1,0 +1,113 @@
+"""Every Linear, convolution and matrix product with a parameter becomes F.linear or F.conv on get_attr
+nodes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from fxsparse.graph import sites
+from fxsparse.passes import Functionalize
+from fxsparse.pipeline import PassContext, run_passes
+from fxsparse.report import Report
+from fxsparse.trace import capture
+
+
+def functionalized(model: nn.Module, x: torch.Tensor) -> PassContext:
+    ctx = PassContext(None, "train", capture(model, x), Report(), x)
+    run_passes([Functionalize()], ctx)
+    return ctx
+
+
+def code(ctx: PassContext) -> str:
+    return ctx.program.graphs["eval"].code
+
+
+def test_shows_the_graph_before_and_after() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    before = capture(model).graphs["eval"].code
+    assert '_0 = getattr(self, "0")(input_1)' in before
+    ctx = functionalized(model, torch.randn(5, 4))
+    assert "torch._C._nn.linear(input_1, _0_weight, _0_bias)" in code(ctx)
+    assert 'getattr(self, "1")' in code(ctx)  # norms stay modules
+    assert ctx.report.passes[0]["rewrites"] == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "call"),
+    [
+        (nn.Conv1d(4, 6, 3, stride=2, padding=1, dilation=2, groups=2), (2, 4, 16), F.conv1d),
+        (nn.Conv2d(4, 6, 3, padding="same", bias=False), (2, 4, 8, 8), F.conv2d),
+        (nn.Conv3d(2, 3, 2), (2, 2, 4, 4, 4), F.conv3d),
+        (nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1, groups=2), (2, 4, 5, 5), F.conv_transpose2d),
+    ],
+)
+def test_convolutions_keep_their_options(module: nn.Module, shape: tuple[int, ...], call: object) -> None:
+    ctx = functionalized(nn.Sequential(module), torch.randn(shape))  # the runner compares the outputs
+    assert [site.node.target for site in sites(ctx.program.graphs["eval"])] == [call]
+
+
+def hooked() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    layer.register_forward_hook(lambda *call: call[-1] + 1)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "reason"),
+    [
+        (hooked(), (2, 4), "has hooks, which only run when it is called"),
+        (parametrizations.orthogonal(nn.Linear(4, 4)), (2, 4), "the weight is parametrized"),
+        (nn.Conv1d(4, 4, 3, padding=1, padding_mode="reflect"), (2, 4, 8), "padding_mode='reflect'"),
+    ],
+)
+def test_refuses_what_the_functional_cannot_say(
+    layer: nn.Module, shape: tuple[int, ...], reason: str
+) -> None:
+    model = nn.Sequential(layer, nn.ReLU())
+    ctx = PassContext(None, "train", capture(model), Report())
+    run_passes([Functionalize()], ctx)
+    row = ctx.report.passes[0]
+    assert row["rewrites"] == 0
+    assert reason in row["notes"][0]  # type: ignore[index]
+    x = torch.randn(shape)
+    torch.testing.assert_close(ctx.program.run("eval", x), model.eval()(x), rtol=0, atol=0)
+
+
+class Product(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.weight = nn.Parameter(torch.randn(4, 3))
+        self.bias = nn.Parameter(torch.randn(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        match self.kind:
+            case "addmm":
+                return torch.addmm(self.bias, x, self.weight)
+            case "matmul":
+                return x @ self.weight
+            case _:
+                return F.linear(x, self.weight.t(), self.bias)
+
+
+@pytest.mark.parametrize("kind", ["addmm", "matmul", "linear"])
+def test_products_become_linear_with_a_transposed_weight(kind: str) -> None:
+    ctx = functionalized(Product(kind), torch.randn(2, 4))
+    (site,) = sites(ctx.program.graphs["eval"])
+    assert (site.op, site.weight.target, site.transposed) == ("linear", "weight", True)
+
+
+def test_a_tied_weight_has_one_node_for_both_users() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    gm = functionalized(model, torch.randn(2, 4)).program.graphs["eval"]
+    assert [site.weight.target for site in sites(gm)] == ["0.weight", "0.weight"]
+    assert len({site.weight for site in sites(gm)}) == 1
+
+
+def test_a_second_run_changes_nothing() -> None:
+    ctx = functionalized(nn.Sequential(nn.Linear(4, 3)), torch.randn(2, 4))
+    run_passes([Functionalize()], ctx)
+    assert [row["rewrites"] for row in ctx.report.passes] == [1, 0]
