@@ -1,15 +1,16 @@
 """Decide which parameters may become sparse, and say why the others may not."""
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxsparse.errors import PlanError
+from fxsparse.globs import matches, unmatched
 from fxsparse.graph import (
     Site,
     argument,
@@ -20,7 +21,7 @@ from fxsparse.graph import (
     owner,
     sites,
 )
-from fxsparse.pattern import Unstructured
+from fxsparse.pattern import Pattern, Unstructured
 from fxsparse.pipeline import PassContext, WeightSpec
 from fxsparse.plans import Plan
 
@@ -48,25 +49,21 @@ class CollectWeights:
         aliases: dict[str, list[str]] = {}
         for alias, name in canonical_names(skeleton).items():
             aliases.setdefault(name, []).append(alias)
-        _check_globs("exclude", plan.exclude if plan else (), aliases, aliases)
+        _check_globs("exclude", plan.exclude if plan else (), canonical_names(skeleton))
         graphs = [graph for _, graph in ctx.program.distinct_graphs()]
         for name, names in aliases.items():
             found = [site for graph in graphs for site in sites(graph, name)]
             reason = _refusal(ctx, name, names, found, graphs)
-            if reason is None:
-                ctx.weights[name] = _spec(fetch(skeleton, name), name, names, found)
-            else:
+            glob = _excluding(plan, names) if reason is None else None
+            if glob is not None:
+                reason = f"excluded by {glob!r}"
+            if reason is not None:
                 ctx.untouched[name] = reason
-        _check_globs("overrides", [o.glob for o in plan.overrides] if plan else (), aliases, ctx.weights)
+            if reason is None or glob is not None:
+                chosen = ctx.weights if glob is None else ctx.excluded
+                chosen[name] = _spec(fetch(skeleton, name), name, names, found)
+        _check_globs("overrides", [o.glob for o in plan.overrides] if plan else (), ctx.weights)
         return 0
-
-
-def matches(glob: str, name: str) -> bool:
-    """Whether a glob matches a full weight name or one of its module prefixes: ``head`` matches
-    ``head.weight``.
-    """
-    parts = name.split(".")
-    return any(fnmatchcase(".".join(parts[:k]), glob) for k in range(1, len(parts) + 1))
 
 
 def _refusal(
@@ -85,9 +82,6 @@ def _refusal(
         return "tied to an embedding" if found else "embedding"
     if not found:
         return _why_no_site(ctx, name, names, fetch(skeleton, name), graphs)
-    for glob in ctx.plan.exclude if ctx.plan else ():
-        if any(matches(glob, alias) for alias in names):
-            return f"excluded by {glob!r}"
     if (
         found[0].op.startswith("conv_transpose")
         and ctx.plan
@@ -137,9 +131,16 @@ def _is_embedding_table(node: Node) -> bool:
     )
 
 
-def _pattern(plan: Plan, names: list[str]) -> Any:
-    chosen = [o.pattern for o in plan.overrides if o.pattern and any(matches(o.glob, name) for name in names)]
-    return chosen[-1] if chosen else plan.pattern
+def _excluding(plan: Plan | None, names: list[str]) -> str | None:
+    """The first glob of `exclude` that names the weight by any of its names."""
+    globs = plan.exclude if plan else ()
+    return next((glob for glob in globs if any(matches(glob, name) for name in names)), None)
+
+
+def _pattern(plan: Plan, names: list[str]) -> Pattern:
+    """The pattern that the weight would get: of the first override that names it, else the plan's."""
+    wish = next((o for o in plan.overrides if any(matches(o.glob, name) for name in names)), None)
+    return plan.pattern if wish is None or wish.pattern is None else wish.pattern
 
 
 def _spec(parameter: torch.Tensor, name: str, names: list[str], found: list[Site]) -> WeightSpec:
@@ -161,14 +162,14 @@ def _groups(site: Site) -> int:
     return int(groups)
 
 
-def _check_globs(field: str, globs: Any, names: Any, targets: Any) -> None:
-    known = list(targets) if field == "overrides" else [alias for group in names.values() for alias in group]
-    prefixes = sorted(
-        {name.rsplit(".", k)[0] for name in known for k in range(name.count(".") + 1)} | set(known)
+def _check_globs(field: str, globs: Iterable[str], names: Iterable[str]) -> None:
+    names = list(names)
+    lost = unmatched(globs, names)
+    if not lost:
+        return
+    prefixes = {".".join(name.split(".")[:k]) for name in names for k in range(1, name.count(".") + 2)}
+    near = difflib.get_close_matches(lost[0], sorted(prefixes), n=3, cutoff=0.3) or sorted(prefixes)[:3]
+    what = "parameter" if field == "exclude" else "selected weight"
+    raise PlanError(
+        f"{field} glob {lost[0]!r} matches no {what}; nearest names: {near}. Globs match full names or a module above"
     )
-    for glob in globs:
-        if any(matches(glob, name) for name in known):
-            continue
-        near = difflib.get_close_matches(glob, prefixes, n=3, cutoff=0.3)
-        what = "parameter" if field == "exclude" else "selected weight"
-        raise PlanError(f"{field} glob {glob!r} matches no {what}; nearest names: {near or prefixes[:3]}")
