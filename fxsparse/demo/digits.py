@@ -1,0 +1,84 @@
+"""The recipe: scikit-learn's handwritten digits, one training loop for dense and sparse models alike."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import OneCycleLR
+from tqdm import tqdm
+
+from fxsparse.errors import UnsupportedError
+
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Digits:
+    """1,797 images of 8 x 8 pixels, one fifth of them held out for the test."""
+
+    train_images: Tensor
+    """[1437, 1, 8, 8], zero mean, unit variance."""
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+
+def load_digits() -> Digits:
+    """The data set, which scikit-learn carries with it; the split is the same in every run.
+
+    Raises:
+        UnsupportedError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn import datasets
+        from sklearn.model_selection import train_test_split
+    except ModuleNotFoundError as error:
+        raise UnsupportedError(
+            f"the digits need scikit-learn, and {error.name!r} is not installed: pip install 'fxsparse[demo]'"
+        ) from error
+    images, labels = datasets.load_digits(return_X_y=True)
+    parts = train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=0)
+    train_images, test_images = (torch.tensor(part, dtype=torch.float32) for part in parts[:2])
+    mean, deviation = train_images.mean(), train_images.std()
+    scaled = ((part - mean) / deviation for part in (train_images, test_images))
+    train, test = (part.view(-1, 1, 8, 8) for part in scaled)
+    return Digits(train, torch.tensor(parts[2]), test, torch.tensor(parts[3]))
+
+
+def train(
+    model: nn.Module,
+    digits: Digits,
+    *,
+    steps: int,
+    seed: int = 0,
+    rate: float = 1e-3,
+    attach: Callable[[AdamW], object] | None = None,
+    title: str = "",
+) -> None:
+    """Train in place with AdamW and a one-cycle rate, on `steps` batches of 64 images drawn with replacement.
+
+    `attach` gets the optimizer before the first step: `SparseModule.attach` for a sparse model.
+    """
+    optimizer = AdamW(model.parameters(), lr=rate, weight_decay=0.05)
+    rates = OneCycleLR(optimizer, max_lr=rate, total_steps=steps)
+    if attach is not None:
+        attach(optimizer)
+    model.train()
+    generator = torch.Generator().manual_seed(seed)
+    for _ in tqdm(range(steps), desc=title, unit="step", leave=False, disable=None):
+        rows = torch.randint(len(digits.train_labels), (BATCH,), generator=generator)
+        loss = F.cross_entropy(model(digits.train_images[rows]), digits.train_labels[rows])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        rates.step()
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, digits: Digits) -> float:
+    """Share of the test images that `model` labels right, in percent; leaves it in eval mode."""
+    predicted = model.eval()(digits.test_images).argmax(1)
+    return 100 * (predicted == digits.test_labels).float().mean().item()
