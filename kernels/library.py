@@ -49,10 +49,9 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any],
     torch.library.register_fake(f"fxsparse::{name}", fake, lib=_LIBRARY)
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The floating tensors in the autocast dtype where autocast is on for their device, else as they are."""
-    device = next(t for t in tensors if t is not None).device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+def autocast(x: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The three in the autocast dtype where autocast is on for their device, else as they are."""
+    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+        return x, values, bias
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)

@@ -20,11 +20,11 @@ def condensed_linear(
 
     x [..., in] and values [out, k] are of one floating dtype; indices [out, k] are columns, int16 or int32.
     """
-    x, values, bias = autocast(x, values, bias)  # pyright: ignore[reportAssignmentType]
+    x, values, bias = autocast(x, values, bias)
     code = activation_code(activation)
     if x.dtype == torch.float64:
         return reference(x, values, indices, bias, code)
-    return torch.ops.fxsparse.condensed_forward(x, values, indices, bias, code)
+    return torch.ops.fxsparse.condensed_forward.default(x, values, indices, bias, code)
 
 
 def reference(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, activation: int) -> Tensor:

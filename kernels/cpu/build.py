@@ -1,23 +1,62 @@
-"""Compiling and loading the C++ kernels."""
+"""Compiling the C++ kernels on first use, caching and loading them."""
+
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
 
 import torch
 
 from fxsparse.kernel import Problem
 
+INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+"""What the kernels are compiled for; the best one that the CPU has is used."""
+
+_OPS = ("csr_forward", "csr_backward", "condensed_forward")
+_FOLDER = Path(__file__).parent
+_FLAGS = "-O3 -std=c++17 -fPIC -fno-math-errno -fno-trapping-math -ffp-contract=fast".split()
+_X86 = platform.machine().lower() in ("x86_64", "amd64")
+_TABLES = {
+    "portable": [],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma"],
+}
+
+
+class _NoKernels(Exception):
+    """Why the C++ kernels cannot be had here."""
+
 
 def availability() -> str | None:
-    """None where the C++ kernels run, else the reason why not."""
-    return "the C++ kernels come with the commit that follows"
+    """None where the C++ kernels are loaded (the first call builds them), else the reason why not."""
+    return _load()
 
 
 def load() -> bool:
     """Whether the C++ kernels are loaded; the first call builds them."""
-    return availability() is None
+    return _load() is None
 
 
 def implements(name: str) -> bool:
     """Whether the op ``fxsparse::<name>`` has a C++ kernel."""
-    return False
+    return name in _OPS
+
+
+def instruction_set(name: str | None = None) -> str:
+    """The instruction set in use ("avx512", "avx2", "portable"; "reference" without C++), after asking for `name`.
+
+    A set that the CPU lacks is lowered to the best it has.  The environment variable FXSPARSE_ISA does the same from
+    the start, and with "reference" there leaves the C++ kernels alone.
+    """
+    if _load() is not None:
+        return "reference"
+    level = -1 if name is None else INSTRUCTION_SETS.index(name)
+    return INSTRUCTION_SETS[torch.ops.fxsparse.cpu_level(level)]
 
 
 def refuses(problem: Problem) -> list[str]:
@@ -30,3 +69,81 @@ def refuses(problem: Problem) -> list[str]:
     if not reasons and (reason := availability()) is not None:
         reasons.append(reason)
     return reasons
+
+
+@functools.cache
+def _load() -> str | None:
+    wanted = os.environ.get("FXSPARSE_ISA", "")
+    if wanted == "reference":
+        return "FXSPARSE_ISA=reference asks for the PyTorch reference"
+    try:
+        torch.ops.load_library(str(_built()))
+    except (_NoKernels, OSError) as error:
+        return str(error)
+    if wanted:
+        torch.ops.fxsparse.cpu_level(INSTRUCTION_SETS.index(wanted))
+    return None
+
+
+def _built() -> Path:
+    """The shared library for these sources, this compiler and this architecture; built where it is not cached."""
+    compiler = _compiler()
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    sources = [(_FOLDER / name).read_bytes() for name in ("table.h", "vec.h", "products.cpp", "ops.cpp")]
+    stamp = repr((compiler, version, _FLAGS, _TABLES, platform.machine(), sources)).encode()
+    library = _cache_folder() / f"fxsparse_cpu_{hashlib.sha256(stamp).hexdigest()[:16]}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            _compile(compiler, Path(folder))
+            os.replace(Path(folder) / "out.so", library)  # atomic: two processes may build at once
+    return library
+
+
+def _cache_folder() -> Path:
+    """FXSPARSE_CACHE, else ``fxsparse`` in the user's cache folder."""
+    if folder := os.environ.get("FXSPARSE_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxsparse"
+
+
+def _compiler() -> list[str]:
+    if asked := os.environ.get("CXX"):
+        command = shlex.split(asked)
+        if shutil.which(command[0]) is None:
+            raise _NoKernels(f"no C++ compiler: CXX={asked!r} is not there")
+        return command
+    for name in ("g++", "c++", "clang++"):
+        if shutil.which(name):
+            return [name]
+    raise _NoKernels("no C++ compiler: none of g++, c++, clang++ is there, and CXX is not set")
+
+
+def _compile(compiler: list[str], folder: Path) -> None:
+    """Write ``out.so`` into `folder`; the objects are compiled side by side."""
+    torch_folder = Path(torch.__file__).parent
+    headers = [f"-I{torch_folder / 'include'}", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    x86 = ["-DFXSPARSE_X86"] if _X86 else []
+    units = {"ops": ["ops.cpp", *headers, *x86]}
+    for name, flags in _TABLES.items():
+        if _X86 or not flags:
+            units[name] = ["products.cpp", f"-DFXSPARSE_TABLE=table_{name}", *flags]
+    objects = [str(folder / f"{name}.o") for name in units]
+    commands = [
+        [*compiler, *_FLAGS, "-c", str(_FOLDER / source), *flags, "-o", target]
+        for (source, *flags), target in zip(units.values(), objects, strict=True)
+    ]
+    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    errors = [process.communicate()[1] for process in running]
+    for process, error in zip(running, errors, strict=True):
+        if process.returncode:
+            raise _NoKernels(f"{compiler[0]} failed on the kernels: {_first_error(error)}")
+    link = [*compiler, "-shared", *objects, f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", "-o"]
+    linked = subprocess.run([*link, str(folder / "out.so")], capture_output=True, text=True, check=False)
+    if linked.returncode:
+        raise _NoKernels(f"{compiler[0]} failed to link the kernels: {_first_error(linked.stderr)}")
+
+
+def _first_error(text: str) -> str:
+    lines = text.strip().splitlines() or ["no message"]
+    return next((line for line in lines if "error" in line), lines[0])

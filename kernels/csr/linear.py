@@ -38,9 +38,9 @@ def csr_linear(
     With ``probe_key >= 0`` backward leaves copies of x and the output gradient in ``probe.PROBES[probe_key]``.
     An activation goes with inference only.
     """
-    x, values, bias = autocast(x, values, bias)  # pyright: ignore[reportAssignmentType]
+    x, values, bias = autocast(x, values, bias)
     if ccol is None:
-        return _op(x, "csr_forward")(x, values, crow, cols, bias, activation_code(activation))
+        return _forward(x, values, crow, cols, bias, activation_code(activation))
     if activation != "none":
         raise ValueError(
             f"the differentiable CSR linear fuses no activation, got {activation!r}: apply it after"
@@ -53,7 +53,7 @@ class _CsrLinear(torch.autograd.Function):
     def forward(ctx, x, values, crow, cols, ccol, rows_t, perm, bias, probe_key):
         ctx.save_for_backward(x, values, crow, cols, ccol, rows_t, perm)
         ctx.probe_key = probe_key
-        return _op(x, "csr_forward")(x, values, crow, cols, bias, 0)
+        return _forward(x, values, crow, cols, bias, 0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -62,9 +62,10 @@ class _CsrLinear(torch.autograd.Function):
         need_x, need_values, need_bias = (ctx.needs_input_grad[i] for i in (0, 1, 7))
         if ctx.probe_key >= 0:
             grad = probe.stash(x, grad, ctx.probe_key)
-        grad_x, grad_values, grad_bias = _op(x, "csr_backward")(
-            grad, x, *weight, need_x, need_values, need_bias
+        run = (
+            reference.linear_backward if x.dtype == torch.float64 else torch.ops.fxsparse.csr_backward.default
         )
+        grad_x, grad_values, grad_bias = run(grad, x, *weight, need_x, need_values, need_bias)
         return (
             grad_x if need_x else None,
             grad_values if need_values else None,
@@ -74,11 +75,12 @@ class _CsrLinear(torch.autograd.Function):
         )
 
 
-def _op(x: Tensor, name: str):
+def _forward(
+    x: Tensor, values: Tensor, crow: Tensor, cols: Tensor, bias: Tensor | None, activation: int
+) -> Tensor:
     """The op, or for fp64 its reference: the compiled kernels sum in fp32."""
-    if x.dtype == torch.float64:
-        return {"csr_forward": reference.linear, "csr_backward": reference.linear_backward}[name]
-    return getattr(torch.ops.fxsparse, name)
+    run = reference.linear if x.dtype == torch.float64 else torch.ops.fxsparse.csr_forward.default
+    return run(x, values, crow, cols, bias, activation)
 
 
 def _forward_fake(x, values, crow, cols, bias, activation):

@@ -1,0 +1,367 @@
+// The CPU implementations of the fxsparse ops, on torch's stable ABI: checks, panels, threads.
+//
+// Scratch memory, per thread: one panel of 64 tokens of x and (backward) of grad_y in fp32; per call (backward): two
+// fp32 arrays of nnz.  Nothing has the size of the dense weight.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "table.h"
+
+namespace {
+
+using namespace fxsparse;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+enum Level : int64_t { kPortable, kAvx2, kAvx512 };
+
+int64_t best_level() {
+#if defined(FXSPARSE_X86)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq"))
+    return kAvx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
+#endif
+  return kPortable;
+}
+
+std::atomic<int64_t> chosen_level{best_level()};
+
+// Sets the instruction set where `level` >= 0, never beyond what the CPU has; returns the one in use.
+int64_t cpu_level(int64_t level) {
+  if (level >= 0) chosen_level = std::min(level, best_level());
+  return chosen_level;
+}
+
+const Table& table() {
+#if defined(FXSPARSE_X86)
+  if (chosen_level == kAvx512) return table_avx512();
+  if (chosen_level == kAvx2) return table_avx2();
+#endif
+  return table_portable();
+}
+
+struct Buffer {
+  explicit Buffer(int64_t count)
+      : data(static_cast<float*>(::operator new(std::max<int64_t>(count, 1) * sizeof(float), std::align_val_t(64)))) {}
+  Buffer(Buffer&& other) noexcept : data(std::exchange(other.data, nullptr)) {}
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { ::operator delete(data, std::align_val_t(64)); }
+  float* data;
+};
+
+// ---- checks and views
+
+Scalar scalar_of(const Tensor& t, const char* name) {
+  const auto type = t.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, "fxsparse: expected ", name,
+                  " in float32 or bfloat16");
+  return type == ScalarType::Float ? Scalar::f32 : Scalar::bf16;
+}
+
+Matrix matrix(const Tensor& t, const char* name) {
+  const int64_t features = t.size(-1);
+  return {t.mutable_data_ptr(), scalar_of(t, name), features ? t.numel() / features : 0, features};
+}
+
+int64_t tokens_of(const Tensor& x) {
+  int64_t tokens = 1;
+  for (int64_t d = 0; d + 1 < x.dim(); d++) tokens *= x.size(d);
+  return tokens;
+}
+
+const int32_t* index32(const Tensor& t, int64_t count, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int && t.is_contiguous() && t.numel() == count, "fxsparse: expected ",
+                  name, " int32, contiguous, with ", count, " elements, got ", t.numel());
+  return static_cast<const int32_t*>(t.const_data_ptr());
+}
+
+// fp32 copies of `t`, or its own memory where that is fp32.
+const float* as_floats(const Tensor& t, std::vector<Buffer>& owned) {
+  if (scalar_of(t, "values and bias") == Scalar::f32) return static_cast<const float*>(t.const_data_ptr());
+  owned.emplace_back(t.numel());
+  float* to = owned.back().data;
+  const auto* from = static_cast<const uint16_t*>(t.const_data_ptr());
+  for (int64_t i = 0; i < t.numel(); i++) {
+    const uint32_t bits = uint32_t(from[i]) << 16;
+    __builtin_memcpy(to + i, &bits, 4);
+  }
+  return to;
+}
+
+void put_floats(const float* from, const Tensor& t) {
+  if (scalar_of(t, "a gradient") == Scalar::f32) {
+    std::copy(from, from + t.numel(), static_cast<float*>(t.mutable_data_ptr()));
+    return;
+  }
+  auto* to = static_cast<uint16_t*>(t.mutable_data_ptr());
+  for (int64_t i = 0; i < t.numel(); i++) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, from + i, 4);
+    to[i] = from[i] == from[i] ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0;
+  }
+}
+
+Tensor like(const Tensor& x, int64_t last) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = last;
+  return torch::stable::new_empty(x, sizes);
+}
+
+// ---- threads
+
+// f(part, parts) for every part; a part is a thread's share.
+template <class F>
+void share(int64_t parts, const F& f) {
+  if (parts <= 1) return f(int64_t(0), int64_t(1));
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; part++) f(part, parts);
+  });
+}
+
+// Threads worth waking for `work` multiply-adds.
+int64_t threads_for(int64_t work) {
+  return std::min<int64_t>(torch::stable::get_num_threads(), 1 + work / 200000);
+}
+
+// Where the share `part` of `parts` of the rows begins: equal numbers of entries, whole blocks of rows.
+int64_t share_begin(const Sparse& s, int64_t rows, int64_t part, int64_t parts) {
+  constexpr int64_t kBlock = 16;
+  if (part >= parts) return rows;
+  if (!s.start) return std::min(rows, rows * part / parts / kBlock * kBlock);
+  const int64_t target = int64_t(s.start[rows]) * part / parts;
+  const int64_t row = std::lower_bound(s.start, s.start + rows, target) - s.start;
+  return std::min(rows, (part ? row : 0) / kBlock * kBlock);
+}
+
+// ---- panels
+
+struct Panel {
+  int64_t first;    // token
+  int64_t vectors;  // 1, 2, 4 or 8
+};
+
+std::vector<Panel> panels_of(int64_t tokens, const Table& table) {
+  std::vector<Panel> panels;
+  for (int64_t first = 0; first < tokens;) {
+    int64_t vectors = table.most_vectors;
+    while (vectors > 1 && (vectors / 2) * table.lanes >= tokens - first) vectors /= 2;
+    panels.push_back({first, vectors});
+    first += vectors * table.lanes;
+  }
+  return panels;
+}
+
+// y = epilogue(x W^T) for W with `rows` rows; the panels are the units, or parts of them where there are few.
+void multiply_all(const Matrix& x, const Sparse& s, int64_t rows, const Epilogue& epilogue, const Matrix& y,
+                  int64_t nnz) {
+  const Table& t = table();
+  const auto panels = panels_of(x.tokens, t);
+  const int64_t count = panels.size(), threads = threads_for(x.tokens * (nnz + x.features + rows));
+  const int64_t panel_floats = x.features * t.most_vectors * t.lanes;
+  if (count >= threads) {
+    return share(threads, [&](int64_t part, int64_t parts) {
+      Buffer panel(panel_floats);
+      for (int64_t p = count * part / parts; p < count * (part + 1) / parts; p++) {
+        t.transpose(x, panels[p].first, panels[p].vectors, panel.data);
+        t.multiply(panel.data, panels[p].vectors, s, 0, rows, epilogue, y, panels[p].first);
+      }
+    });
+  }
+  Buffer transposed(count * panel_floats);
+  share(count, [&](int64_t p, int64_t) {
+    t.transpose(x, panels[p].first, panels[p].vectors, transposed.data + p * panel_floats);
+  });
+  const int64_t splits = (threads + count - 1) / count;
+  share(count * splits, [&](int64_t part, int64_t) {
+    const int64_t p = part / splits, split = part % splits;
+    t.multiply(transposed.data + p * panel_floats, panels[p].vectors, s, share_begin(s, rows, split, splits),
+               share_begin(s, rows, split + 1, splits), epilogue, y, panels[p].first);
+  });
+}
+
+Tensor forward(const Tensor& x_any, const Sparse& s, int64_t rows, int64_t nnz, const std::optional<Tensor>& bias,
+               int64_t activation, std::vector<Buffer>& owned) {
+  const Tensor x = torch::stable::contiguous(x_any);
+  Tensor y = like(x, rows);
+  if (y.numel() == 0) return y;
+  STD_TORCH_CHECK(!bias || bias->numel() == rows, "fxsparse: expected bias [", rows, "]");
+  const Epilogue epilogue{bias ? as_floats(torch::stable::contiguous(*bias), owned) : nullptr, activation};
+  Matrix from = matrix(x, "x");
+  const Matrix to = matrix(y, "y");
+  from.tokens = to.tokens;  // also where there are no input features
+  if (to.tokens > kFewTokens) {
+    multiply_all(from, s, rows, epilogue, to, nnz);
+    return y;
+  }
+  const float* floats = as_floats(x, owned);
+  share(threads_for(nnz * 8), [&](int64_t part, int64_t parts) {
+    table().multiply_few(floats, from.features, s, share_begin(s, rows, part, parts),
+                         share_begin(s, rows, part + 1, parts), epilogue, to);
+  });
+  return y;
+}
+
+// ---- ops
+
+void check_same_type(const Tensor& x, const Tensor& values) {
+  STD_TORCH_CHECK(x.dim() > 0 && x.scalar_type() == values.scalar_type() && values.is_contiguous(),
+                  "fxsparse: expected x [..., in] and contiguous values of one dtype");
+}
+
+// Columns ascend within a row, so the last entry of each row bounds all of them.
+template <class Index>
+void check_columns(const Index* cols, const Sparse& s, int64_t rows, int64_t features) {
+  for (int64_t r = 0; r < rows; r++) {
+    const int64_t begin = s.start ? s.start[r] : r * s.fan_in, end = s.start ? s.start[r + 1] : (r + 1) * s.fan_in;
+    STD_TORCH_CHECK(end <= begin || int64_t(cols[end - 1]) < features, "fxsparse: x has ", features,
+                    " features, but row ", r, " of the weight has an entry in column ", int64_t(cols[end - 1]));
+  }
+}
+
+Sparse csr(const Tensor& values, const Tensor& crow, const Tensor& cols, std::vector<Buffer>& owned) {
+  const int64_t nnz = values.numel();
+  const int32_t* start = index32(crow, crow.numel(), "crow");
+  STD_TORCH_CHECK(crow.numel() > 0 && start[crow.numel() - 1] == nnz, "fxsparse: expected crow to end with ", nnz);
+  return {as_floats(values, owned), start, index32(cols, nnz, "cols"), false, 0};
+}
+
+Tensor csr_forward(const Tensor& x, const Tensor& values, const Tensor& crow, const Tensor& cols,
+                   std::optional<Tensor> bias, int64_t activation) {
+  check_same_type(x, values);
+  std::vector<Buffer> owned;
+  const Sparse s = csr(values, crow, cols, owned);
+  check_columns(static_cast<const int32_t*>(s.index), s, crow.numel() - 1, x.size(-1));
+  return forward(x, s, crow.numel() - 1, values.numel(), bias, activation, owned);
+}
+
+Tensor condensed_forward(const Tensor& x, const Tensor& values, const Tensor& indices, std::optional<Tensor> bias,
+                         int64_t activation) {
+  check_same_type(x, values);
+  const bool index16 = indices.scalar_type() == ScalarType::Short;
+  STD_TORCH_CHECK(values.dim() == 2 && indices.numel() == values.numel() && indices.is_contiguous() &&
+                      (index16 || indices.scalar_type() == ScalarType::Int),
+                  "fxsparse: expected values [out, k] and contiguous indices [out, k] in int16 or int32");
+  std::vector<Buffer> owned;
+  const Sparse s{as_floats(values, owned), nullptr, indices.const_data_ptr(), index16, values.size(1)};
+  if (index16)
+    check_columns(static_cast<const int16_t*>(s.index), s, values.size(0), x.size(-1));
+  else
+    check_columns(static_cast<const int32_t*>(s.index), s, values.size(0), x.size(-1));
+  return forward(x, s, values.size(0), values.numel(), bias, activation, owned);
+}
+
+struct Needs {
+  bool x, values, bias;
+};
+
+// A wave of panels at a time, one per thread: with one thread the transposed grad_y stays in L2 for all three uses.
+void backward(const Matrix& grad, const Matrix& x, const Sparse& by_row, const Sparse& by_column, int64_t nnz, Needs needs,
+              const Matrix& grad_x, float* grad_values, float* grad_values_t, float* grad_bias) {
+  const Table& t = table();
+  const auto panels = panels_of(grad.tokens, t);
+  const int64_t rows = grad.features, columns = x.features, count = panels.size();
+  const int64_t threads = threads_for(grad.tokens * (2 * nnz + rows + columns)), wave = std::min(threads, count);
+  const int64_t width = t.most_vectors * t.lanes;
+  Buffer grad_panels(wave * rows * width), x_panels(needs.values ? wave * columns * width : 0);
+  for (int64_t base = 0; base < count; base += wave) {
+    const int64_t here = std::min(wave, count - base);
+    share(here, [&](int64_t i, int64_t) {
+      const Panel p = panels[base + i];
+      t.transpose(grad, p.first, p.vectors, grad_panels.data + i * rows * width);
+      if (needs.values) t.transpose(x, p.first, p.vectors, x_panels.data + i * columns * width);
+    });
+    if (needs.x) {
+      const int64_t splits = (threads + here - 1) / here;
+      share(here * splits, [&](int64_t part, int64_t) {
+        const int64_t i = part / splits, split = part % splits;
+        t.multiply(grad_panels.data + i * rows * width, panels[base + i].vectors, by_column,
+                   share_begin(by_column, columns, split, splits), share_begin(by_column, columns, split + 1, splits),
+                   {nullptr, 0}, grad_x, panels[base + i].first);
+      });
+    }
+    share(threads, [&](int64_t part, int64_t parts) {
+      for (int64_t i = 0; i < here; i++) {
+        const float* grad_panel = grad_panels.data + i * rows * width;
+        const float* x_panel = x_panels.data + i * columns * width;
+        const int64_t vectors = panels[base + i].vectors;
+        // The smaller panel is the one that is gathered from: it fits nearer caches.
+        if (needs.values && grad_values)
+          t.sample(grad_panel, x_panel, vectors, by_row, share_begin(by_row, rows, part, parts),
+                   share_begin(by_row, rows, part + 1, parts), grad_values);
+        if (needs.values && grad_values_t)
+          t.sample(x_panel, grad_panel, vectors, by_column, share_begin(by_column, columns, part, parts),
+                   share_begin(by_column, columns, part + 1, parts), grad_values_t);
+        if (needs.bias) t.add_rows(grad_panel, vectors, rows * part / parts, rows * (part + 1) / parts, grad_bias);
+      }
+    });
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> csr_backward(const Tensor& grad_any, const Tensor& x_any, const Tensor& values,
+                                                const Tensor& crow, const Tensor& cols, const Tensor& ccol,
+                                                const Tensor& rows_t, const Tensor& perm, bool need_x,
+                                                bool need_values, bool need_bias) {
+  check_same_type(x_any, values);
+  const Tensor grad = torch::stable::contiguous(grad_any), x = torch::stable::contiguous(x_any);
+  const int64_t nnz = values.numel(), rows = crow.numel() - 1, columns = ccol.numel() - 1;
+  STD_TORCH_CHECK(x.size(-1) == columns && grad.size(-1) == rows && tokens_of(x) == tokens_of(grad) &&
+                      grad.scalar_type() == x.scalar_type(),
+                  "fxsparse: expected x [..., ", columns, "] and grad [..., ", rows, "] of one dtype");
+  std::vector<Buffer> owned;
+  const Sparse by_row = csr(values, crow, cols, owned);
+  const int32_t* place = index32(perm, nnz, "perm");
+  Sparse by_column{nullptr, index32(ccol, columns + 1, "ccol"), index32(rows_t, nnz, "rows_t"), false, 0};
+  Buffer values_t(need_x ? nnz : 0);
+  if (need_x) {
+    share(threads_for(nnz), [&](int64_t part, int64_t parts) {
+      for (int64_t e = nnz * part / parts; e < nnz * (part + 1) / parts; e++) values_t.data[e] = by_row.values[place[e]];
+    });
+    by_column.values = values_t.data;
+  }
+  const bool transposed = rows < columns;
+  Buffer sums(need_values ? nnz : 0), bias_sums(need_bias ? rows : 0);
+  if (need_values) std::fill_n(sums.data, nnz, 0.0f);
+  if (need_bias) std::fill_n(bias_sums.data, rows, 0.0f);
+
+  const std::vector<int64_t> none{0};
+  Tensor grad_x = need_x ? like(x, columns) : torch::stable::new_empty(x, none);
+  Tensor grad_values = need_values ? torch::stable::empty_like(values) : torch::stable::new_empty(values, none);
+  Tensor grad_bias = torch::stable::new_empty(grad, std::vector<int64_t>{need_bias ? rows : 0});
+  Matrix grad_matrix{grad.mutable_data_ptr(), scalar_of(grad, "grad"), tokens_of(grad), rows};
+  Matrix x_matrix{x.mutable_data_ptr(), grad_matrix.scalar, grad_matrix.tokens, columns};
+  backward(grad_matrix, x_matrix, by_row, by_column, nnz, {need_x, need_values, need_bias},
+           {need_x ? grad_x.mutable_data_ptr() : nullptr, grad_matrix.scalar, grad_matrix.tokens, columns},
+           need_values && !transposed ? sums.data : nullptr, need_values && transposed ? sums.data : nullptr,
+           bias_sums.data);
+
+  if (need_values && transposed) {
+    Buffer ordered(nnz);
+    for (int64_t e = 0; e < nnz; e++) ordered.data[place[e]] = sums.data[e];
+    put_floats(ordered.data, grad_values);
+  } else if (need_values) {
+    put_floats(sums.data, grad_values);
+  }
+  if (need_bias) put_floats(bias_sums.data, grad_bias);
+  return {grad_x, grad_values, grad_bias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fxsparse, m) { m.def("cpu_level(int level) -> int"); }
+
+STABLE_TORCH_LIBRARY_IMPL(fxsparse, CompositeExplicitAutograd, m) { m.impl("cpu_level", TORCH_BOX(&cpu_level)); }
+
+STABLE_TORCH_LIBRARY_IMPL(fxsparse, CPU, m) {
+  m.impl("csr_forward", TORCH_BOX(&csr_forward));
+  m.impl("csr_backward", TORCH_BOX(&csr_backward));
+  m.impl("condensed_forward", TORCH_BOX(&condensed_forward));
+}
