@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fxsparse.method import Probe, WeightView
+from fxsparse.pattern import Pattern
 from fxsparse.scores import random_tiles
 from fxsparse.selection import to_positions
 
@@ -76,12 +77,12 @@ class LargestMagnitude:
     def probe(self) -> Probe:
         return Probe.NONE
 
-    def mask(self, view: WeightView) -> Tensor:
-        """The same as a bool mask: all that storage without exact zeros needs, and several times cheaper."""
-        return view.pattern.project(view.weight().detach().abs(), view.nnz)
+    def mask(self, weight: Tensor, pattern: Pattern, nnz: int) -> Tensor:
+        """The choice as a bool mask of the weight's shape."""
+        return pattern.project(weight.detach().abs(), nnz)
 
     def __call__(self, view: WeightView) -> Tensor:
-        return to_positions(self.mask(view))
+        return to_positions(self.mask(view.weight(), view.pattern, view.nnz))
 
 
 def _largest_active(view: WeightView, keep: int) -> Tensor:

@@ -46,12 +46,11 @@ def top_of_tiles(tiles: Iterable[tuple[int, Tensor]], n: int) -> Tensor:
     best = positions = None
     for first, tile in tiles:
         scores = tile.detach().flatten()
-        _refuse_nan(scores)
         if best is None or positions is None:
             best, positions = scores[:0], torch.empty(0, dtype=torch.int64, device=scores.device)
         # A later entry loses every tie, so only a score above the lowest held one can still come in.
         floor = best.min() if 0 < n == len(best) else -torch.inf
-        fresh = (scores > floor).nonzero().squeeze(1)
+        fresh = top_positions(scores.masked_fill(scores <= floor, -torch.inf), n)
         best, positions = torch.cat([best, scores[fresh]]), torch.cat([positions, fresh + first])
         if len(best) > n:
             chosen = top_positions(best, n)

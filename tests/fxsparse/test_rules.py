@@ -4,11 +4,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxsparse.errors import NumericsError
-from fxsparse.method import Probe, WeightView
+from fxsparse.method import Probe, WeightView, WholeRule
 from fxsparse.pattern import NM, Block, ConstantFanIn, Pattern, Unstructured
 from fxsparse.rng import generator_for
 from fxsparse.rules import GradientMagnitude, LargestMagnitude, PruneGrow, UniformRandom
-from fxsparse.selection import MaskChange
+from fxsparse.selection import MaskChange, to_positions
 
 RIGL = PruneGrow(GradientMagnitude())
 SET = PruneGrow(UniformRandom())
@@ -183,7 +183,12 @@ def test_largest_magnitude_sees_hidden_values():
     hidden = torch.tensor([[0.9, -2.0, 0.1, 0.5], [0.0, -0.3, 0.0, 0.7]])
     seen = view(hidden, ACTIVE, GRADIENT, 0.0)
     assert LargestMagnitude()(seen).tolist() == [0, 1, 3, 5, 7]
-    assert LargestMagnitude().mask(seen).flatten().nonzero().squeeze(1).tolist() == [0, 1, 3, 5, 7]
+    assert to_positions(LargestMagnitude().mask(hidden, ANY, 5)).tolist() == [0, 1, 3, 5, 7]
+
+
+def test_only_a_rule_that_reads_the_weight_alone_gives_a_mask():
+    assert isinstance(LargestMagnitude(), WholeRule)
+    assert not isinstance(RIGL, WholeRule)
 
 
 def test_rules_declare_their_probe():

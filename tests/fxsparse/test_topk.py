@@ -75,6 +75,16 @@ def test_scores_that_require_grad_are_read_only():
     assert not top_mask(scores, 3).requires_grad
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_gpu_chooses_what_the_cpu_chooses(dtype):
+    scores = torch.randint(0, 50, (64, 96), generator=torch.Generator().manual_seed(0)).to(dtype)
+    for n, dim in ((1000, None), (10, 1), (3, 0)):
+        assert torch.equal(top_mask(scores.cuda(), n, dim).cpu(), top_mask(scores, n, dim))
+    tiles = [(row * 96, scores[row : row + 7].cuda()) for row in range(0, 64, 7)]
+    assert torch.equal(top_of_tiles(tiles, 1000).cpu(), top_positions(scores, 1000))
+
+
 def test_a_large_selection_equals_a_stable_sort():
     scores = torch.rand(300_000).mul(1000).floor()
     expected = scores.sort(descending=True, stable=True).indices[:30_000].sort().values
