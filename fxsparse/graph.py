@@ -70,6 +70,12 @@ def owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:
     return (fetch(root, prefix) if prefix else root), last
 
 
+def set_parameter(root: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Put a new Parameter with this value in the place of the one at a dotted name; it needs a gradient as that did."""
+    module, last = owner(root, name)
+    module._parameters[last] = nn.Parameter(value, root.get_parameter(name).requires_grad)
+
+
 def canonical_names(root: nn.Module) -> dict[str, str]:
     """{every name of every parameter: its first name}, so that tied parameters have one name."""
     first: dict[int, str] = {}

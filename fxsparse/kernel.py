@@ -68,6 +68,9 @@ class Choice:
     reason: str
 
 
+TRAINING = "cpu-csr-train"
+"""The kernel that compact storage trains with; its `run` also takes ``probe_key``."""
+
 _REGISTRY: dict[str, Kernel] = {}
 _CHOICES: dict[tuple, Choice] = {}
 

@@ -6,10 +6,11 @@ matrix of a [out, in, kh, kw] weight is its permutation to [out, kh, kw, in]).  
 index of the weight's own layout.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -302,3 +303,36 @@ def _divides(side: str, width: int, step: int, pattern: str) -> None:
             f"{side}_features={width}; {pattern} needs a multiple of {step}. "
             "Exclude this weight, or give it Unstructured() by an Override."
         )
+
+
+PATTERNS: dict[str, type] = {
+    "unstructured": Unstructured,
+    "constant_fan_in": ConstantFanIn,
+    "nm": NM,
+    "block": Block,
+}
+"""The names that plan files use; a pattern of another package adds itself here."""
+
+
+def to_dict(pattern: Pattern) -> dict[str, Any]:
+    """``{"name": ..., field: value}`` for `from_dict`; unset fields are left out."""
+    names = {cls: name for name, cls in PATTERNS.items()}
+    if type(pattern) not in names:
+        raise PatternError(
+            f"{pattern!r} has no name in fxsparse.pattern.PATTERNS: add its class to write it to a plan file."
+        )
+    return {"name": names[type(pattern)]} | {k: v for k, v in vars(pattern).items() if v is not None}
+
+
+def from_dict(fields: Mapping[str, Any]) -> Pattern:
+    """The inverse of `to_dict`; PatternError for an unknown name or field."""
+    options = dict(fields)
+    cls = PATTERNS.get(options.pop("name", None))
+    if cls is None:
+        raise PatternError(
+            f"expected a pattern with name= one of {', '.join(PATTERNS)}, got {dict(fields)!r}."
+        )
+    known = list(inspect.signature(cls).parameters)
+    if not set(options) <= set(known):
+        raise PatternError(f"pattern {fields['name']!r} takes {known or 'no fields'}, got {sorted(options)}.")
+    return cls(**options)

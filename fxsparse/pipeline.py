@@ -3,13 +3,13 @@ pass.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import networkx as nx
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxsparse.errors import InvariantError, PlanError
@@ -95,6 +95,10 @@ class PassContext:
     """Eligible weights that the plan excluded; they are in `untouched` too."""
     untouched: dict[str, str] = field(default_factory=dict)
     """{parameter name: reason} for every parameter that is not in `weights`."""
+    strict: bool = False
+    """Raise where the default is a row in the report."""
+    state: Mapping[str, Tensor] | None = None
+    """The state dict of the module that is built again; masks are then taken from it."""
     notes: list[str] = field(default_factory=list)
     """What the running pass has to say; the runner moves them to its report row."""
 

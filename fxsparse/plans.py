@@ -1,31 +1,223 @@
-"""What is wanted: frozen values without tensors, serialisable."""
+"""What is wanted: a frozen value without tensors, validated when it is made, that prints, compares and serialises."""
 
+import os
+import tempfile
+import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
 
+import tomli_w
+
+from fxsparse import allocation as allocations
+from fxsparse import methods
+from fxsparse import pattern as patterns
+from fxsparse.errors import PlanError
 from fxsparse.method import Method
-from fxsparse.pattern import Pattern
+from fxsparse.pattern import NM, Pattern, Unstructured
+
+VERSION = 1
+STORAGES = ("auto", "masked", "compact")
 
 
 @dataclass(frozen=True)
 class Override:
-    """Other wishes for the weights that a glob matches; unset fields keep the plan's."""
+    """Other wishes for the weights that `glob` matches; unset fields keep the plan's.
+
+    `glob` matches full weight names (``layer4.*``) or a module prefix (``layer4``).  ``sparsity=0`` keeps them dense.
+    """
 
     glob: str
     sparsity: float | None = None
     pattern: Pattern | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.glob, str) or not self.glob:
+            raise PlanError(f"Override: expected a glob of weight names, got {self.glob!r}.")
+        if self.sparsity is None and self.pattern is None:
+            raise PlanError(f"Override({self.glob!r}) changes nothing: give sparsity= or pattern=.")
+        if self.sparsity is not None:
+            _check_sparsity(self.sparsity, f"Override({self.glob!r})")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Filled in by the commit that follows."""
+    """What `fxsparse.compile` should do with a model.
 
-    sparsity: float
+    Args:
+        sparsity: fraction of zeros over the selected weights, in [0, 1).  May be left out with an N:M pattern.
+        allocation: how the total is shared among weights: a policy name, or ``{glob: sparsity}`` for every weight.
+        pattern: the constraint on each mask.
+        method: what trains the masks.
+        storage: "masked" keeps dense weights beside a mask, "compact" stores nonzeros only, "auto" takes what was
+            measured faster at the example inputs.
+        exclude: globs of weights that stay dense and out of the budget.
+        overrides: first match wins.
+        keep_dense_counts: weights kept dense count in the budget, the others get sparser (SRigL's uniform); otherwise
+            they do not (RigL's).
+        seed: of every random choice.
+
+    Raises:
+        PlanError: any field is out of range; the message names the field.
+    """
+
+    sparsity: float | None = None
     allocation: str | Mapping[str, float] = "erk"
-    pattern: Pattern
-    method: Method
+    pattern: Pattern = field(default_factory=Unstructured)
+    method: Method = field(default_factory=lambda: methods.static("magnitude"))
     storage: str = "auto"
     exclude: tuple[str, ...] = ()
     overrides: tuple[Override, ...] = ()
     keep_dense_counts: bool = False
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "exclude", _strings(self.exclude, "exclude"))
+        object.__setattr__(self, "overrides", tuple(self.overrides))
+        _check_types(self)
+        object.__setattr__(self, "sparsity", _implied_sparsity(self.sparsity, self.pattern))
+        allocations.check(self.allocation)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only; fields left at their default are omitted, ``version`` is always there."""
+        default = Plan(sparsity=0.0)
+        row: dict[str, Any] = {"version": VERSION, "sparsity": self.sparsity}
+        for name in (f.name for f in fields(self) if f.name != "sparsity"):
+            value = getattr(self, name)
+            if value != getattr(default, name):
+                row[name] = _plain(value)
+        return row
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> "Plan":
+        """The plan that `to_dict` wrote.
+
+        Raises:
+            PlanError: an unknown field, or a version newer than this package.
+        """
+        row = dict(row)
+        version = row.pop("version", VERSION)
+        if not isinstance(version, int) or not 1 <= version <= VERSION:
+            raise PlanError(
+                f"plan version {version!r} is not readable here: expected 1 to {VERSION}; upgrade fxsparse."
+            )
+        _check_fields(cls, row, "plan")
+        if "pattern" in row:
+            row["pattern"] = patterns.from_dict(row["pattern"])
+        if "method" in row:
+            row["method"] = methods.from_dict(row["method"])
+        if "overrides" in row:
+            row["overrides"] = tuple(_override(o) for o in row["overrides"])
+        return cls(**row)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write TOML; the file appears whole or not at all."""
+        path = Path(path)
+        with tempfile.NamedTemporaryFile("wb", dir=path.parent, delete=False) as file:
+            tomli_w.dump(self.to_dict(), file)
+        os.replace(file.name, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Plan":
+        """Read what `save` wrote, or a file written by hand."""
+        try:
+            return cls.from_dict(tomllib.loads(Path(path).read_text()))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise PlanError(f"{path}: expected a TOML plan file: {error}") from error
+
+    @classmethod
+    def preset(cls, name: str) -> "Plan":
+        """``"<method>-<percent of zeros>"`` such as "rigl-90" with the paper's defaults, or ``"<n>:<m>"`` (SR-STE).
+
+        Raises:
+            PlanError: the name is neither; the message lists the methods.
+        """
+        head, _, percent = name.partition("-")
+        if name.count(":") == 1 and name.replace(":", "").isdecimal():
+            n, m = (int(part) for part in name.split(":"))
+            return cls(pattern=NM(n, m), method=methods.sr_ste())
+        if percent.isdecimal() and int(percent) < 100:
+            return cls(sparsity=int(percent) / 100, method=methods.from_dict({"name": head}))
+        raise PlanError(
+            f"no preset {name!r}: expected '<method>-<percent of zeros>' such as rigl-90, or 'n:m'."
+        )
+
+
+def _check_types(plan: Plan) -> None:
+    expected = {"method": Method, "seed": int, "keep_dense_counts": bool}
+    for name, kind in expected.items():
+        value = getattr(plan, name)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise PlanError(f"Plan.{name}: expected {kind.__name__}, got {value!r}.")
+    if not hasattr(plan.pattern, "project") or isinstance(plan.pattern, type):
+        raise PlanError(
+            f"Plan.pattern: expected a pattern such as Unstructured() or NM(2, 4), got {plan.pattern!r}."
+        )
+    if plan.storage not in STORAGES:
+        raise PlanError(f"Plan.storage: expected one of {', '.join(STORAGES)}, got {plan.storage!r}.")
+    for override in plan.overrides:
+        if not isinstance(override, Override):
+            raise PlanError(f"Plan.overrides: expected Override values, got {override!r}.")
+
+
+def _implied_sparsity(sparsity: float | None, pattern: Pattern) -> float:
+    implied = 1 - pattern.n / pattern.m if isinstance(pattern, NM) else None
+    if sparsity is None and implied is None:
+        raise PlanError(
+            "Plan.sparsity is missing: give the fraction of zeros, for example Plan(sparsity=0.9)."
+        )
+    if sparsity is None:
+        sparsity = implied
+    sparsity = _check_sparsity(sparsity, "Plan.sparsity")
+    if implied is not None and abs(sparsity - implied) > 1e-9:
+        raise PlanError(
+            f"Plan.sparsity={sparsity} disagrees with {pattern}, which is {implied}: leave sparsity out."
+        )
+    return sparsity
+
+
+def _check_sparsity(value: Any, where: str) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value < 1:
+        raise PlanError(f"{where}: expected a fraction of zeros in [0, 1), got {value!r}.")
+    return float(value)
+
+
+def _strings(value: Any, field_name: str) -> tuple[str, ...]:
+    if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+        raise PlanError(f"Plan.{field_name}: expected a tuple of globs such as ('head',), got {value!r}.")
+    return tuple(value)
+
+
+def _check_fields(cls: type, row: Mapping[str, Any], where: str) -> None:
+    known = {f.name for f in fields(cls)}
+    unknown = sorted(set(row) - known)
+    if unknown:
+        raise PlanError(
+            f"{where}: unknown field {unknown[0]!r}; expected some of {', '.join(sorted(known))}."
+        )
+
+
+def _override(row: Mapping[str, Any]) -> Override:
+    _check_fields(Override, row, "override")
+    row = dict(row)
+    if "pattern" in row:
+        row["pattern"] = patterns.from_dict(row["pattern"])
+    return Override(**row)
+
+
+def _plain(value: Any) -> Any:
+    """The TOML form of a field: dicts, lists, strings and numbers, unset entries left out."""
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if isinstance(value, Override):
+        row = {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+        return {key: item for key, item in row.items() if item is not None}
+    if hasattr(value, "project"):
+        return patterns.to_dict(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value

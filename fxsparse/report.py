@@ -133,7 +133,7 @@ def check_complete(report: Report, parameters: Iterable[str]) -> None:
 
 def cell(value: object) -> str:
     """A value as a table shows it: thousands separated, fractions to four digits, "—" for unknown."""
-    if value is None or value == "" or (isinstance(value, float) and isnan(value)):
+    if value is None or value in ("", (), []) or (isinstance(value, float) and isnan(value)):
         return UNKNOWN
     if isinstance(value, bool) or not isinstance(value, int | float | tuple | list):
         return " ".join(str(value).split())

@@ -75,6 +75,14 @@ class MaskChange:
             kept_to=known.nonzero().squeeze(1),
         )
 
+    def after(self) -> Tensor:
+        """The new positions, int64, ascending."""
+        positions = self.kept.new_empty(len(self.kept) + len(self.grown))
+        fresh = torch.ones_like(positions, dtype=torch.bool)
+        fresh[self.kept_to] = False
+        positions[self.kept_to], positions[fresh] = self.kept, self.grown
+        return positions
+
     def carry(self, values: Tensor) -> Tensor:
         """Old per-entry `values` [nnz old] in the new order [nnz new]: grown ones 0, pruned ones gone."""
         moved = values.new_zeros(len(self.kept) + len(self.grown))

@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule
 from fxsparse.errors import TraceError
 from fxsparse.graph import canonical_names, fetch, owner
 
-_SHARED_DICTS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+SHARED_DICTS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
 def copy_structure(model: nn.Module) -> nn.Module:
@@ -39,7 +39,7 @@ def bind(graph: Graph, skeleton: nn.Module) -> GraphModule:
     So ``.to()``, loading, unused parameters, key names and their order are the skeleton's by construction.
     """
     gm = GraphModule(nn.Module(), Graph())
-    gm.__dict__.update({name: skeleton.__dict__[name] for name in _SHARED_DICTS})
+    gm.__dict__.update({name: skeleton.__dict__[name] for name in SHARED_DICTS})
     gm.training = skeleton.training
     graph._tracer_cls = None
     gm.graph = graph

@@ -1,8 +1,33 @@
-"""One graph rewrite a file."""
+"""The passes, and the only place that states their order."""
 
 from fxsparse.passes.allocate_nnz import AllocateNnz
+from fxsparse.passes.choose_storage import ChooseStorage
 from fxsparse.passes.cleanup import Cleanup
 from fxsparse.passes.collect_weights import CollectWeights
 from fxsparse.passes.functionalize import Functionalize
+from fxsparse.passes.insert_mask_updates import InsertMaskUpdates
+from fxsparse.passes.insert_reparam import InsertReparam
+from fxsparse.passes.lower_kernels import LowerKernels
 
-__all__ = ["AllocateNnz", "Cleanup", "CollectWeights", "Functionalize"]
+planning_pipeline = (Functionalize(), CollectWeights(), AllocateNnz())
+training_pipeline = (
+    *planning_pipeline,
+    ChooseStorage(),
+    InsertReparam(),
+    LowerKernels(),
+    Cleanup(),
+    InsertMaskUpdates(),
+)
+
+__all__ = [
+    "AllocateNnz",
+    "ChooseStorage",
+    "Cleanup",
+    "CollectWeights",
+    "Functionalize",
+    "InsertMaskUpdates",
+    "InsertReparam",
+    "LowerKernels",
+    "planning_pipeline",
+    "training_pipeline",
+]

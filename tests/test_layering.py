@@ -128,17 +128,17 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 
 
 def test_import_is_silent_and_needs_no_compiler_gpu_or_optional_library() -> None:
+    # Blocked, not only unwanted: torch itself imports triton where it finds it.
     code = """
-import sys, torch
-before = set(sys.modules)
-import fxsparse
-new = {name.split(".")[0] for name in set(sys.modules) - before}
-unwanted = new & {"triton", "matplotlib", "sklearn", "torchvision", "transformers", "passes", "kernels"}
-assert not unwanted, unwanted
+import sys
+for name in ("triton", "matplotlib", "sklearn", "torchvision", "transformers", "passes", "kernels"):
+    sys.modules[name] = None
+import torch, fxsparse
 assert not torch.cuda.is_initialized()
 """
     run = run_python(code, PATH="", CUDA_VISIBLE_DEVICES="", CXX="")
-    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+    said = [line for line in run.stderr.splitlines() if "triton not found" not in line]  # torch's own words
+    assert (run.returncode, run.stdout, said) == (0, "", [])
 
 
 @pytest.mark.parametrize("folder", ["passes", "kernels"])

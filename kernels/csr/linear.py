@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fxsparse.formats import csr
-from fxsparse.kernel import Cost, Kernel, Problem, register
+from fxsparse.kernel import TRAINING, Cost, Kernel, Problem, register
 from fxsparse.kernels import cpu
 from fxsparse.kernels.csr import probe, reference
 from fxsparse.kernels.library import ACTIVATIONS, activation_code, autocast, define
@@ -133,8 +133,10 @@ def _pack_training(weight: Tensor) -> Mapping[str, Tensor]:
     return {"values": csr.values_of(weight, index), **{name: getattr(index, name) for name in names}}
 
 
-def _run_training(x, bias, values, crow, cols, ccol, rows_t, perm, activation: str = "none") -> Tensor:
-    return csr_linear(x, values, crow, cols, ccol, rows_t, perm, bias)
+def _run_training(
+    x, bias, values, crow, cols, ccol, rows_t, perm, activation: str = "none", probe_key: int = -1
+) -> Tensor:
+    return csr_linear(x, values, crow, cols, ccol, rows_t, perm, bias, probe_key)
 
 
 def _reference_training(x, bias, values, crow, cols, ccol, rows_t, perm, activation: str = "none") -> Tensor:
@@ -173,7 +175,7 @@ CSR = register(
 )
 CSR_TRAIN = register(
     Kernel(
-        "cpu-csr-train",
+        TRAINING,
         "linear",
         "csr",
         _pack_training,

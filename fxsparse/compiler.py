@@ -1,0 +1,141 @@
+"""``compile``, ``plan_report`` and ``allocate``: what a user calls."""
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fxsparse import optimizer_state
+from fxsparse.errors import PlanError
+from fxsparse.graph import set_parameter
+from fxsparse.initial import target_of
+from fxsparse.module import Emitted, Recipe, SparseModule
+from fxsparse.passes import training_pipeline
+from fxsparse.pipeline import PassContext, run_passes
+from fxsparse.plans import Plan
+from fxsparse.report import Report
+from fxsparse.skeleton import copy_structure
+from fxsparse.storage import CompactWeight
+from fxsparse.summary import summarize
+from fxsparse.trace import capture
+from fxsparse.updates import MaskUpdates, ProbeSwitch
+from fxsparse.walk import swap_leaves
+
+MODES = ("train", "infer")
+
+
+def compile(
+    model: nn.Module,
+    plan: Plan | None = None,
+    *,
+    mode: str = "train",
+    example_inputs: Any = None,
+    optimizer: Optimizer | None = None,
+    device: torch.device | str | None = None,
+    strict: bool = False,
+) -> SparseModule:
+    """Compile `model` for sparse training with a `plan`, or for inference of the zeros it has.
+
+    Args:
+        model: any nn.Module.  For training in masked storage its Parameters are shared and pruned entries zeroed in
+            place; in compact storage and for inference it is left untouched.
+        plan: what is wanted; required for training, refused for inference (use `fxsparse.prune` first).
+        mode: "train" or "infer".
+        example_inputs: a tensor, or a tuple of positional inputs whose last item may be a dict of keyword inputs.
+            With them the captured graphs are run against the model before anything is changed, and storage and
+            kernels are chosen by measurement.
+        optimizer: attached, and in compact storage made to hold the stored values instead of the dense Parameters.
+        device: where Parameters on the meta device are created, default CPU.
+        strict: raise where the default is a row in the report.
+
+    Raises:
+        PlanError: a plan that does not fit this model, or arguments that do not fit together.
+        PatternError: a weight whose shape the pattern cannot have.
+        TraceError: in strict mode, a model that cannot be captured as a graph.
+        UnsupportedError: in strict mode, a storage that a weight cannot have.
+    """
+    _check(model, plan, mode)
+    if plan is None:
+        raise PlanError("mode='infer' is not built yet")
+    return _train(model, plan, example_inputs, optimizer, strict)
+
+
+def _check(model: nn.Module, plan: Plan | None, mode: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise PlanError(f"compile: expected an nn.Module, got {type(model).__name__}.")
+    if mode not in MODES:
+        raise PlanError(f"compile: expected mode 'train' or 'infer', got {mode!r}.")
+    if plan is not None and not isinstance(plan, Plan):
+        raise PlanError(
+            f"compile: expected a Plan, got {type(plan).__name__}; Plan.load and Plan.from_dict make one."
+        )
+    if mode == "infer" and plan is not None:
+        raise PlanError(
+            "compile: mode='infer' takes no plan; make zeros with fxsparse.prune(model, plan) first."
+        )
+    if mode == "train" and plan is None:
+        raise PlanError("compile: training needs a plan, for example fxsparse.Plan(sparsity=0.9).")
+    if mode == "train" and isinstance(model, SparseModule):
+        raise PlanError(
+            "compile: this model is compiled already; compile model.to_dense() with another plan."
+        )
+
+
+def _train(
+    model: nn.Module, plan: Plan, example_inputs: Any, optimizer: Optimizer | None, strict: bool
+) -> SparseModule:
+    program = capture(model, example_inputs)
+    ctx = PassContext(plan, "train", program, Report(), example_inputs, strict=strict)
+    run_passes(training_pipeline, ctx)
+    sparse = _emit(model, ctx)
+    if optimizer is not None:
+        for name, weight in sparse.weights():
+            if isinstance(weight, CompactWeight):
+                optimizer_state.rehome(optimizer, model.get_parameter(name), weight.values, weight.active())
+        sparse.attach(optimizer)
+    return sparse
+
+
+def rebuild(recipe: Recipe, state: dict[str, Tensor], training: bool) -> SparseModule:
+    """The module that was pickled: the same decisions, without measuring again, then its state."""
+    model = copy_structure(recipe.shell)
+    for name, decision in recipe.decisions.items():
+        if decision.storage == "compact":  # one zero seen everywhere: traceable, and of no size
+            old = model.get_parameter(name)
+            set_parameter(model, name, torch.zeros((), dtype=old.dtype).expand(old.shape))
+    program = capture(model, recipe.example_inputs)
+    decisions = copy.deepcopy(recipe.decisions)
+    ctx = PassContext(
+        recipe.plan, "train", program, Report(), recipe.example_inputs, decisions=decisions, state=state
+    )
+    run_passes(training_pipeline, ctx)
+    sparse = _emit(model, ctx)
+    sparse.load_state_dict(state)
+    return sparse.train(training)
+
+
+def _emit(model: nn.Module, ctx: PassContext) -> SparseModule:
+    """The module that runs what the passes left in `ctx`."""
+    assert ctx.plan is not None
+    program, plan = ctx.program, ctx.plan
+    targets = {name: target_of(ctx, name) for name in ctx.decisions}
+    updates = MaskUpdates(program.graphs.pop("update"), plan.method, targets, plan.seed, ProbeSwitch())
+    if program.tier == "walk":
+        swap_leaves(program.skeleton, ctx.decisions, plan.method.reparam, updates.switch)
+    summarize(ctx)
+    shell = _shell(model, [name for name, decision in ctx.decisions.items() if decision.storage == "compact"])
+    recipe = Recipe(shell, plan, ctx.example_inputs, ctx.decisions)
+    return SparseModule(
+        Emitted(program, ctx.report, tuple(model.state_dict()), targets, recipe, rebuild, updates)
+    )
+
+
+def _shell(model: nn.Module, compact: Iterable[str]) -> nn.Module:
+    """The user's model over the same tensors, without the dense values of compact weights."""
+    shell = copy_structure(model)
+    for name in compact:
+        set_parameter(shell, name, shell.get_parameter(name).detach().to("meta"))
+    return shell

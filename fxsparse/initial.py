@@ -1,0 +1,43 @@
+"""The masks that training starts from, or goes on with."""
+
+import torch
+from torch import Tensor
+
+from fxsparse.graph import fetch
+from fxsparse.pipeline import PassContext
+from fxsparse.rng import generator_for
+from fxsparse.selection import to_positions
+from fxsparse.update_mask import Target
+
+BEFORE_TRAINING = -1
+"""The step number that seeds initial masks."""
+
+
+def target_of(ctx: PassContext, name: str) -> Target:
+    """What the updates of a weight need to know."""
+    spec, decision = ctx.weights[name], ctx.decisions[name]
+    shape = spec.shape[::-1] if spec.transposed else spec.shape
+    return Target(shape, decision.pattern, decision.nnz, spec.transposed)
+
+
+@torch.no_grad()
+def initial_mask(ctx: PassContext, name: str) -> Tensor:
+    """Bool mask in the user's layout, by the method's score and with exactly as many ones as the pattern allows."""
+    assert ctx.plan is not None
+    if ctx.state is not None:
+        return ctx.state[f"{name}_mask"].clone()
+    target, method = target_of(ctx, name), ctx.plan.method
+    weight = fetch(ctx.program.skeleton, name).detach()
+    score = method.init(
+        weight.t() if target.transposed else weight, generator_for(ctx.plan.seed, name, BEFORE_TRAINING)
+    )
+    mask = target.pattern.project(score, target.nnz_at(BEFORE_TRAINING, method))
+    return (mask.t() if target.transposed else mask).contiguous()
+
+
+def initial_positions(ctx: PassContext, name: str) -> Tensor:
+    """Flat positions of the entries that compact storage starts with, int64, ascending."""
+    if ctx.state is None:
+        return to_positions(initial_mask(ctx, name))
+    rows, cols = ctx.state[f"{name}.indices"].long()
+    return rows * ctx.weights[name].shape[1] + cols

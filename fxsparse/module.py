@@ -1,0 +1,352 @@
+"""SparseModule: what ``fxsparse.compile`` returns, an nn.Module with the user's names."""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.optim import Optimizer
+
+from fxsparse.errors import CheckpointError, FxSparseError, InvariantError, PlanError, TraceError
+from fxsparse.graph import owner, set_parameter
+from fxsparse.pipeline import Decision, Program
+from fxsparse.plans import Plan
+from fxsparse.report import Report
+from fxsparse.skeleton import SHARED_DICTS, bind
+from fxsparse.storage import CompactWeight, MaskedWeight, read_weights
+from fxsparse.update_mask import Target, probe_variant
+from fxsparse.updates import MaskUpdates
+
+MAX_DENSE_BYTES = 2**33
+"""Dense copies above this are refused unless asked for: always-sparse networks may not fit."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What compiling the same module again needs, apart from its state."""
+
+    shell: nn.Module
+    """The user's model class over the same tensors, compact weights on meta: what ``to_dense`` fills."""
+    plan: Plan | None
+    example_inputs: Any
+    decisions: dict[str, Decision]
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """Everything a SparseModule is made of; built by the compiler, copied by deepcopy."""
+
+    program: Program
+    report: Report
+    user_keys: tuple[str, ...]
+    """The state-dict keys of the model as it came."""
+    targets: dict[str, Target]
+    """The sparse weights by name."""
+    recipe: Recipe
+    rebuild: Callable[[Recipe, dict[str, Tensor], bool], "SparseModule"]
+    """Called on unpickling with the recipe, the state and the mode."""
+    updates: MaskUpdates | None = None
+    """None for inference."""
+
+
+class SparseModule(nn.Module):
+    """A compiled model.  Parameter names, ``state_dict`` keys, train/eval, ``to``, deepcopy and pickle are the user's.
+
+    Calling it runs the graph of the current mode.  In masked storage its Parameters are the very objects of the model
+    it was made from.
+    """
+
+    def __init__(self, emitted: Emitted) -> None:
+        super().__init__()
+        for name in SHARED_DICTS:
+            self.__dict__[name] = getattr(emitted.program.skeleton, name)
+        self.training = emitted.program.skeleton.training
+        self._emitted = emitted
+        self.register_load_state_dict_pre_hook(_accept_dense)
+        self.register_load_state_dict_post_hook(_resume)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._active()(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> "SparseModule":
+        super().train(mode)
+        self._emitted.program.skeleton.training = mode
+        return self
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Update masks around every step that `optimizer` takes from now on; idempotent."""
+        self._training().attach(optimizer)
+
+    def update_masks(self, optimizer: Optimizer) -> bool:
+        """Call once after each ``optimizer.step()`` instead of `attach`; returns whether masks moved in that step.
+
+        The first call attaches the optimizer, so a step counts once however often this is called.  A method whose
+        update takes the place of the optimizer's step (RigL's default) can only do so from the second step on.
+        """
+        return self._training().count_step(optimizer)
+
+    def verify_sync(self) -> None:
+        """Raise InvariantError if ranks hold different masks.  Call on all ranks; without a process group, a no-op."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        for name, weight in self.weights():
+            low = _fingerprint(weight.active())
+            high = low.clone()
+            dist.all_reduce(low, dist.ReduceOp.MIN)
+            dist.all_reduce(high, dist.ReduceOp.MAX)
+            if not torch.equal(low, high):
+                raise InvariantError(
+                    f"ranks hold different masks of {name!r}: expected the same on all {dist.get_world_size()} ranks. "
+                    "Build the model from the same seed on every rank and wrap it in DistributedDataParallel."
+                )
+
+    @property
+    def report(self) -> Report:
+        """What was done to every parameter, pass and call site."""
+        return self._emitted.report
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan it was compiled with; None for inference."""
+        return self._emitted.recipe.plan
+
+    @property
+    def forward_graph(self) -> GraphModule:
+        """The graph of the current mode; FLOPs per call site are in ``node.meta["flops"]``."""
+        if self._emitted.program.tier == "walk":
+            raise TraceError(
+                "the module-walk tier has no forward graph: " + " ".join(self._emitted.program.notes)
+            )
+        return self._emitted.program.graphs[self._mode()]
+
+    @property
+    def update_graph(self) -> GraphModule:
+        """The graph that moves the masks, one ``update_mask`` node per weight."""
+        return self._training().graph
+
+    def weights(self) -> Iterator[tuple[str, CompactWeight | MaskedWeight]]:
+        """(name, storage) of every sparse weight, as it is now."""
+        transposed = {name: target.transposed for name, target in self._emitted.targets.items()}
+        return read_weights(self._emitted.program.skeleton, transposed)
+
+    def masks(
+        self, names: Iterable[str] | None = None, max_bytes: int = MAX_DENSE_BYTES
+    ) -> dict[str, Tensor]:
+        """{weight name: bool tensor in the dense shape}, copies."""
+        chosen = self._chosen(names)
+        _check_bytes(sum(_numel(weight) for weight in chosen.values()), max_bytes, "masks")
+        return {name: _mask(weight) for name, weight in chosen.items()}
+
+    def coordinates(self, names: Iterable[str] | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+        """{weight name: (rows, columns)} of the active entries in [out, fan-in], int64, row-major."""
+        found = {}
+        for name, weight in self._chosen(names).items():
+            active, fan_in = weight.active(), _numel(weight) // weight.shape[0]
+            found[name] = (active // fan_in, active % fan_in)
+        return found
+
+    def sparsity(self) -> dict[str, float]:
+        """{weight name: fraction of zeros}, and "total" over all of them."""
+        counts = {name: (weight.active().numel(), _numel(weight)) for name, weight in self.weights()}
+        found = {name: 1 - nnz / numel for name, (nnz, numel) in counts.items()}
+        total = sum(numel for _, numel in counts.values())
+        found["total"] = 1 - sum(nnz for nnz, _ in counts.values()) / total if total else 0.0
+        return found
+
+    def dense_state_dict(
+        self, names: Iterable[str] | None = None, max_bytes: int = MAX_DENSE_BYTES
+    ) -> dict[str, Tensor]:
+        """The user's keys with the masks folded in and zeros filled in; `names` limits it to some keys."""
+        keys = self._emitted.user_keys if names is None else tuple(names)
+        unknown = [key for key in keys if key not in self._emitted.user_keys]
+        if unknown:
+            raise PlanError(
+                f"no entry {unknown[0]!r} in the model's state dict; expected some of its own keys."
+            )
+        weights = dict(self.weights())
+        _check_bytes(sum(self._dense_bytes(key, weights) for key in keys), max_bytes, "dense_state_dict")
+        state = self.state_dict()
+        return {key: self._folded(key, weights) if key in weights else state[key].clone() for key in keys}
+
+    def to_dense(self, names: Iterable[str] | None = None, max_bytes: int = MAX_DENSE_BYTES) -> nn.Module:
+        """A copy of the user's model with the masks folded into its weights.
+
+        With `names` only these sparse weights are filled in; the other compact ones stay on the meta device.
+        """
+        weights = dict(self.weights())
+        chosen = self._chosen(names)
+        _check_bytes(sum(self._dense_bytes(key, weights) for key in chosen), max_bytes, "to_dense")
+        dense = copy.deepcopy(self._emitted.recipe.shell)
+        for name in chosen:
+            _fill(dense, name, self._folded(name, weights))
+        for path, buffer in self._user_buffers():
+            module, leaf = owner(dense, path)
+            module._buffers[leaf] = buffer.clone()
+        return dense.train(self.training)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load a sparse or a dense state dict.  A dense one keeps the masks and is cut by them.
+
+        Raises:
+            CheckpointError: keys or shapes that do not belong to this model.
+        """
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            if isinstance(error, FxSparseError):
+                raise
+            raise CheckpointError(f"this state dict does not fit the model. {error}") from error
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SparseModule":
+        emitted = self._emitted
+        skeleton = copy.deepcopy(emitted.program.skeleton, memo)
+        for module in skeleton.modules():
+            if isinstance(module, CompactWeight):
+                module.renew_probe_key()
+        graphs = _copy_graphs(emitted.program.graphs, skeleton)
+        updates = emitted.updates
+        if updates is not None:
+            if "probe" in graphs:
+                probe = probe_variant(graphs["train"].graph, skeleton, updates.method.reparam)
+                graphs["probe"] = bind(probe, skeleton)
+            update_graph = bind(copy.deepcopy(updates.graph.graph), skeleton)
+            updates = updates.copy_onto(update_graph, copy.deepcopy(updates.switch, memo))
+        return SparseModule(
+            replace(
+                emitted,
+                program=replace(emitted.program, skeleton=skeleton, graphs=graphs),
+                updates=updates,
+                recipe=replace(emitted.recipe, shell=copy.deepcopy(emitted.recipe.shell, memo)),
+                report=copy.deepcopy(emitted.report),
+            )
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._emitted.rebuild, (self._emitted.recipe, self.state_dict(), self.training)
+
+    def _active(self) -> Callable[..., Any]:
+        program = self._emitted.program
+        return program.skeleton if program.tier == "walk" else program.graphs[self._mode()]
+
+    def _mode(self) -> str:
+        if not self.training:
+            return "eval"
+        updates = self._emitted.updates
+        return "probe" if updates is not None and updates.switch.on else "train"
+
+    def _training(self) -> MaskUpdates:
+        if self._emitted.updates is None:
+            raise PlanError(
+                "this module was compiled for inference; compile the model with a plan to train it."
+            )
+        return self._emitted.updates
+
+    def _chosen(self, names: Iterable[str] | None) -> dict[str, CompactWeight | MaskedWeight]:
+        weights = dict(self.weights())
+        if names is None:
+            return weights
+        names = tuple(names)
+        unknown = [name for name in names if name not in weights]
+        if unknown:
+            raise PlanError(
+                f"no sparse weight {unknown[0]!r}: expected some of {', '.join(weights) or 'none'}."
+            )
+        return {name: weights[name] for name in names}
+
+    def _folded(self, name: str, weights: dict[str, CompactWeight | MaskedWeight]) -> Tensor:
+        weight = weights[name]
+        if isinstance(weight, CompactWeight):
+            return weight.dense()
+        if self.plan is None:
+            return weight.parameter.detach().clone()
+        return self.plan.method.reparam.fold(weight.parameter.detach(), weight.mask)
+
+    def _dense_bytes(self, key: str, weights: dict[str, CompactWeight | MaskedWeight]) -> int:
+        weight = weights.get(key)
+        if weight is None:
+            return 0
+        values = weight.values if isinstance(weight, CompactWeight) else weight.parameter
+        return _numel(weight) * values.element_size()
+
+    def _user_buffers(self) -> Iterable[tuple[str, Tensor]]:
+        """Buffers that the user's model has too, by path."""
+        theirs = {path for path, _ in self._emitted.recipe.shell.named_buffers()}
+        return ((path, buffer) for path, buffer in self.named_buffers() if path in theirs)
+
+
+def _copy_graphs(graphs: Mapping[str, GraphModule], skeleton: nn.Module) -> dict[str, GraphModule]:
+    """Graphs bound to another tree; one object stays one object."""
+    copies = {id(gm): bind(copy.deepcopy(gm.graph), skeleton) for gm in graphs.values()}
+    return {mode: copies[id(gm)] for mode, gm in graphs.items()}
+
+
+def _fill(model: nn.Module, name: str, weight: Tensor) -> None:
+    """Give a parameter this value; the object stays, so that tied weights stay tied, unless it is on meta."""
+    parameter = model.get_parameter(name)
+    if parameter.is_meta:
+        set_parameter(model, name, weight)
+    else:
+        parameter.data = weight
+
+
+def _numel(weight: CompactWeight | MaskedWeight) -> int:
+    return torch.Size(weight.shape).numel()
+
+
+def _mask(weight: CompactWeight | MaskedWeight) -> Tensor:
+    if isinstance(weight, MaskedWeight):
+        return weight.mask.clone()
+    mask = torch.zeros(weight.shape, dtype=torch.bool, device=weight.values.device)
+    rows, cols = weight.indices.long()
+    mask[rows, cols] = True
+    return mask
+
+
+def _fingerprint(positions: Tensor) -> Tensor:
+    """A hash of the positions that depends on their order, int64 [2]."""
+    order = torch.arange(1, positions.numel() + 1, device=positions.device)
+    return torch.stack([positions.sum(), (positions * order % 1_000_003 * (order % 8191)).sum()])
+
+
+def _check_bytes(needed: int, max_bytes: int, call: str) -> None:
+    if needed > max_bytes:
+        raise PlanError(
+            f"{call}() would make {needed:,} bytes of dense tensors, more than max_bytes={max_bytes:,}: "
+            "pass names= of some weights, or a larger max_bytes=."
+        )
+
+
+def _accept_dense(module: SparseModule, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before loading: turn the user's dense keys into the stored ones, masks as they are."""
+    own = {name: value for name, value in module.named_buffers() if name.endswith(("_mask", "fxsparse_step"))}
+    for name, weight in module.weights():
+        dense = state.get(prefix + name)
+        if dense is None:
+            continue
+        if isinstance(weight, CompactWeight) and tuple(dense.shape) == tuple(weight.shape):
+            rows, cols = weight.indices.long()
+            state[f"{prefix}{name}.values"] = state.pop(prefix + name).to(weight.values.device)[rows, cols]
+            state.setdefault(f"{prefix}{name}.indices", weight.indices)
+        elif isinstance(weight, MaskedWeight):
+            state.setdefault(f"{prefix}{name}_mask", own.get(f"{name}_mask"))
+    for name in ("fxsparse_step", "fxsparse_rng"):
+        if name in module._buffers:
+            state.setdefault(prefix + name, module._buffers[name])
+
+
+def _resume(module: SparseModule, incompatible: Any) -> None:
+    """After loading: rebuild what is derived, cut dense weights by their masks, and continue at the saved step."""
+    for _, weight in module.weights():
+        if isinstance(weight, CompactWeight):
+            weight.place(weight.active())
+    updates = module._emitted.updates
+    if updates is not None:
+        updates.zero_pruned()
+        updates.seed = int(module.get_buffer("fxsparse_rng"))
+        updates.resume(int(module.get_buffer("fxsparse_step")))

@@ -1,0 +1,46 @@
+"""Let per-element optimizer state follow a mask change, for any optimizer, by tensor shape alone."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fxsparse.errors import UnsupportedError
+
+
+def per_element(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Iterator[Tensor]:
+    """The state tensors of `parameter` that hold one number per element.
+
+    Raises:
+        UnsupportedError: other state of more than one number, which no rule says how to move (Adafactor's factors,
+            8-bit blocks).
+    """
+    for key, value in optimizer.state.get(parameter, {}).items():
+        if not isinstance(value, Tensor) or (value.numel() == 1 and parameter.numel() != 1):
+            continue
+        if value.shape != parameter.shape or not value.is_floating_point():
+            raise UnsupportedError(
+                f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} and {value.dtype} for a "
+                f"weight of shape {tuple(parameter.shape)}: expected one float per element, as in SGD or "
+                "AdamW. State in another form cannot follow a mask change; use an optimizer with per-element state."
+            )
+        yield value
+
+
+@torch.no_grad()
+def reset(optimizer: torch.optim.Optimizer, parameter: Tensor, entries: tuple[Tensor, ...]) -> None:
+    """Zero the state at `entries`, an index into the weight; in place, everything else keeps its state."""
+    for state in per_element(optimizer, parameter):
+        state[entries] = 0
+
+
+@torch.no_grad()
+def rehome(optimizer: torch.optim.Optimizer, old: Tensor, new: Tensor, positions: Tensor) -> None:
+    """Let the optimizer hold `new`, the entries of `old` at flat `positions`, in its place; state is gathered too."""
+    for group in optimizer.param_groups:
+        group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
+    if old not in optimizer.state:
+        return
+    moved = {id(state): state.flatten()[positions] for state in per_element(optimizer, old)}
+    state = optimizer.state.pop(old)
+    optimizer.state[new] = {key: moved.get(id(value), value) for key, value in state.items()}

@@ -1,0 +1,158 @@
+"""Where a sparse weight lives while it trains: dense beside a mask, or nonzeros only.
+
+Both forms answer the same questions in the *logical* layout, [rows, fan-in] with row-major flat positions, so that an
+update rule cannot tell them apart.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fxsparse import optimizer_state
+from fxsparse.formats import csr
+from fxsparse.graph import fetch
+from fxsparse.selection import MaskChange
+
+
+@dataclass(frozen=True)
+class MaskedWeight:
+    """A dense parameter and its mask, both in the user's layout."""
+
+    parameter: nn.Parameter
+    mask: Tensor
+    transposed: bool = False
+    """The user's layout is [in, out]."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[out, in] or [out, in, *kernel]."""
+        shape = tuple(self.parameter.shape)
+        return shape[::-1] if self.transposed else shape
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """The tensor as [rows, fan-in]; a copy where strides do not allow a view."""
+        return tensor.t() if self.transposed else tensor.reshape(tensor.shape[0], -1)
+
+    def active(self) -> Tensor:
+        """Flat positions of the active entries, int64, ascending."""
+        return self.rows(self.mask).flatten().nonzero().flatten()
+
+    def values_at(self, positions: Tensor) -> Tensor:
+        """The weights at `positions`."""
+        return self.parameter.detach()[self._entries(positions)]
+
+    def dense(self) -> Tensor:
+        """The weight in the logical shape, hidden values included."""
+        weight = self.parameter.detach()
+        return weight.t() if self.transposed else weight
+
+    @torch.no_grad()
+    def move(self, change: MaskChange, optimizer: torch.optim.Optimizer | None, exact_zeros: bool) -> None:
+        """Apply the change in place.
+
+        With `exact_zeros` grown entries start at 0, pruned ones leave nothing behind, and the optimizer state of both
+        is zero; otherwise the hidden weights live on and only the mask moves.
+        """
+        pruned, grown = self._entries(change.pruned), self._entries(change.grown)
+        self.mask[pruned] = False
+        self.mask[grown] = True
+        if not exact_zeros:
+            return
+        for entries in (pruned, grown):
+            self.parameter[entries] = 0
+            if optimizer is not None:
+                optimizer_state.reset(optimizer, self.parameter, entries)
+
+    def _entries(self, positions: Tensor) -> tuple[Tensor, ...]:
+        """Index of flat logical positions into a tensor of the user's layout, whatever its strides."""
+        if not self.transposed:
+            return torch.unravel_index(positions, self.parameter.shape)
+        fan_in = self.parameter.shape[0]
+        return positions % fan_in, positions // fan_in
+
+
+_PROBE_KEYS = itertools.count()
+
+
+class CompactWeight(nn.Module):
+    """A linear weight as its nonzeros: takes the place of the dense parameter in the module that owned it.
+
+    Attributes:
+        values: nn.Parameter [nnz], row-major order.
+        indices: int32 [2, nnz], rows and columns; with `values` all that a checkpoint holds.
+        crow, ccol, rows_t, perm: the row pointers and the transposed index, derived and not saved.
+    """
+
+    values: nn.Parameter
+    indices: Tensor
+    crow: Tensor
+    ccol: Tensor
+    rows_t: Tensor
+    perm: Tensor
+
+    shape: tuple[int, int]
+    probe_key: int
+    """Where a probe step's backward leaves inputs and output gradients; no two weights share one."""
+
+    def __init__(self, shape: tuple[int, int], positions: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.shape = shape
+        self.renew_probe_key()
+        self.values = nn.Parameter(values)
+        index = csr.from_flat(positions, shape)
+        self.register_buffer("indices", index.indices)
+        for name in ("crow", "ccol", "rows_t", "perm"):
+            self.register_buffer(name, getattr(index, name), persistent=False)
+
+    def renew_probe_key(self) -> None:
+        """Needed by a copy, which must not mix its probes with the original's."""
+        self.probe_key = next(_PROBE_KEYS)
+
+    @property
+    def index(self) -> csr.CsrIndex:
+        """The index buffers as they are now."""
+        return csr.CsrIndex(self.indices, self.crow, self.ccol, self.rows_t, self.perm)
+
+    def active(self) -> Tensor:
+        """Flat positions of the stored entries, int64, ascending."""
+        return csr.flat_of(self.index)
+
+    def values_at(self, positions: Tensor) -> Tensor:
+        """The stored values; `positions` are all of `active`."""
+        del positions
+        return self.values.detach()
+
+    @torch.no_grad()
+    def move(self, change: MaskChange, optimizer: torch.optim.Optimizer | None) -> None:
+        """Apply the change in place at constant nnz; values and optimizer state travel with their coordinates."""
+        states = () if optimizer is None else optimizer_state.per_element(optimizer, self.values)
+        for tensor in (self.values, *states):
+            tensor.copy_(change.carry(tensor))
+        self.place(change.after())
+
+    @torch.no_grad()
+    def place(self, positions: Tensor) -> None:
+        """Rewrite every index buffer in place for the stored positions [nnz]; the values stay where they are."""
+        csr.move_(self.index, positions)
+
+    def dense(self) -> Tensor:
+        """The dense weight, zeros filled in."""
+        return csr.to_dense(self.values.detach(), self.index)
+
+    def extra_repr(self) -> str:
+        return f"{self.shape[0]}x{self.shape[1]}, nnz={self.values.numel()}"
+
+
+def read_weights(
+    tree: nn.Module, transposed: Mapping[str, bool]
+) -> Iterator[tuple[str, MaskedWeight | CompactWeight]]:
+    """(name, storage) of the named sparse weights; {name: whether the user stores it [in, out]}."""
+    for name, is_transposed in transposed.items():
+        weight = fetch(tree, name)
+        if isinstance(weight, CompactWeight):
+            yield name, weight
+        else:
+            yield name, MaskedWeight(weight, fetch(tree, f"{name}_mask"), is_transposed)

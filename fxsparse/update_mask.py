@@ -1,0 +1,122 @@
+"""The node of the update graph, and the variant of the training graph that collects what it needs."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.fx import Graph
+from torch.optim import Optimizer
+
+from fxsparse import kernel
+from fxsparse.graph import fetch
+from fxsparse.kernels.csr import probe
+from fxsparse.method import Method, Probe, Reparam, WeightView
+from fxsparse.pattern import Pattern
+from fxsparse.rng import generator_for
+from fxsparse.selection import MaskChange
+from fxsparse.storage import CompactWeight, MaskedWeight
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the updates of one weight need besides its tensors."""
+
+    shape: tuple[int, ...]
+    """Logical shape, [out, in] or [out, in, *kernel]."""
+    pattern: Pattern
+    nnz: int
+    """Entries at the end of training."""
+    transposed: bool = False
+
+    def nnz_at(self, step: int, method: Method) -> int:
+        """Entries after the update of this step; -1 asks for the initial mask."""
+        return self.pattern.feasible(self.shape, method.nnz(step, self.nnz, torch.Size(self.shape).numel()))
+
+
+@dataclass(frozen=True)
+class UpdateStep:
+    """The input of the update graph."""
+
+    number: int
+    method: Method
+    seed: int
+    targets: Mapping[str, Target]
+    gradients: Mapping[str, Tensor]
+    """Dense gradients of masked weights, where the rule needs them."""
+    optimizer: Optimizer | None = None
+
+
+def update_mask(step: UpdateStep, weight: Any, mask: Tensor | None, name: str) -> MaskChange:
+    """Choose the new entries of one weight, and move mask, weight and optimizer state in place; returns what moved.
+
+    `weight` is a Parameter with its `mask`, or a CompactWeight and None.
+    """
+    target, rule = step.targets[name], step.method.rule
+    assert rule is not None, "an update graph has nodes only where a rule moves masks"
+    store = weight if mask is None else MaskedWeight(weight, mask, target.transposed)
+    active = store.active()
+    if rule.probe is Probe.DENSE and not _was_probed(store, name, step):
+        return MaskChange.between(active, active)
+    view = _view(store, active, target, name, step)
+    change = MaskChange.between(active, rule(view))
+    if isinstance(store, CompactWeight):
+        store.move(change, step.optimizer)
+    else:
+        store.move(change, step.optimizer, step.method.reparam.exact_zeros)
+    return change
+
+
+def _was_probed(store: MaskedWeight | CompactWeight, name: str, step: UpdateStep) -> bool:
+    """A weight that took no part in the loss has no gradient to grow by, and keeps its mask."""
+    if isinstance(store, CompactWeight):
+        return bool(probe.PROBES.get(store.probe_key))
+    return name in step.gradients
+
+
+def _view(
+    store: MaskedWeight | CompactWeight, active: Tensor, target: Target, name: str, step: UpdateStep
+) -> WeightView:
+    schedule = step.method.schedule
+    assert schedule is not None, "a rule without a schedule never runs"
+    return WeightView(
+        name=name,
+        shape=store.shape,
+        pattern=target.pattern,
+        nnz=target.nnz_at(step.number, step.method),
+        step=step.number,
+        drop_fraction=schedule.drop_fraction(step.number),
+        active=active,
+        values=store.values_at(active),
+        weight=store.dense,
+        gradient_tiles=lambda: _tiles(store, name, step),
+        generator=generator_for(step.seed, name, step.number),
+    )
+
+
+def _tiles(store: MaskedWeight | CompactWeight, name: str, step: UpdateStep) -> Iterator[tuple[int, Tensor]]:
+    if isinstance(store, MaskedWeight):
+        yield 0, store.rows(step.gradients[name])
+        return
+    for row, tile in probe.gradient_tiles(store.probe_key, store.shape):
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(tile)
+        yield row, tile
+
+
+def probe_variant(graph: Graph, skeleton: nn.Module, reparam: Reparam) -> Graph:
+    """A copy whose backward also yields dense gradients: in ``.grad`` of masked weights, in the probe of compact."""
+    graph = copy.deepcopy(graph)
+    plain, dense_grad = reparam.function(False)[0], reparam.function(True)[0]
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node.target is plain:
+            node.target = dense_grad
+        elif node.target is kernel.registered()[kernel.TRAINING].run:
+            compact = fetch(skeleton, str(node.args[2].target).removesuffix(".values"))
+            node.kwargs = {**node.kwargs, "probe_key": compact.probe_key}
+    return graph

@@ -1,0 +1,133 @@
+"""Decide, weight by weight, whether training holds a dense tensor beside a mask or the nonzeros only."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fxsparse import kernel
+from fxsparse.errors import UnsupportedError
+from fxsparse.graph import Site, argument, attribute_nodes, fetch, sites
+from fxsparse.kernel import Problem
+from fxsparse.pipeline import Decision, PassContext, WeightSpec
+
+
+@dataclass(frozen=True)
+class ChooseStorage:
+    """Fill ``storage``, ``format``, ``kernel`` and ``reason`` of every decision.
+
+    "compact" where the plan allows it, nothing refuses it and (storage="auto") forward + backward measured faster
+    than dense at the example shapes; else "masked".
+
+    Raises:
+        UnsupportedError: in strict mode, if the plan asks for compact storage that a weight cannot have.
+    """
+
+    name: ClassVar[str] = "choose-storage"
+    after: ClassVar[tuple[str, ...]] = ("allocate-nnz",)
+    preserves_function: ClassVar[bool] = True
+
+    def run(self, gm: GraphModule, ctx: PassContext) -> int:
+        assert ctx.plan is not None
+        for name, decision in ctx.decisions.items():
+            if not decision.kernel:
+                _decide(gm, name, decision, ctx)
+        return 0
+
+
+def _decide(gm: GraphModule, name: str, decision: Decision, ctx: PassContext) -> None:
+    assert ctx.plan is not None
+    decision.kernel, decision.format = "dense", "dense"
+    if ctx.plan.storage == "masked":
+        decision.reason = "the plan asks for masked storage"
+        return
+    reasons = _refusals(gm, ctx.weights[name], decision, ctx)
+    slow = [] if reasons else _kernel_refusals(gm, ctx.weights[name], decision)
+    if ctx.plan.storage == "auto":
+        choice = None if reasons or slow else _measure(gm, name, decision, ctx)
+        decision.reason = _why(reasons or slow, choice)
+        if choice is None or choice.kernel.format == "dense":
+            return
+    elif reasons:
+        decision.reason = _why(reasons, None)
+        if ctx.strict:
+            raise UnsupportedError(
+                f"{name!r}: {decision.reason}. Use storage='auto', or exclude this weight."
+            )
+        return
+    else:
+        decision.reason = "the plan asks for compact storage" + (
+            f"; in plain PyTorch: {slow[0]}" if slow else ""
+        )
+    decision.storage, decision.format, decision.kernel = "compact", "csr", kernel.TRAINING
+
+
+def _why(refusals: list[str], choice: kernel.Choice | None) -> str:
+    if refusals:
+        return "no compact storage: " + "; ".join(refusals)
+    return "not measured: no example inputs" if choice is None else choice.reason
+
+
+def _refusals(gm: GraphModule, spec: WeightSpec, decision: Decision, ctx: PassContext) -> list[str]:
+    """Why this weight cannot be stored as nonzeros only; empty if it can."""
+    assert ctx.plan is not None
+    method, found = ctx.plan.method, sites(gm, spec.name)
+    tests = {
+        f"there is no compact {spec.op} kernel": spec.op != "linear",
+        "it is stored transposed": spec.transposed,
+        f"it is tied to {', '.join(spec.aliases)}": bool(spec.aliases),
+        "an op reads only a part of it": any(site.sliced for site in found),
+        "something other than a linear op reads it": _other_users(gm, spec.name, found),
+        "the module walk does not see who else reads it": ctx.program.tier == "walk",
+        f"{method.name} keeps weights behind its zeros": not method.reparam.exact_zeros,
+        f"{method.name} changes its count of nonzeros": method.schedule is not None
+        and method.schedule.ramp is not None,
+        f"{decision.pattern} chooses over the whole weight": not decision.pattern.streams,
+    }
+    return [reason for reason, applies in tests.items() if applies]
+
+
+def _kernel_refusals(gm: GraphModule, spec: WeightSpec, decision: Decision) -> list[str]:
+    """Why only the kernel's PyTorch reference could run."""
+    device = fetch(gm, spec.name).device
+    problem = Problem("linear", spec.shape, 1, decision.nnz, spec.dtype, device, training=True)
+    return kernel.registered()[kernel.TRAINING].refuses(problem)
+
+
+def _other_users(gm: GraphModule, name: str, found: list[Site]) -> bool:
+    readers = {site.node for site in found}
+    return any(user not in readers for node in attribute_nodes(gm.graph, name) for user in node.users)
+
+
+def _measure(gm: GraphModule, name: str, decision: Decision, ctx: PassContext) -> kernel.Choice | None:
+    """The measured choice at the example shapes; None without example inputs."""
+    found = sites(gm, name)
+    value = (
+        found[0].node.args[0].meta.get("val") if found and isinstance(found[0].node.args[0], Node) else None
+    )
+    weight = fetch(gm, name).detach()
+    if value is None or weight.is_meta or ctx.example_inputs is None:
+        return None
+    batch = torch.Size(_hint(size) for size in value.shape[:-1]).numel()
+    problem = Problem(
+        "linear", tuple(weight.shape), batch, decision.nnz, weight.dtype, weight.device, training=True
+    )
+    generator = torch.Generator(weight.device).manual_seed(0)
+    score = torch.rand(weight.shape, generator=generator, device=weight.device)
+    sample = torch.where(decision.pattern.project(score, decision.nnz), torch.randn_like(score), 0).to(
+        weight.dtype
+    )
+    x = torch.randn(batch, weight.shape[1], generator=generator, device=weight.device).to(weight.dtype)
+    return kernel.choose(problem, x, sample, _bias(gm, found[0]))
+
+
+def _bias(gm: GraphModule, site: Site) -> Tensor | None:
+    bias = argument(site.node, 2, "bias")
+    return fetch(gm, str(bias.target)).detach() if isinstance(bias, Node) and bias.op == "get_attr" else None
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    """The example's size of a dimension that may be symbolic."""
+    return size if isinstance(size, int) else int(size.node.hint)

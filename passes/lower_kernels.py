@@ -1,0 +1,69 @@
+"""Replace dense ops on compact weights by sparse kernel calls."""
+
+import operator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+from torch.fx import GraphModule
+
+from fxsparse import kernel
+from fxsparse.graph import argument, attribute_nodes, fetch, insert_get_attr, owner, replace, sites
+from fxsparse.initial import initial_positions
+from fxsparse.pipeline import PassContext
+from fxsparse.storage import CompactWeight
+
+INDEX = ("crow", "cols", "ccol", "rows_t", "perm")
+
+
+@dataclass(frozen=True)
+class LowerKernels:
+    """F.linear(x, w, b) becomes the CSR training kernel on ``w.values``; the dense Parameter leaves the tree.
+
+    The user's own module keeps its Parameter: only the skeleton changes.
+    """
+
+    name: ClassVar[str] = "lower-kernels"
+    after: ClassVar[tuple[str, ...]] = ("choose-storage", "insert-reparam")
+    preserves_function: ClassVar[bool] = False
+
+    def run(self, gm: GraphModule, ctx: PassContext) -> int:
+        rewrites = 0
+        for name, decision in ctx.decisions.items():
+            if decision.storage == "compact":
+                found = sites(gm, name)
+                compact_in_tree(ctx, name)
+                rewrites += sum(_lower(gm, site.node, name) for site in found)
+        return rewrites
+
+
+def compact_in_tree(ctx: PassContext, name: str) -> None:
+    """Put a CompactWeight in the place of the skeleton's dense Parameter, once."""
+    module, leaf = owner(ctx.program.skeleton, name)
+    if isinstance(fetch(ctx.program.skeleton, name), CompactWeight):
+        return
+    positions = initial_positions(ctx, name)
+    parameter = module._parameters.pop(leaf)
+    assert isinstance(parameter, nn.Parameter)
+    compact = CompactWeight(tuple(parameter.shape), positions, parameter.detach().flatten()[positions])
+    compact.values.requires_grad_(parameter.requires_grad)
+    module.add_module(leaf, compact.train(module.training))
+
+
+def _lower(gm: GraphModule, node, name: str) -> int:
+    graph = gm.graph
+    bias = argument(node, 2, "bias")
+    values = insert_get_attr(graph, f"{name}.values", node)
+    indices = insert_get_attr(graph, f"{name}.indices", node)
+    with graph.inserting_before(node):
+        cols = graph.call_function(operator.getitem, (indices, 1))
+    rest = {
+        part: insert_get_attr(graph, f"{name}.{part}", node) for part in ("crow", "ccol", "rows_t", "perm")
+    }
+    index = [cols if part == "cols" else rest[part] for part in INDEX]
+    old = attribute_nodes(graph, name)
+    replace(node, kernel.registered()[kernel.TRAINING].run, (node.args[0], bias, values, *index))
+    for weight in old:
+        if not weight.users:
+            graph.erase_node(weight)
+    return 1

@@ -1,0 +1,44 @@
+import pytest
+import torch
+
+from fxsparse import optimizer_state
+from fxsparse.errors import UnsupportedError
+
+
+def stepped(optimizer_class, **options):
+    weight = torch.nn.Parameter(torch.ones(3, 4))
+    optimizer = optimizer_class([weight], **options)
+    weight.grad = torch.full((3, 4), 2.0)
+    optimizer.step()
+    return weight, optimizer
+
+
+@pytest.mark.parametrize(
+    ("optimizer_class", "options", "tensors"),
+    [
+        (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, 1),
+        (torch.optim.Adam, {"amsgrad": True}, 3),
+        (torch.optim.AdamW, {"fused": True}, 2),
+        (torch.optim.RMSprop, {"momentum": 0.9}, 2),
+        (torch.optim.SGD, {"lr": 0.1}, 0),
+    ],
+)
+def test_reset_zeroes_every_per_element_state_at_the_entries_only(optimizer_class, options, tensors):
+    weight, optimizer = stepped(optimizer_class, **options)
+    before = [state.clone() for state in optimizer_state.per_element(optimizer, weight)]
+    optimizer_state.reset(optimizer, weight, (torch.tensor([0, 2]), torch.tensor([1, 3])))
+    after = list(optimizer_state.per_element(optimizer, weight))
+    assert len(after) == tensors
+    for old, new in zip(before, after, strict=True):
+        assert new[0, 1] == 0
+        assert new[2, 3] == 0
+        old[0, 1] = old[2, 3] = 0
+        assert torch.equal(old, new)
+
+
+def test_state_that_is_not_per_element_is_refused_by_name():
+    weight, optimizer = stepped(torch.optim.Adafactor)
+    with pytest.raises(
+        UnsupportedError, match=r"Adafactor keeps 'row_var' of shape \(3, 1\).*per-element state"
+    ):
+        list(optimizer_state.per_element(optimizer, weight))
