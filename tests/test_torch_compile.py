@@ -1,0 +1,66 @@
+"""torch.compile of a SparseModule: the same numbers, and at most two frames over many mask updates."""
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import fxsparse
+from fxsparse import Plan
+from fxsparse.methods import rigl
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+
+
+def run(storage, steps, compiled, backend="aot_eager"):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    method = rigl(every=2, stop=10_000, drop_fraction=0.3, decay="constant", variant="torch")
+    sparse = fxsparse.compile(net(), Plan(sparsity=0.8, storage=storage, method=method))
+    call = torch.compile(sparse, backend=counter, fullgraph=True) if compiled else sparse
+    optimizer = torch.optim.SGD(sparse.parameters(), lr=0.05, momentum=0.9)
+    sparse.attach(optimizer)
+    losses, moved = [], 0
+    for step in range(steps):
+        optimizer.zero_grad()
+        x = torch.randn(12, 16, generator=torch.Generator().manual_seed(step))
+        loss = call(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        moved += sparse.update_masks(optimizer)
+    return losses, sparse.masks(), counter.frame_count, moved
+
+
+@pytest.mark.parametrize("storage", ["masked", "compact"])
+def test_two_frames_and_the_same_numbers_over_two_hundred_mask_updates(storage):
+    losses, masks, frames, moved = run(storage, 400, compiled=True)
+    expected, expected_masks, _, _ = run(storage, 400, compiled=False)
+    assert frames <= 2
+    assert moved >= 199
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(masks[name], expected_masks[name]) for name in masks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("storage", ["masked", "compact"])
+def test_inductor_gives_the_same_numbers(storage):
+    losses, _, frames, _ = run(storage, 6, compiled=True, backend="inductor")
+    expected, _, _, _ = run(storage, 6, compiled=False)
+    assert frames <= 2
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("storage", ["masked", "compact"])
+def test_a_dynamic_batch_compiles_once(storage):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    sparse = fxsparse.compile(net(), Plan(sparsity=0.8, storage=storage)).eval()
+    call = torch.compile(sparse, backend=counter, fullgraph=True, dynamic=True)
+    for batch in (3, 5, 7):
+        x = torch.randn(batch, 16)
+        torch.testing.assert_close(call(x), sparse(x))
+    assert counter.frame_count == 1
