@@ -1,141 +1,159 @@
-"""Contracts that every pattern and method has to keep; for the tests of this project and of third parties.
+"""Contract checks that a kernel must pass; third parties run the same ones on theirs."""
 
-Each check raises AssertionError with what was broken.
-"""
-
-from collections.abc import Iterator, Sequence
-from itertools import islice
-from math import prod
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fxsparse.method import Method, Probe, WeightView, from_dict
-from fxsparse.pattern import Pattern
-from fxsparse.rng import generator_for
-from fxsparse.selection import check_positions, to_mask, to_positions
+from fxsparse.kernel import Kernel, Problem, tolerance
+from fxsparse.kernels.library import ACTIVATIONS, activate
+
+SHAPES = ((1, 3), (37, 53), (64, 32), (16, 200), (130, 17))
+"""(out, in): odd sizes, whole and broken blocks, wide and tall."""
+DENSITIES = (0.0, 0.2, 1.0)
+BATCHES = ((), (0,), (2,), (3, 7), (70,))
+"""Leading dimensions of the input: none, empty, few, whole and broken panels."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
-def check_pattern(pattern: Pattern, shape: Sequence[int], nnz: int, seed: int = 0) -> None:
-    """Project, prune, regrow and stream scores of `shape` (one the pattern fits), random and tied ones."""
-    generator = torch.Generator().manual_seed(seed)
-    total = pattern.feasible(shape, nnz)
-    assert pattern.feasible(shape, total) == total, f"{pattern}: feasible({total}) is not {total} itself"
-    random = torch.rand(tuple(shape), generator=generator)
-    coarse = torch.randint(0, 3, tuple(shape), generator=generator).float()
-    for score in (random, coarse, torch.zeros(tuple(shape))):
-        mask = pattern.project(score, nnz)
-        assert mask.dtype == torch.bool, f"{pattern}: project gave {mask.dtype}"
-        assert mask.shape == score.shape, f"{pattern}: project gave shape {list(mask.shape)}"
-        assert int(mask.sum()) == total, (
-            f"{pattern}: project gave {int(mask.sum())} ones, feasible says {total}"
-        )
-        pattern.check(mask)
-        assert torch.equal(pattern.project(score, nnz), mask), f"{pattern}: project is not deterministic"
-        _check_prune_and_regrow(pattern, score, mask, nnz)
-        _check_tiles(pattern, score, mask, nnz)
+def assert_close(actual: Tensor, expected: Tensor, allowed: float, scale: float | None = None) -> None:
+    """AssertionError unless shapes agree and `actual` is finite and within `allowed` of `expected`.
 
-
-def check_method(method: Method, pattern: Pattern, shape: Sequence[int], nnz: int, updates: int = 50) -> None:
-    """Run a method's first updates on one random weight that drifts, and check every choice it makes.
-
-    `nnz` is the count at the end; a weight of `shape` has to fit `pattern`.  No optimizer takes part.
+    Bounded are the largest difference relative to `scale`, by default the largest expected entry, and its
+    root mean square relative to the same.  A good `scale` is the largest sum of the magnitudes that were added.
     """
-    assert from_dict(method.to_dict()) == method, f"{method.name}: from_dict(to_dict()) is another method"
-    assert method.source, f"{method.name}: source names no paper"
-    random = torch.Generator().manual_seed(0)
-    weight = torch.randn(tuple(shape), generator=random)
-    count = pattern.feasible(shape, method.nnz(-1, nnz, prod(shape)))
-    mask = pattern.project(method.init(weight, generator_for(0, "w", -1)), count)
-    if method.rule is None or method.schedule is None:
-        assert method.rule is method.schedule is None, f"{method.name}: rule and schedule go together"
-        return
-    for index, step in enumerate(islice(method.schedule.updates(2**62), updates)):
-        if method.reparam.exact_zeros:
-            weight = weight * mask
-        gradient = torch.randn(tuple(shape), generator=random)
-        count = pattern.feasible(shape, method.nnz(step, nnz, prod(shape)))
-        heights = (None, 1, 3) if index < 20 else (None,)
-        view = [view_of(method, pattern, weight, mask, gradient, count, step, height) for height in heights]
-        mask = _checked_update(method, view, mask)
-        weight = weight - 0.1 * gradient
-
-
-def view_of(
-    method: Method,
-    pattern: Pattern,
-    weight: Tensor,
-    mask: Tensor,
-    gradient: Tensor,
-    nnz: int,
-    step: int,
-    tile_rows: int | None = None,
-) -> WeightView:
-    """What a rule sees of a weight named "w" at seed 0; the dense gradient in tiles of `tile_rows` (all)."""
-    matrix = gradient.reshape(len(gradient), -1)
-    height = tile_rows or len(matrix)
-
-    def tiles() -> Iterator[tuple[int, Tensor]]:
-        asked = method.rule is not None and method.rule.probe is Probe.DENSE
-        assert asked, f"{method.name}: reads the dense gradient without asking for it"
-        return ((first, matrix[first : first + height]) for first in range(0, len(matrix), height))
-
-    def whole() -> Tensor:
-        assert not method.reparam.exact_zeros, f"{method.name}: reads the whole weight, yet has exact zeros"
-        return weight
-
-    return WeightView(
-        name="w",
-        shape=tuple(weight.shape),
-        pattern=pattern,
-        nnz=nnz,
-        step=step,
-        drop_fraction=method.schedule.drop_fraction(step) if method.schedule else 0.0,
-        active=to_positions(mask),
-        values=weight[mask],
-        weight=whole,
-        gradient_tiles=tiles,
-        generator=generator_for(0, "w", step),
+    assert actual.shape == expected.shape, (
+        f"expected shape {tuple(expected.shape)}, got {tuple(actual.shape)}"
     )
+    if expected.numel() == 0:
+        return
+    difference = actual.double() - expected.double()
+    assert difference.isfinite().all(), "expected finite entries"
+    scale = max(expected.abs().max().item() if scale is None else scale, torch.finfo(torch.float64).tiny)
+    largest, mean = difference.abs().max().item() / scale, difference.square().mean().sqrt().item() / scale
+    assert largest <= allowed, f"largest relative error {largest:.2e}, allowed {allowed:.2e}"
+    assert mean <= allowed / 2, f"RMS relative error {mean:.2e}, allowed {allowed / 2:.2e}"
 
 
-def _checked_update(method: Method, views: Sequence[WeightView], mask: Tensor) -> Tensor:
-    """The mask after an update; `views` are of the same weight, in different tiles."""
-    assert method.rule is not None
-    first = views[0]
-    where = f"{method.name} at step {first.step}"
-    new = method.rule(first)
-    check_positions(new, mask.numel(), where)
-    assert len(new) == first.nnz, f"{where}: {len(new)} entries, expected {first.nnz}"
-    for view in views[1:]:
-        assert torch.equal(new, method.rule(view)), f"{where}: the choice depends on the gradient's tiles"
-    moved = to_mask(new, mask.shape)
-    first.pattern.check(moved)
-    return moved
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fill every tensor that torch leaves uninitialised with NaN, so that an entry nobody wrote is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # which is what fills them
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
-def _check_prune_and_regrow(pattern: Pattern, score: Tensor, mask: Tensor, nnz: int) -> None:
-    active = int(mask.sum())
-    for keep in {0, active // 3, active - 1 if active else 0, active}:
-        kept = pattern.prune(score.masked_fill(~mask, -torch.inf), keep)
-        assert int(kept.sum()) <= keep, (
-            f"{pattern}: prune kept {int(kept.sum())}, at most {keep} were allowed"
-        )
-        assert not bool((kept & ~mask).any()), f"{pattern}: prune kept an entry with score -inf"
-        regrown = pattern.project((1 - score).masked_fill(kept, torch.inf), nnz)
-        assert bool((regrown | ~kept).all()), f"{pattern}: project dropped an entry with score +inf"
-        assert int(regrown.sum()) == active, f"{pattern}: pruning and growing changed the count"
-        pattern.check(regrown)
-        if pattern.streams:
-            short = pattern.prune(score[mask], keep)
-            assert torch.equal(kept[mask], short), f"{pattern}: prune differs on the active entries alone"
+def sparse_weight(shape: tuple[int, int], density: float, *, constant_fan_in: bool = False) -> Tensor:
+    """A dense fp64 weight with zeros in it, the same for the same arguments.
+
+    With `constant_fan_in` every row has as many nonzeros, else the first and others are empty below
+    density 1.
+    """
+    generator = torch.Generator().manual_seed(0)
+    score = torch.rand(shape, generator=generator, dtype=torch.float64)
+    if constant_fan_in:
+        mask = score.argsort(1).argsort(1) < round(density * shape[1])
+    else:
+        mask = score < density
+        mask[:: max(2, shape[0] // 3)] &= density == 1
+    return torch.randn(shape, generator=generator, dtype=torch.float64) * mask
 
 
-def _check_tiles(pattern: Pattern, score: Tensor, mask: Tensor, nnz: int) -> None:
-    matrix = score.reshape(len(score), -1)
-    for height in (1, 3, len(score)):
-        tiles = [(first, matrix[first : first + height]) for first in range(0, len(score), height)]
-        positions = pattern.project_tiles(tiles, score.shape, nnz)
-        assert torch.equal(positions, to_positions(mask)), (
-            f"{pattern}: tiles of {height} rows give another mask"
-        )
+def problem_of(kernel: Kernel, weight: Tensor, batch: int, dtype: torch.dtype, training: bool) -> Problem:
+    """The problem of applying `weight` to `batch` rows on the CPU."""
+    counts = (weight != 0).sum(1)
+    fan_in = int(counts[0]) if bool((counts == counts[0]).all()) else None
+    shape, nnz = tuple(weight.shape), int(counts.sum())
+    return Problem(kernel.op, shape, batch, nnz, dtype, torch.device("cpu"), training, fan_in)
+
+
+def check_kernel(kernel: Kernel) -> int:
+    """Hold `kernel` against the masked dense product in fp64; returns how many problems it took on.
+
+    Outputs and, in training, the gradients of the input, of the stored entries and of the bias, from random
+    upstream gradients; for kernel and reference; over shapes, densities, batches and dtypes, non-contiguous
+    inputs, and memory that is NaN until written.  AssertionError on the first difference, or if every problem
+    was refused.
+    """
+    ran = 0
+    for shape, density, batch, constant in itertools.product(SHAPES, DENSITIES, BATCHES, (False, True)):
+        weight = sparse_weight(shape, density, constant_fan_in=constant)
+        for dtype, training in itertools.product(DTYPES, (False, True)):
+            problem = problem_of(kernel, weight, torch.Size(batch).numel(), dtype, training)
+            reasons = kernel.refuses(problem)
+            assert all(isinstance(reason, str) and reason for reason in reasons), reasons
+            if not reasons:
+                _check_problem(kernel, weight.to(dtype), batch, training)
+                ran += 1
+    assert ran, f"{kernel.name} refused every problem"
+    return ran
+
+
+def _check_problem(kernel: Kernel, weight: Tensor, batch: tuple[int, ...], training: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    out_features, in_features = weight.shape
+    x = torch.randn(*batch, 2 * in_features, generator=generator).to(weight.dtype)[..., ::2]
+    bias = torch.randn(out_features, generator=generator).to(weight.dtype)
+    upstream = torch.randn(*batch, out_features, generator=generator).to(weight.dtype)
+    for run, with_bias in itertools.product((kernel.run, kernel.reference), (bias, None)):
+        with poisoned_memory():
+            if training:
+                _check_gradients(kernel, run, weight, x, with_bias, upstream)
+                continue
+            buffers = kernel.pack(weight).values()
+            exact = _dense(x, weight, with_bias)
+            scale = _largest(_dense(x.abs(), weight.abs(), bias.abs()))
+            for activation in ACTIVATIONS:
+                y = run(x, with_bias, *buffers, activation=activation)
+                allowed = tolerance(weight.dtype, in_features + 1)
+                assert_close(y, activate(exact, activation), allowed, scale)
+
+
+def _check_gradients(
+    kernel: Kernel,
+    run: Callable[..., Tensor],
+    weight: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    upstream: Tensor,
+) -> None:
+    buffers = [tensor.clone() for tensor in kernel.pack(weight).values()]
+    values = next(tensor for tensor in buffers if tensor.is_floating_point()).requires_grad_()
+    leaves = [x.detach().requires_grad_(), values, *([] if bias is None else [bias.clone().requires_grad_()])]
+    y = run(leaves[0], leaves[2] if bias is not None else None, *buffers)
+    gradients = torch.autograd.grad(y, leaves, upstream)
+
+    g, rows = upstream.double().reshape(-1, upstream.shape[-1]), x.double().reshape(-1, x.shape[-1])
+    dense = weight.double()
+    expected = (
+        (g @ dense).reshape(x.shape),
+        _packed_like(kernel, g.t() @ rows, weight),
+        g.sum(0),
+    )
+    scales = (g.abs() @ dense.abs(), g.abs().t() @ rows.abs(), g.abs().sum(0))
+    terms = (len(weight), len(g), len(g))
+    for got, exact, scale, count in zip(gradients, expected, scales, terms, strict=False):
+        assert_close(got, exact, tolerance(x.dtype, count), _largest(scale))
+    scale = _largest(_dense(x.abs(), dense.abs(), bias))
+    assert_close(y, _dense(x, weight, bias), tolerance(x.dtype, weight.shape[1] + 1), max(scale, _largest(y)))
+
+
+def _packed_like(kernel: Kernel, gradient: Tensor, weight: Tensor) -> Tensor:
+    """The entries of a dense `gradient` where `kernel` stores those of `weight`; 0 where it stores a zero."""
+    positions = torch.arange(1, weight.numel() + 1, dtype=torch.float64).reshape(weight.shape)
+    stored = next(iter(kernel.pack(torch.where(weight != 0, positions, 0)).values())).long()
+    return torch.cat([gradient.new_zeros(1), gradient.reshape(-1)])[stored]
+
+
+def _largest(magnitudes: Tensor) -> float:
+    return magnitudes.abs().max().item() if magnitudes.numel() else 0.0
+
+
+def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x.double(), weight.double(), None if bias is None else bias.double())

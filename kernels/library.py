@@ -32,8 +32,9 @@ def activation_code(activation: str) -> int:
 def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any], *tags: torch.Tag) -> None:
     """Register ``fxsparse::<schema>`` with its PyTorch `reference` for every device, and its `fake`.
 
-    On CPU the first call builds and loads the C++ kernels; once they are there the dispatcher calls them and never
-    the reference again.  Where they cannot be built the reference runs, and ``kernels.cpu.availability`` says why.
+    On CPU the first call builds and loads the C++ kernels; once they are there the dispatcher calls them and
+    never the reference again.  Where they cannot be built the reference runs, and
+    ``kernels.cpu.availability`` says why.
     """
     name = schema.partition("(")[0]
 

@@ -1,4 +1,4 @@
-"""Condensed: constant fan-in as one rectangle of values and one of column numbers (SRigL, arXiv:2305.02299)."""
+"""Condensed: constant fan-in as a rectangle of values and one of column numbers (SRigL, arXiv:2305.02299)."""
 
 from collections.abc import Mapping
 
@@ -21,8 +21,8 @@ def fan_in(mask: Tensor) -> int | None:
 def pack(weight: Tensor, mask: Tensor | None = None) -> Mapping[str, Tensor]:
     """``values`` [out, k] and ascending column ``indices`` [out, k] of a `weight` [out, in].
 
-    Indices are int16 up to 32,767 inputs, else int32.  The entries are those of `mask`, else the nonzero ones;
-    PatternError names the first row whose count differs.
+    Indices are int16 up to 32,767 inputs, else int32.  The entries are those of `mask`, else the nonzero
+    ones; PatternError names the first row whose count differs.
     """
     mask = weight != 0 if mask is None else mask
     k = fan_in(mask)
@@ -30,8 +30,8 @@ def pack(weight: Tensor, mask: Tensor | None = None) -> Mapping[str, Tensor]:
         counts = mask.sum(1).tolist()
         row = next((r for r, count in enumerate(counts) if count != counts[0]), 0)
         raise PatternError(
-            f"condensed needs one fan-in for all rows; row 0 has {counts[:1]}, row {row} has {counts[row : row + 1]}. "
-            "Use CSR, or the ConstantFanIn pattern"
+            f"condensed needs one fan-in for all rows; row 0 has {counts[:1]} nonzeros, row {row} has "
+            f"{counts[row : row + 1]}. Use CSR, or the ConstantFanIn pattern"
         )
     columns = mask.nonzero()[:, 1].reshape(mask.shape[0], k)
     dtype = torch.int16 if mask.shape[1] <= _INT16_MAX else torch.int32

@@ -40,7 +40,7 @@ class CsrIndex:
 
 
 def from_flat(flat: Tensor, shape: tuple[int, int]) -> CsrIndex:
-    """The index of the entries at the flat positions `flat` (int64 [nnz], ascending) of a weight of `shape`."""
+    """The index of the entries at flat positions `flat` (int64 [nnz], ascending) of a weight of `shape`."""
     index = from_indices(
         torch.empty(2, flat.numel(), dtype=torch.int32, device=flat.device), shape, filled=False
     )
@@ -76,7 +76,7 @@ def move_(index: CsrIndex, flat: Tensor) -> None:
     rows, columns = index.shape
     if flat.numel() != index.perm.numel():
         raise PatternError(
-            f"the layout has room for exactly {index.perm.numel()} entries, got {flat.numel()}: build a new one"
+            f"the layout holds exactly {index.perm.numel()} entries, got {flat.numel()}: build a new one"
         )
     if flat.numel():
         if int(flat[0]) < 0 or int(flat[-1]) >= rows * columns or not bool((flat.diff() > 0).all()):

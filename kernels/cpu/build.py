@@ -19,7 +19,7 @@ INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 
 _OPS = ("csr_forward", "csr_backward", "condensed_forward")
 _FOLDER = Path(__file__).parent
-_FLAGS = "-O3 -std=c++17 -fPIC -fno-math-errno -fno-trapping-math -ffp-contract=fast".split()
+_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
 _TABLES = {
     "portable": [],
@@ -28,7 +28,7 @@ _TABLES = {
 }
 
 
-class _NoKernels(Exception):
+class _NoKernelsError(Exception):
     """Why the C++ kernels cannot be had here."""
 
 
@@ -48,10 +48,10 @@ def implements(name: str) -> bool:
 
 
 def instruction_set(name: str | None = None) -> str:
-    """The instruction set in use ("avx512", "avx2", "portable"; "reference" without C++), after asking for `name`.
+    """The instruction set in use, one of INSTRUCTION_SETS or "reference", after asking for `name`.
 
-    A set that the CPU lacks is lowered to the best it has.  The environment variable FXSPARSE_ISA does the same from
-    the start, and with "reference" there leaves the C++ kernels alone.
+    A set that the CPU lacks is lowered to the best it has.  The environment variable FXSPARSE_ISA asks from
+    the start; "reference" there leaves the C++ kernels alone.
     """
     if _load() is not None:
         return "reference"
@@ -78,7 +78,7 @@ def _load() -> str | None:
         return "FXSPARSE_ISA=reference asks for the PyTorch reference"
     try:
         torch.ops.load_library(str(_built()))
-    except (_NoKernels, OSError) as error:
+    except (_NoKernelsError, OSError) as error:
         return str(error)
     if wanted:
         torch.ops.fxsparse.cpu_level(INSTRUCTION_SETS.index(wanted))
@@ -86,7 +86,7 @@ def _load() -> str | None:
 
 
 def _built() -> Path:
-    """The shared library for these sources, this compiler and this architecture; built where it is not cached."""
+    """The shared library for these sources, compiler and architecture; built where it is not cached."""
     compiler = _compiler()
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
     sources = [(_FOLDER / name).read_bytes() for name in ("table.h", "vec.h", "products.cpp", "ops.cpp")]
@@ -111,12 +111,12 @@ def _compiler() -> list[str]:
     if asked := os.environ.get("CXX"):
         command = shlex.split(asked)
         if shutil.which(command[0]) is None:
-            raise _NoKernels(f"no C++ compiler: CXX={asked!r} is not there")
+            raise _NoKernelsError(f"no C++ compiler: CXX={asked!r} is not there")
         return command
     for name in ("g++", "c++", "clang++"):
         if shutil.which(name):
             return [name]
-    raise _NoKernels("no C++ compiler: none of g++, c++, clang++ is there, and CXX is not set")
+    raise _NoKernelsError("no C++ compiler: none of g++, c++, clang++ is there, and CXX is not set")
 
 
 def _compile(compiler: list[str], folder: Path) -> None:
@@ -137,11 +137,11 @@ def _compile(compiler: list[str], folder: Path) -> None:
     errors = [process.communicate()[1] for process in running]
     for process, error in zip(running, errors, strict=True):
         if process.returncode:
-            raise _NoKernels(f"{compiler[0]} failed on the kernels: {_first_error(error)}")
+            raise _NoKernelsError(f"{compiler[0]} failed on the kernels: {_first_error(error)}")
     link = [*compiler, "-shared", *objects, f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", "-o"]
     linked = subprocess.run([*link, str(folder / "out.so")], capture_output=True, text=True, check=False)
     if linked.returncode:
-        raise _NoKernels(f"{compiler[0]} failed to link the kernels: {_first_error(linked.stderr)}")
+        raise _NoKernelsError(f"{compiler[0]} failed to link the kernels: {_first_error(linked.stderr)}")
 
 
 def _first_error(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Linear layers with a CSR weight: forward, both gradients at the stored coordinates, and their kernel entries."""
+"""Linear layers with a CSR weight: forward, gradients at the stored coordinates, and their kernel entries."""
 
 from collections.abc import Mapping
 
@@ -13,8 +13,8 @@ from fxsparse.kernels.csr import probe, reference
 from fxsparse.kernels.library import ACTIVATIONS, activation_code, autocast, define
 
 _BACKWARD_ARGUMENTS = (
-    "(Tensor grad, Tensor x, Tensor values, Tensor crow, Tensor cols, Tensor ccol, Tensor rows_t, Tensor perm, "
-    "bool need_x, bool need_values, bool need_bias) -> (Tensor, Tensor, Tensor)"
+    "(Tensor grad, Tensor x, Tensor values, Tensor crow, Tensor cols, Tensor ccol, Tensor rows_t, "
+    "Tensor perm, bool need_x, bool need_values, bool need_bias) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -33,10 +33,10 @@ def csr_linear(
     """``activation(x @ W^T + bias)`` with W [out, in] in CSR; sums in fp32 (fp64 for fp64).
 
     x [..., in] and values [nnz] are of one floating dtype; every index is int32: crow [out + 1], cols [nnz].
-    With the transposed index (ccol [in + 1], rows_t [nnz], perm [nnz]; ``formats.csr.CsrIndex``) the result is
-    differentiable in x, values and bias, and no tensor of W's size is made.  Without it there is no gradient.
-    With ``probe_key >= 0`` backward leaves copies of x and the output gradient in ``probe.PROBES[probe_key]``.
-    An activation goes with inference only.
+    With the transposed index (ccol [in + 1], rows_t [nnz], perm [nnz]; ``formats.csr.CsrIndex``) the result
+    is differentiable in x, values and bias, and no tensor of W's size is made.  Without it there is no
+    gradient.  With ``probe_key >= 0`` backward leaves copies of x and the output gradient in
+    ``probe.PROBES[probe_key]``.  An activation goes with inference only.
     """
     x, values, bias = autocast(x, values, bias)
     if ccol is None:

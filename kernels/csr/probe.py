@@ -22,7 +22,7 @@ def stash(x: Tensor, grad: Tensor, key: int) -> Tensor:
 def gradient_tiles(
     key: int, shape: tuple[int, int], rows_per_tile: int | None = None
 ) -> Iterator[tuple[int, Tensor]]:
-    """Row tiles (first row, [rows, in]) of the dense weight gradient, ``sum of grad_y^T x`` over micro-batches.
+    """Row tiles (first row, [rows, in]) of the dense weight gradient, ``sum of grad_y^T x``.
 
     Micro-batches are added one after the other, as autograd accumulates.  A tile has `rows_per_tile` rows, by
     default and at most 1/16 of them (at least one).  `shape` is (out, in); KeyError if nothing was stashed.

@@ -41,7 +41,7 @@ def linear_backward(
     need_values: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, values (at the stored coordinates only) and bias; an empty tensor where one is not needed."""
+    """Gradients of x, values (at the stored coordinates) and bias; empty where one is not needed."""
     flat_grad = _accumulating(grad.reshape(-1, grad.shape[-1]))
     flat = _accumulating(x.reshape(-1, x.shape[-1]))
     rows = entry_rows(crow, cols)
