@@ -23,7 +23,7 @@ def assert_close(actual: Tensor, expected: Tensor, allowed: float, scale: float 
     """AssertionError unless shapes agree and `actual` is finite and within `allowed` of `expected`.
 
     Bounded are the largest difference relative to `scale`, by default the largest expected entry, and its
-    root mean square relative to the same.  A good `scale` is the largest sum of the magnitudes that were added.
+    root mean square relative to the same.  A good `scale` is the largest sum of the magnitudes added.
     """
     assert actual.shape == expected.shape, (
         f"expected shape {tuple(expected.shape)}, got {tuple(actual.shape)}"

@@ -1,0 +1,65 @@
+"""Interleaved timing in one process, and what a table must say about where its numbers come from."""
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from fxsparse.kernels import cpu
+
+
+def medians_us(calls: Mapping[str, Callable[[], object]], rounds: int, inner: int = 1) -> dict[str, float]:
+    """Median microseconds of each call.
+
+    The calls take turns, so that drift of the machine falls on all alike; a turn is `inner` calls in a row.
+    """
+    for call in calls.values():
+        call()
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            for _ in range(inner):
+                call()
+            samples[name].append((time.perf_counter() - start) / inner * 1e6)
+    return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def environment(dtype: torch.dtype) -> str:
+    """One line: processor, threads, dtype, versions, instruction set of the C++ kernels."""
+    name = str(dtype).removeprefix("torch.")
+    return (
+        f"{_processor()}; {torch.get_num_threads()} thread(s); {name}; torch {torch.__version__}; "
+        f"kernels: {cpu.instruction_set()}"
+    )
+
+
+def arguments(description: str, rounds: int) -> argparse.Namespace:
+    """The options that the benchmarks share; sets the number of threads."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=rounds, help="samples per number; the median counts")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    return options
+
+
+def ratio(of: float, to: float | None) -> str:
+    """How many times faster than `of` the time `to` is; a dash where one was not measured."""
+    return "-" if to is None else f"{of / to:.2f}x"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return platform.processor() or platform.machine()
+    lines = cpuinfo.read_text().splitlines()
+    return next(
+        (line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine()
+    )
