@@ -15,7 +15,7 @@ from fxsparse.selection import to_positions
 
 
 class Growth(Protocol):
-    """Scores the entries to grow, larger first; called with the weight as it is after pruning was decided."""
+    """Scores every entry for growth, larger first."""
 
     probe: ClassVar[Probe]
 

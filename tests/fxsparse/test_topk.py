@@ -41,7 +41,9 @@ def test_equal_scores_choose_the_lowest_indices():
 
 
 def test_minus_infinity_is_never_chosen():
-    assert top_positions(torch.tensor([-torch.inf, 3.0, -torch.inf]), 3).tolist() == [1]
+    for n in (2, 3):
+        assert top_positions(torch.tensor([-torch.inf, 3.0, -torch.inf]), n).tolist() == [1]
+        assert top_of_tiles([(0, torch.tensor([-torch.inf, 3.0, -torch.inf]))], n).tolist() == [1]
     assert top_mask(torch.tensor([[-torch.inf, 3.0]] * 2), 2, dim=1).tolist() == [[False, True]] * 2
 
 
