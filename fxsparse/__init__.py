@@ -1,9 +1,19 @@
 """A sparse-training and sparse-inference compiler for PyTorch, as torch.fx passes."""
 
-from fxsparse.compiler import compile
+from fxsparse.compiler import allocate, compile, plan_report, prune
 from fxsparse.errors import FxSparseError
 from fxsparse.module import SparseModule
 from fxsparse.plans import Override, Plan
 from fxsparse.report import Report
 
-__all__ = ["FxSparseError", "Override", "Plan", "Report", "SparseModule", "compile"]
+__all__ = [
+    "FxSparseError",
+    "Override",
+    "Plan",
+    "Report",
+    "SparseModule",
+    "allocate",
+    "compile",
+    "plan_report",
+    "prune",
+]

@@ -1,6 +1,7 @@
 """``compile``, ``plan_report`` and ``allocate``: what a user calls."""
 
 import copy
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,13 +14,13 @@ from fxsparse.errors import PlanError
 from fxsparse.graph import set_parameter
 from fxsparse.initial import target_of
 from fxsparse.module import Emitted, Recipe, SparseModule
-from fxsparse.passes import training_pipeline
+from fxsparse.passes import planning_pipeline, training_pipeline
 from fxsparse.pipeline import PassContext, run_passes
 from fxsparse.plans import Plan
 from fxsparse.report import Report
 from fxsparse.skeleton import copy_structure
-from fxsparse.storage import CompactWeight
-from fxsparse.summary import summarize
+from fxsparse.storage import CompactWeight, read_weights
+from fxsparse.summary import stored_bytes, summarize
 from fxsparse.trace import capture
 from fxsparse.updates import MaskUpdates, ProbeSwitch
 from fxsparse.walk import swap_leaves
@@ -34,7 +35,6 @@ def compile(
     mode: str = "train",
     example_inputs: Any = None,
     optimizer: Optimizer | None = None,
-    device: torch.device | str | None = None,
     strict: bool = False,
 ) -> SparseModule:
     """Compile `model` for sparse training with a `plan`, or for inference of the zeros it has.
@@ -48,7 +48,6 @@ def compile(
             With them the captured graphs are run against the model before anything is changed, and storage and
             kernels are chosen by measurement.
         optimizer: attached, and in compact storage made to hold the stored values instead of the dense Parameters.
-        device: where Parameters on the meta device are created, default CPU.
         strict: raise where the default is a row in the report.
 
     Raises:
@@ -63,7 +62,45 @@ def compile(
     return _train(model, plan, example_inputs, optimizer, strict)
 
 
-def _check(model: nn.Module, plan: Plan | None, mode: str) -> None:
+def plan_report(model: nn.Module, plan: Plan, example_inputs: Any = None) -> Report:
+    """What `compile` would select, allocate and count; nothing is measured and the model is left untouched.
+
+    The model may be on the meta device.
+    """
+    return _planned(model, plan, example_inputs).report
+
+
+def allocate(model: nn.Module, plan: Plan, example_inputs: Any = None) -> dict[str, int]:
+    """{weight name: nonzeros} that the plan gives; the model is left untouched and may be on the meta device."""
+    return {name: decision.nnz for name, decision in _planned(model, plan, example_inputs).decisions.items()}
+
+
+def prune(model: nn.Module, plan: Plan, example_inputs: Any = None) -> nn.Module:
+    """A copy of a trained dense model with the plan's zeros in it, in one shot and without training.
+
+    Raises:
+        PlanError: the plan's method moves masks during training; one-shot pruning takes ``static(score)``.
+    """
+    _check(model, plan, "train")
+    if plan.method.rule is not None:
+        raise PlanError(
+            f"prune: expected a method that draws one mask, such as static('magnitude'), got {plan.method.name}; "
+            "train with fxsparse.compile(model, plan), then take sparse.to_dense()."
+        )
+    training = model.training
+    masked = dataclasses.replace(plan, storage="masked")
+    return compile(copy.deepcopy(model), masked, example_inputs=example_inputs).to_dense().train(training)
+
+
+def _planned(model: nn.Module, plan: Plan, example_inputs: Any) -> PassContext:
+    _check(model, plan, "train", planning=True)
+    ctx = PassContext(plan, "train", capture(model, example_inputs), Report(), example_inputs)
+    run_passes(planning_pipeline, ctx)
+    summarize(ctx)
+    return ctx
+
+
+def _check(model: nn.Module, plan: Plan | None, mode: str, *, planning: bool = False) -> None:
     if not isinstance(model, nn.Module):
         raise PlanError(f"compile: expected an nn.Module, got {type(model).__name__}.")
     if mode not in MODES:
@@ -78,6 +115,12 @@ def _check(model: nn.Module, plan: Plan | None, mode: str) -> None:
         )
     if mode == "train" and plan is None:
         raise PlanError("compile: training needs a plan, for example fxsparse.Plan(sparsity=0.9).")
+    meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if meta and not planning:
+        raise PlanError(
+            f"compile: {meta[0]!r} is on the meta device and has no values to train; create the model on a real "
+            "device. plan_report and allocate work on meta."
+        )
     if mode == "train" and isinstance(model, SparseModule):
         raise PlanError(
             "compile: this model is compiled already; compile model.to_dense() with another plan."
@@ -126,6 +169,8 @@ def _emit(model: nn.Module, ctx: PassContext) -> SparseModule:
     if program.tier == "walk":
         swap_leaves(program.skeleton, ctx.decisions, plan.method.reparam, updates.switch)
     summarize(ctx)
+    weights = read_weights(program.skeleton, updates.transposed)
+    ctx.report.totals["bytes_sparse"] = stored_bytes(weight for _, weight in weights)
     shell = _shell(model, [name for name, decision in ctx.decisions.items() if decision.storage == "compact"])
     recipe = Recipe(shell, plan, ctx.example_inputs, ctx.decisions)
     return SparseModule(

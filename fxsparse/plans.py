@@ -74,6 +74,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "exclude", _strings(self.exclude, "exclude"))
+        if not isinstance(self.overrides, tuple | list):
+            raise PlanError(f"Plan.overrides: expected a tuple of Override values, got {self.overrides!r}.")
         object.__setattr__(self, "overrides", tuple(self.overrides))
         _check_types(self)
         object.__setattr__(self, "sparsity", _implied_sparsity(self.sparsity, self.pattern))
@@ -96,7 +98,7 @@ class Plan:
         Raises:
             PlanError: an unknown field, or a version newer than this package.
         """
-        row = dict(row)
+        row = dict(_table(row, "plan"))
         version = row.pop("version", VERSION)
         if not isinstance(version, int) or not 1 <= version <= VERSION:
             raise PlanError(
@@ -104,9 +106,9 @@ class Plan:
             )
         _check_fields(cls, row, "plan")
         if "pattern" in row:
-            row["pattern"] = patterns.from_dict(row["pattern"])
+            row["pattern"] = patterns.from_dict(_table(row["pattern"], "pattern"))
         if "method" in row:
-            row["method"] = methods.from_dict(row["method"])
+            row["method"] = methods.from_dict(_table(row["method"], "method"))
         if "overrides" in row:
             row["overrides"] = tuple(_override(o) for o in row["overrides"])
         return cls(**row)
@@ -185,9 +187,16 @@ def _check_sparsity(value: Any, where: str) -> float:
 
 
 def _strings(value: Any, field_name: str) -> tuple[str, ...]:
-    if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+    sequence = isinstance(value, tuple | list)
+    if not sequence or not all(isinstance(item, str) for item in value):
         raise PlanError(f"Plan.{field_name}: expected a tuple of globs such as ('head',), got {value!r}.")
     return tuple(value)
+
+
+def _table(value: Any, what: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise PlanError(f"{what}: expected a table of fields (a mapping), got {value!r}.")
+    return value
 
 
 def _check_fields(cls: type, row: Mapping[str, Any], where: str) -> None:
@@ -200,10 +209,10 @@ def _check_fields(cls: type, row: Mapping[str, Any], where: str) -> None:
 
 
 def _override(row: Mapping[str, Any]) -> Override:
+    row = dict(_table(row, "override"))
     _check_fields(Override, row, "override")
-    row = dict(row)
     if "pattern" in row:
-        row["pattern"] = patterns.from_dict(row["pattern"])
+        row["pattern"] = patterns.from_dict(_table(row["pattern"], "pattern"))
     return Override(**row)
 
 

@@ -1,19 +1,18 @@
 """The rows of a report that describe weights, read from the decisions that passes left."""
 
+from collections.abc import Iterable
+
 import torch
 
-from fxsparse.initial import target_of
 from fxsparse.pipeline import PassContext
 from fxsparse.report import Row, check_complete
-from fxsparse.storage import CompactWeight, MaskedWeight, read_weights
+from fxsparse.storage import CompactWeight, MaskedWeight
 
 
 def summarize(ctx: PassContext) -> None:
     """Fill layers, untouched, totals, environment and notes of ``ctx.report``."""
     report, skeleton = ctx.report, ctx.program.skeleton
-    transposed = {name: target_of(ctx, name).transposed for name in ctx.decisions}
-    weights = dict(read_weights(skeleton, transposed))
-    report.layers = [_layer(ctx, name, weight) for name, weight in weights.items()]
+    report.layers = [_layer(ctx, name) for name in ctx.decisions]
     report.untouched = [{"name": name, "reason": reason} for name, reason in ctx.untouched.items()]
     report.notes = list(ctx.program.notes)
     check_complete(report, [*ctx.weights, *ctx.untouched])
@@ -24,7 +23,6 @@ def summarize(ctx: PassContext) -> None:
         "nnz": nnz,
         "sparsity": 1 - nnz / numel if numel else None,
         "bytes_dense": sum(row["numel"] * ctx.weights[row["name"]].dtype.itemsize for row in report.layers),
-        "bytes_sparse": sum(_bytes(weight) for weight in weights.values()),
     }
     parameters = list(skeleton.parameters())
     report.environment = {
@@ -35,9 +33,13 @@ def summarize(ctx: PassContext) -> None:
     }
 
 
-def _layer(ctx: PassContext, name: str, weight: CompactWeight | MaskedWeight) -> Row:
+def stored_bytes(weights: Iterable[CompactWeight | MaskedWeight]) -> int:
+    """What training stores of the weights and of where they are nonzero, gradients and optimizer state apart."""
+    return sum(_bytes(weight) for weight in weights)
+
+
+def _layer(ctx: PassContext, name: str) -> Row:
     spec, decision = ctx.weights[name], ctx.decisions[name]
-    nnz = weight.active().numel()
     return {
         "name": name,
         "op": spec.op,
@@ -47,14 +49,13 @@ def _layer(ctx: PassContext, name: str, weight: CompactWeight | MaskedWeight) ->
         "kernel": decision.kernel,
         "reason": decision.reason,
         "sparsity_target": decision.sparsity_target,
-        "sparsity": 1 - nnz / spec.numel,
-        "nnz": nnz,
+        "sparsity": 1 - decision.nnz / spec.numel,
+        "nnz": decision.nnz,
         "numel": spec.numel,
     }
 
 
 def _bytes(weight: CompactWeight | MaskedWeight) -> int:
-    """What training stores of the weight and where it is nonzero, gradients and optimizer state apart."""
     if isinstance(weight, MaskedWeight):
         return weight.parameter.nbytes + weight.mask.nbytes
     return weight.values.nbytes + sum(buffer.nbytes for buffer in weight.buffers())
