@@ -1,11 +1,18 @@
+import pytest
 import torch
+from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from fxsparse.formats import csr
-from fxsparse.kernels import csr_linear
-from fxsparse.kernels.csr import probe
+from fxsparse.kernels import cpu, csr_linear
+from fxsparse.kernels.csr import probe, reference
+
+SHAPE = (37, 53)
 
 
-def _layer(shape=(37, 53), density=0.2, dtype=torch.float32):
+def layer(density=0.2, dtype=torch.float32, shape=SHAPE):
     generator = torch.Generator().manual_seed(0)
     mask = torch.rand(shape, generator=generator) < density
     weight = (torch.randn(shape, generator=generator) * mask).to(dtype)
@@ -13,36 +20,187 @@ def _layer(shape=(37, 53), density=0.2, dtype=torch.float32):
     return weight, csr.values_of(weight, index), index
 
 
-def test_gradients_equal_those_of_the_masked_dense_layer():
-    weight, values, index = _layer(dtype=torch.float64)
-    x = torch.randn(2, 5, 53, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(37, dtype=torch.float64, requires_grad=True)
+def indices(index):
+    return index.crow, index.cols, index.ccol, index.rows_t, index.perm
+
+
+def leaves(dtype=torch.float32):
+    _, values, index = layer(dtype=dtype)
+    x = torch.randn(3, 5, 53, dtype=dtype, requires_grad=True)
+    bias = torch.randn(37, dtype=dtype, requires_grad=True)
+    return x, values.requires_grad_(), bias, index
+
+
+def test_gradients_are_right_by_finite_differences():
+    x, values, bias, index = leaves(torch.float64)
+    assert torch.autograd.gradcheck(lambda x, v, b: csr_linear(x, v, *indices(index), b), (x, values, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ops_pass_opcheck(dtype):
+    x, values, bias, index = (t.detach() if isinstance(t, torch.Tensor) else t for t in leaves(dtype))
+    opcheck(torch.ops.fxsparse.csr_forward.default, (x, values, index.crow, index.cols, bias, 2))
+    upstream = torch.randn(3, 5, 37).to(dtype)
+    for needs in ((True, True, True), (False, True, False), (True, False, False)):
+        opcheck(torch.ops.fxsparse.csr_backward.default, (upstream, x, values, *indices(index), *needs))
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
+def test_only_the_gradients_that_are_asked_for_are_computed(needs):
+    x, values, bias, index = leaves()
+    for leaf, needed in zip((x, values, bias), needs, strict=True):
+        leaf.requires_grad_(needed)
+    y = csr_linear(x, values, *indices(index), bias)
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert [leaf.grad is not None for leaf in (x, values, bias)] == list(needs)
+    assert counter.get_total_flops() == 2 * 15 * values.numel() * (needs[0] + needs[1])
+
+
+def test_counted_flops_are_two_per_stored_entry_and_token():
+    x, values, bias, index = leaves()
+    with FlopCounterMode(display=False) as counter:
+        csr_linear(x, values, *indices(index), bias)
+    assert counter.get_total_flops() == 2 * 15 * values.numel()
+
+
+def test_threads_do_not_change_a_bit():
+    x, values, bias, index = leaves()
+    x = torch.randn(300, 53, requires_grad=True)
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        y = csr_linear(x, values, *indices(index), bias)
+        results.append((y, *torch.autograd.grad(y, (x, values, bias), torch.ones_like(y))))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest tensor that any op made."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "reference"])
+def test_no_tensor_of_the_dense_weights_size_is_made(compiled, monkeypatch):
+    _, values, index = layer(0.02, shape=(300, 400))
+    x = torch.randn(8, 400, requires_grad=True)
     values.requires_grad_()
-    y = csr_linear(x, values, index.crow, index.cols, index.ccol, index.rows_t, index.perm, bias)
-    upstream = torch.randn_like(y)
-    grads = torch.autograd.grad(y, (x, values, bias), upstream)
-    weight.requires_grad_()
-    expected_y = torch.nn.functional.linear(x, weight, bias)
-    expected = torch.autograd.grad(expected_y, (x, weight, bias), upstream)
-    torch.testing.assert_close(y, expected_y)
-    torch.testing.assert_close(grads[0], expected[0])
-    torch.testing.assert_close(grads[1], csr.values_of(expected[1], index))
-    torch.testing.assert_close(grads[2], expected[2])
+    largest = LargestTensor()
+    if compiled:
+        with largest:
+            csr_linear(x, values, *indices(index)).sum().backward()
+    else:  # the reference runs inside an op, where no mode sees it: call it as it is
+        monkeypatch.setattr(reference, "_GATHERED", 300 * 400 // 4)
+        arguments = (values.detach(), *indices(index))
+        with largest:
+            y = reference.linear(x.detach(), *arguments[:3], None, 0)
+            reference.linear_backward(y, x.detach(), *arguments, True, True, True)
+    assert 0 < largest.numel <= 300 * 400 // 4
+
+
+def test_training_state_stays_below_three_percent_of_dense_at_99_percent_sparsity():
+    _, values, index = layer(0.01, shape=(768, 3072))
+    floats = 4 * values.nbytes  # weights, gradients, two Adam states
+    ints = sum(t.nbytes for t in (index.indices, index.crow, index.ccol, index.rows_t, index.perm))
+    assert floats + ints <= 0.03 * 4 * 4 * 768 * 3072
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("probe_key", [-1, 11])
+def test_compiles_whole_with_the_same_numbers(backend, probe_key):
+    x, values, bias, index = leaves()
+
+    def loss(x, values, bias):
+        return csr_linear(x, values, *indices(index), bias, probe_key).square().sum()
+
+    expected = torch.autograd.grad(loss(x, values, bias), (x, values, bias))
+    stashed = list(probe.PROBES.pop(probe_key, []))
+    compiled = torch.compile(loss, backend=backend, fullgraph=True)
+    got = torch.autograd.grad(compiled(x, values, bias), (x, values, bias))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    again = probe.PROBES.pop(probe_key, [])
+    assert len(stashed) == len(again) == (probe_key >= 0)
+    for a, b in zip(stashed, again, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_moving_the_topology_needs_no_new_frame():
+    _, values, index = layer()
+    frames = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(lambda x: csr_linear(x, values, *indices(index)), backend=frames, fullgraph=True)
+    x = torch.randn(4, 53)
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(3):
+        flat = torch.randperm(37 * 53, generator=generator)[: values.numel()].sort().values
+        csr.move_(index, flat)
+        torch.testing.assert_close(compiled(x), x @ csr.to_dense(values, index).t())
+    assert frames.frame_count == 1
+
+
+def test_autocast_computes_in_bfloat16_and_returns_fp32_gradients():
+    x, values, bias, index = leaves()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = csr_linear(x, values, *indices(index), bias)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert {x.grad.dtype, values.grad.dtype, bias.grad.dtype} == {torch.float32}
 
 
 def test_an_armed_backward_leaves_the_dense_gradient_in_tiles():
-    weight, values, index = _layer()
+    weight, values, index = layer()
     values.requires_grad_()
-    probe.clear(7)
     expected = torch.zeros_like(weight)
     for _ in range(2):
         x = torch.randn(4, 53)
-        y = csr_linear(x, values, index.crow, index.cols, index.ccol, index.rows_t, index.perm, None, 7)
+        y = csr_linear(x, values, *indices(index), None, 7)
         upstream = torch.randn_like(y)
         y.backward(upstream)
         expected += upstream.t() @ x
-    tiles = list(probe.gradient_tiles(7, (37, 53)))
+    tiles = list(probe.gradient_tiles(7, SHAPE))
     assert max(len(tile) for _, tile in tiles) == 37 // 16
     torch.testing.assert_close(torch.cat([tile for _, tile in tiles]), expected)
     probe.clear(7)
     assert 7 not in probe.PROBES
+
+
+def test_activation_checkpointing_stashes_once_per_backward():
+    x, values, bias, index = leaves()
+
+    def run(x):
+        return csr_linear(x, values, *indices(index), bias, 13)
+
+    for _ in range(2):
+        checkpoint(run, x, use_reentrant=False).sum().backward()
+    assert len(probe.PROBES.pop(13)) == 2
+
+
+def test_refuses_inputs_of_another_width_and_broken_indices():
+    _, values, index = layer()
+    if cpu.availability() is not None:
+        pytest.skip("the reference checks by indexing")
+    with pytest.raises(RuntimeError, match="x has 20 features, but row"):
+        csr_linear(torch.randn(4, 20), values, index.crow, index.cols)
+    with pytest.raises(RuntimeError, match="crow to end with"):
+        csr_linear(torch.randn(4, 53), values, index.crow[:-1].contiguous(), index.cols)
+    with pytest.raises(RuntimeError, match="of one dtype"):
+        csr_linear(torch.randn(4, 53).bfloat16(), values, index.crow, index.cols)
+    with pytest.raises(RuntimeError, match="cols int32"):
+        csr_linear(torch.randn(4, 53), values, index.crow, index.cols.long())
+    with pytest.raises(ValueError, match="fuses no activation"):
+        csr_linear(torch.randn(4, 53), values, *indices(index), activation="relu")
+    with pytest.raises(ValueError, match="expected an activation of"):
+        csr_linear(torch.randn(4, 53), values, index.crow, index.cols, activation="tanh")

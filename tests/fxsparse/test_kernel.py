@@ -1,0 +1,112 @@
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fxsparse import kernel as kernels
+from fxsparse.errors import UnsupportedError
+from fxsparse.kernel import Problem, candidates, capabilities, choose, register, registered
+from fxsparse.testing import sparse_weight
+
+CPU = torch.device("cpu")
+PROBLEM = Problem("linear", (64, 48), 4, 300, torch.float32, CPU, training=False, fan_in=None)
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    registered()  # the shipped ones first
+    monkeypatch.setattr(kernels, "_REGISTRY", dict(kernels._REGISTRY))
+    monkeypatch.setattr(kernels, "_CHOICES", {})
+
+
+def call(dtype=torch.float32):
+    weight = sparse_weight((64, 48), 0.1).to(dtype)
+    return torch.randn(4, 48, dtype=dtype), weight, torch.randn(64, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("cpu-csr", {"device": torch.device("cuda")}, "it runs on cpu, not cuda"),
+        ("cpu-csr", {"dtype": torch.float16}, "it has float32 and bfloat16, not float16"),
+        ("cpu-csr", {"training": True}, "it has no gradient: cpu-csr-train has"),
+        ("cpu-csr-train", {}, "it is for training: cpu-csr needs less memory"),
+        ("cpu-condensed", {}, "rows have different numbers of nonzeros"),
+        ("cpu-condensed", {"training": True}, "it has no gradient"),
+        ("dense", {"training": True}, "training needs the mask: dense-masked has it"),
+        ("dense-masked", {}, "inference folds the mask: dense needs no multiplication"),
+        ("dense", {"op": "conv2d"}, "it computes linear, not conv2d"),
+    ],
+)
+def test_every_refusal_says_why(name, change, reason):
+    usable, refusals = candidates(replace(PROBLEM, **change))
+    assert reason in refusals[name]
+    assert name not in [kernel.name for kernel in usable]
+
+
+def test_choice_names_the_times_of_all_candidates_and_is_remembered(registry):
+    x, weight, bias = call()
+    choice = choose(PROBLEM, x, weight, bias, "relu", rounds=3)
+    usable, _ = candidates(PROBLEM)
+    assert choice.times_us.keys() == {kernel.name for kernel in usable}
+    assert all(time > 0 for time in choice.times_us.values())
+    assert choice.kernel.name in choice.reason
+    assert choose(PROBLEM, x, weight, bias, "relu", rounds=3) is choice
+    assert choose(PROBLEM, x, weight, bias, rounds=3) is not choice
+
+
+def test_training_problems_time_the_backward_too(registry):
+    x, weight, bias = call()
+    choice = choose(replace(PROBLEM, training=True), x, weight, bias, rounds=3)
+    assert choice.kernel.name in ("dense-masked", "cpu-csr-train")
+    assert "dense-masked" in choice.times_us
+
+
+def test_a_sparse_kernel_has_to_be_clearly_faster(registry):
+    x, weight, bias = call()
+    register(replace(registered()["dense"], name="as-fast", format="csr"))
+    choice = choose(PROBLEM, x, weight, bias, advantage=1e-6, rounds=3)
+    assert choice.kernel.name == "dense"
+
+
+def test_a_wrong_kernel_is_never_chosen(registry):
+    def wrong(x, bias, weight, activation="none"):
+        return F.linear(x, weight * 1.01, bias)
+
+    register(replace(registered()["dense"], name="wrong", format="csr", run=wrong))
+    choice = choose(PROBLEM, *call(), rounds=3, advantage=1e9)
+    assert choice.kernel.name != "wrong"
+    assert "its result is wrong here: relative error" in choice.refusals["wrong"][0]
+
+
+def test_a_third_party_kernel_is_a_candidate_and_names_are_unique(registry):
+    dense = registered()["dense"]
+    theirs = register(replace(dense, name="theirs"))
+    assert theirs in candidates(PROBLEM)[0]
+    with pytest.raises(ValueError, match="'theirs' is registered already"):
+        register(theirs)
+
+
+def test_nothing_to_run_lists_the_reasons_of_every_kernel():
+    problem = replace(PROBLEM, op="conv2d")
+    with pytest.raises(UnsupportedError) as error:
+        choose(problem, *call())
+    for name in registered():
+        assert f"{name}: it computes linear, not conv2d" in str(error.value)
+    assert "Add one with fxsparse.kernel.register" in str(error.value)
+
+
+def test_capabilities_have_one_row_per_kernel():
+    rows = {row["kernel"]: row for row in capabilities()}
+    assert rows.keys() == registered().keys()
+    assert rows["dense"]["available"] == "yes"
+    assert "float32" in rows["dense"]["dtypes"]
+    assert all(row["dtypes"] or row["available"] != "yes" for row in rows.values())
+
+
+def test_costs_count_stored_entries():
+    assert registered()["cpu-csr"].cost(PROBLEM).flops == 2 * 4 * 300
+    assert registered()["cpu-csr-train"].cost(replace(PROBLEM, training=True)).flops == 6 * 4 * 300
+    assert registered()["dense"].cost(PROBLEM).flops == 2 * 4 * 64 * 48
+    assert registered()["cpu-condensed"].cost(PROBLEM).bytes == 300 * (4 + 2)

@@ -1,0 +1,66 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fxsparse.kernels import cpu
+
+ROOT = Path(__file__).resolve().parents[2]
+LINEAR = """
+import torch
+from fxsparse.kernel import Problem, candidates
+from fxsparse.kernels import condensed_linear, cpu
+values, indices = torch.ones(3, 2), torch.tensor([[0, 1], [1, 2], [0, 2]], dtype=torch.int16)
+print(condensed_linear(torch.tensor([1.0, 2.0, 4.0]), values, indices).tolist())
+problem = Problem("linear", (3, 3), 1, 6, torch.float32, torch.device("cpu"), False, 2)
+usable, refusals = candidates(problem)
+print(cpu.instruction_set(), [kernel.name for kernel in usable], refusals.get("cpu-csr"))
+"""
+
+
+def run(code: str, **environment: str) -> str:
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"CXX": "no-such-compiler"}, "no C++ compiler: CXX='no-such-compiler' is not there"),
+        ({"CXX": "false"}, "false failed on the kernels: no message"),
+        ({"PATH": "", "CXX": ""}, "no C++ compiler: none of g++, c++, clang++ is there"),
+        ({"FXSPARSE_ISA": "reference"}, "FXSPARSE_ISA=reference asks for the PyTorch reference"),
+    ],
+)
+def test_without_kernels_the_reference_runs_and_the_reason_is_visible(environment, reason, tmp_path):
+    lines = run(LINEAR, FXSPARSE_CACHE=str(tmp_path), **environment).splitlines()
+    assert lines[0] == "[3.0, 6.0, 5.0]"
+    assert lines[1].startswith("reference ['dense']")
+    assert reason in lines[1]
+    assert not list(tmp_path.glob("*.so"))
+
+
+def test_importing_builds_nothing(tmp_path):
+    run("import fxsparse.kernels", FXSPARSE_CACHE=str(tmp_path), PATH="", CXX="")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(cpu.availability() is not None, reason=str(cpu.availability()))
+def test_builds_into_the_asked_for_cache_once(tmp_path):
+    first = run(LINEAR, FXSPARSE_CACHE=str(tmp_path))
+    (library,) = tmp_path.iterdir()
+    built = library.stat().st_mtime_ns
+    assert run(LINEAR, FXSPARSE_CACHE=str(tmp_path)) == first
+    assert library.stat().st_mtime_ns == built
+    assert "cpu-csr" in first
+
+
+@pytest.mark.skipif(cpu.availability() is not None, reason=str(cpu.availability()))
+def test_the_environment_asks_for_an_instruction_set():
+    assert run(LINEAR, FXSPARSE_ISA="portable").splitlines()[1].startswith("portable")
