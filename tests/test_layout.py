@@ -17,7 +17,7 @@ SOURCES = sorted(
 PYTHON = [path for path in SOURCES if path.suffix == ".py"]
 BANNED_NAMES = re.compile("utils?|helpers?|manager|base|common|misc|data|info|process|handle")
 
-# {folder: folder of its tests}; what a folder does not export supports what it does, and is tested through it.
+# {folder: folder of its tests}; a file that a folder does not export is tested through those that it does.
 ONE_FILE_ONE_TEST = {
     "passes": "tests/passes",
     "kernels": "tests/kernels",

@@ -1,5 +1,7 @@
 """Three small image classifiers in plain PyTorch, for 8 x 8 grey images and ten classes."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -80,3 +82,6 @@ def cnn() -> nn.Module:
 def _convolution(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
     convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
     return convolution, nn.BatchNorm2d(outputs), nn.ReLU()
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"ViT": vit, "MLP": mlp, "CNN": cnn}

@@ -1,0 +1,130 @@
+"""The words of the command line as values: a model, example inputs, a plan."""
+
+import importlib
+import inspect
+import os
+import re
+import sys
+from argparse import Namespace
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxsparse import methods
+from fxsparse.errors import FxSparseError
+from fxsparse.pattern import NM, Block, ConstantFanIn, Pattern, Unstructured
+from fxsparse.plans import Plan
+
+
+class UsageError(FxSparseError, ValueError):
+    """Words on the command line that name nothing."""
+
+
+def model(text: str) -> nn.Module:
+    """The module that ``package.module:factory`` returns, or an untrained ``torchvision:<model>``.
+
+    Modules in the current folder can be named too.
+
+    Raises:
+        UsageError: no such module or factory, or the factory returns something else.
+    """
+    module_name, colon, factory_name = text.partition(":")
+    if not colon or not module_name or not factory_name:
+        raise UsageError(f"model {text!r}: expected module:factory, such as torchvision:resnet50.")
+    if module_name == "torchvision":
+        return _torchvision(factory_name)
+    if (folder := os.getcwd()) not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UsageError(f"model {text!r}: {module_name!r} does not import here: {error}.") from error
+    factory = getattr(module, factory_name, None)
+    if not callable(factory):
+        raise UsageError(f"model {text!r}: {module_name!r} has no function {factory_name!r}.")
+    try:
+        inspect.signature(factory).bind()
+    except TypeError as error:
+        raise UsageError(f"model {text!r}: it is called without arguments, and has a {error}.") from error
+    built = factory()
+    if not isinstance(built, nn.Module):
+        raise UsageError(f"model {text!r}: expected an nn.Module, the factory gave {type(built).__name__}.")
+    return built
+
+
+def _torchvision(name: str) -> nn.Module:
+    try:
+        from torchvision import models
+    except ImportError as error:
+        raise UsageError(f"model 'torchvision:{name}': torchvision does not import here: {error}.") from error
+    try:
+        return models.get_model(name, weights=None)
+    except ValueError as error:
+        raise UsageError(f"model 'torchvision:{name}': torchvision has no model of that name.") from error
+
+
+def example(text: str) -> Tensor:
+    """A tensor for ``1x3x224x224`` or ``1x128:int64``: normal where the dtype is floating, else zeros.
+
+    Raises:
+        UsageError: not sizes joined by x, or an unknown dtype.
+    """
+    sizes, _, dtype_name = text.partition(":")
+    if not re.fullmatch(r"\d+(x\d+)*", sizes):
+        raise UsageError(f"input {text!r}: expected sizes joined by x and a dtype, such as 1x128:int64.")
+    shape = [int(size) for size in sizes.split("x")]
+    dtype = getattr(torch, dtype_name or "float32", None)
+    if not isinstance(dtype, torch.dtype):
+        raise UsageError(f"input {text!r}: torch has no dtype {dtype_name!r}.")
+    return torch.randn(shape).to(dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
+
+
+def examples(texts: list[str]) -> tuple[Tensor, ...] | None:
+    """Example inputs of a model, None where none were named."""
+    return tuple(example(text) for text in texts) or None
+
+
+def pattern(text: str) -> Pattern:
+    """``unstructured``, ``constant-fan-in``, ``2:4`` (N:M) or ``16x16`` (block).
+
+    Raises:
+        UsageError: none of these.
+    """
+    if text == "unstructured":
+        return Unstructured()
+    if text == "constant-fan-in":
+        return ConstantFanIn()
+    numbers = re.fullmatch(r"(\d+)([:x])(\d+)", text)
+    if numbers is None:
+        raise UsageError(
+            f"pattern {text!r}: expected unstructured, constant-fan-in, n:m (2:4) or a block (16x16)."
+        )
+    first, kind, second = int(numbers[1]), numbers[2], int(numbers[3])
+    return NM(first, second) if kind == ":" else Block(first, second)
+
+
+def plan(words: Namespace) -> Plan:
+    """The plan in ``--plan`` (a TOML file or a preset's name), with the other options in its place.
+
+    Raises:
+        PlanError: a plan that contradicts itself or names what does not exist.
+        UsageError: an unknown pattern, or nothing that says how sparse.
+    """
+    fields: dict[str, Any] = {}
+    if words.sparsity is not None:
+        fields["sparsity"] = words.sparsity
+    if words.allocation is not None:
+        fields["allocation"] = words.allocation
+    if words.pattern is not None:
+        fields["pattern"] = pattern(words.pattern)
+    if words.method is not None:
+        fields["method"] = methods.from_dict({"name": words.method})
+    if words.exclude:
+        fields["exclude"] = tuple(words.exclude)
+    if words.plan is None:
+        return Plan(**fields)
+    return replace(
+        Plan.load(words.plan) if words.plan.endswith(".toml") else Plan.preset(words.plan), **fields
+    )

@@ -1,0 +1,78 @@
+import json
+
+import pytest
+
+from fxsparse import cli
+
+SMALL = ["fxsparse.demo.models:mlp", "--input", "2x1x8x8"]
+
+
+def run(capsys, *words):
+    """(exit code, stdout, stderr) of one command."""
+    code = cli.main(words)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_trace_prints_the_front_end_and_the_graph(capsys):
+    code, out, err = run(capsys, "trace", *SMALL)
+    assert (code, err) == (0, "")
+    assert out.startswith("captured by the symbolic front end")
+    assert "def forward" in out
+
+
+def test_trace_as_json_has_tier_notes_and_graphs(capsys):
+    _, out, _ = run(capsys, "trace", *SMALL, "--format", "json")
+    row = json.loads(out)
+    assert row["tier"] == "symbolic"
+    assert set(row["graphs"]) == {"train", "eval"}
+
+
+def test_report_names_the_passes_that_ran(capsys):
+    _, out, _ = run(capsys, "report", *SMALL, "--plan", "rigl-90", "--format", "json")
+    row = json.loads(out)
+    assert "allocate-nnz" in [p["name"] for p in row["passes"]]
+    assert [layer["storage"] for layer in row["layers"]] != []
+
+
+@pytest.mark.parametrize(
+    ("form", "start"), [("table", "kernel"), ("markdown", "| kernel"), ("html", "<table>"), ("json", "[")]
+)
+def test_kernels_lists_what_runs_here(capsys, form, start):
+    code, out, _ = run(capsys, "kernels", "--format", form)
+    assert code == 0
+    assert out.startswith(start)
+    assert "csr" in out
+
+
+def test_output_goes_to_a_file(capsys, tmp_path):
+    path = tmp_path / "kernels.json"
+    _, out, _ = run(capsys, "kernels", "--format", "json", "-o", str(path))
+    assert out == ""
+    assert {"kernel", "op", "format"} <= json.loads(path.read_text())[0].keys()
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["trace", "absent_module:f"], "fxsparse: UsageError: model 'absent_module:f': "),
+        (["report", *SMALL], "fxsparse: PlanError: Plan.sparsity is missing"),
+        (["report", *SMALL, "--sparsity", "0.9", "--exclude", "absent"], "fxsparse: PlanError: "),
+        (["report", *SMALL, "--plan", "absent.toml"], "fxsparse: PlanError: absent.toml: "),
+        (["report", *SMALL, "--sparsity", "0.9", "--pattern", "3:7"], "fxsparse: PlanError: "),
+        (["kernels", "-o", "/absent/folder/file"], "fxsparse: FileNotFoundError: "),
+    ],
+)
+def test_errors_are_one_line_with_the_errors_name(capsys, words, line):
+    code, out, err = run(capsys, *words)
+    assert (code, out) == (2, "")
+    assert err.startswith(line)
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [[], ["absent"], ["report"], ["report", *SMALL, "--sparsity", "much"]])
+def test_unknown_words_end_with_the_usage(capsys, words):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    assert stop.value.code == 2
+    assert "usage: fxsparse" in capsys.readouterr().err
