@@ -51,3 +51,10 @@ def has_meta(value: Any) -> bool:
     if isinstance(value, nn.Module):
         return any(t.is_meta for t in (*value.parameters(), *value.buffers()))
     return any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in pytree.tree_leaves(value))
+
+
+def has_sequence(tensor: Tensor) -> bool:
+    """Whether dimension 1 of an input is taken for a sequence: ``[batch, sequence, features]`` or integer
+    tokens.
+    """
+    return tensor.dim() == (3 if tensor.is_floating_point() else 2)

@@ -5,6 +5,7 @@ from fxsparse.passes.choose_storage import ChooseStorage
 from fxsparse.passes.cleanup import Cleanup
 from fxsparse.passes.collect_weights import CollectWeights
 from fxsparse.passes.functionalize import Functionalize
+from fxsparse.passes.infer_shapes import InferShapes
 from fxsparse.passes.insert_mask_updates import InsertMaskUpdates
 from fxsparse.passes.insert_reparam import InsertReparam
 from fxsparse.passes.lower_kernels import LowerKernels
@@ -25,6 +26,7 @@ __all__ = [
     "Cleanup",
     "CollectWeights",
     "Functionalize",
+    "InferShapes",
     "InsertMaskUpdates",
     "InsertReparam",
     "LowerKernels",

@@ -74,7 +74,7 @@ def _refusal(
         module, last = owner(skeleton, alias)
         if isinstance(module, _EMBEDDINGS):
             return "embedding" if len(names) == 1 else f"tied to the embedding {alias!r}"
-        if isinstance(module, _NORMS):
+        if isinstance(module, _NORMS) or ("norm" in type(module).__name__.lower() and not found):
             return "norm"
         if last.endswith("bias"):
             return "bias"
@@ -171,5 +171,6 @@ def _check_globs(field: str, globs: Iterable[str], names: Iterable[str]) -> None
     near = difflib.get_close_matches(lost[0], sorted(prefixes), n=3, cutoff=0.3) or sorted(prefixes)[:3]
     what = "parameter" if field == "exclude" else "selected weight"
     raise PlanError(
-        f"{field} glob {lost[0]!r} matches no {what}; nearest names: {near}. Globs match full names or a module above"
+        f"{field} glob {lost[0]!r} matches no {what}; nearest names: {near}. A glob matches "
+        "full names, or a module above them"
     )

@@ -1,4 +1,4 @@
-"""Capture a model: front ends in order, each verified against the original, with the reason for every step
+"""Capture a model: front ends in order, each verified against the original, with a reason for every step
 down.
 """
 
@@ -6,53 +6,124 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+from torch.fx import GraphModule
 from torch.nn.parameter import is_lazy
 
 from fxsparse.errors import TraceError
-from fxsparse.inputs import named_arguments
+from fxsparse.inputs import has_meta, named_arguments
 from fxsparse.pipeline import Program
 from fxsparse.skeleton import adopt, bind, copy_structure
+from fxsparse.trace.export import trace_export
+from fxsparse.trace.modules import eligible_below
 from fxsparse.trace.symbolic import hidden_weights, trace_symbolic
+from fxsparse.trace.walk import walk
+from fxsparse.verify import difference_from
+
+_RESERVED = {"graph", "code", "meta", "shape_env"}
+"""Attributes of every GraphModule, which a child of that name could not be told from."""
 
 
 def capture(
-    model: nn.Module, example_inputs: Any = None, *, modes: Sequence[str] = ("train", "eval")
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    modes: Sequence[str] = ("train", "eval"),
+    strict: bool = False,
 ) -> Program:
-    """Trace a model once per mode, without touching its modules, buffers, gradients or mode.
+    """Trace a model once per mode; its modules, buffers, gradients and mode stay as they are.
 
-    `example_inputs`: see :func:`fxsparse.inputs.split_inputs`.  Raises TraceError for lazy modules.
+    Tried in order: symbolic tracing; with example inputs ``torch.export``; the walk over its layers, which
+    always
+    works.  With example inputs a program is taken only if it computes what the model computes, in eval mode
+    and in one
+    seeded train step; ``Program.notes`` says why each other was left.  `example_inputs`: see
+    :func:`fxsparse.inputs.split_inputs`.
+
+    Raises:
+        TraceError: a lazy module without shapes, inputs that the model does not take, or with `strict` a
+        model that
+            only the walk can capture.
     """
     _check(model)
-    notes: list[str] = []
-    return _symbolic(model, example_inputs, modes, notes)
-
-
-def _symbolic(model: nn.Module, example_inputs: Any, modes: Sequence[str], notes: list[str]) -> Program:
     arguments = None if example_inputs is None else named_arguments(model, example_inputs)
+    notes: list[str] = []
+    for front_end in (_symbolic, _export):
+        try:
+            program = front_end(model, example_inputs, arguments, modes)
+            notes += program.notes
+            _verify(model, program, example_inputs)
+        except TraceError as error:
+            notes.append(f"{front_end.__name__[1:]}: {error}")
+            continue
+        return Program(program.tier, program.skeleton, program.graphs, notes, program.hidden)
+    if strict:
+        raise TraceError(
+            "neither symbolic tracing nor torch.export captured the model, and strict=True refuses the walk "
+            "over its layers: " + "; ".join(notes)
+        )
     skeleton = copy_structure(model)
-    graphs, opaque = {}, {}
+    gm = bind(walk(skeleton), skeleton)
+    return Program("walk", skeleton, dict.fromkeys(modes, gm), notes)
+
+
+def _symbolic(model: nn.Module, example_inputs: Any, arguments: Any, modes: Sequence[str]) -> Program:
+    skeleton = copy_structure(model)
+    graphs: dict[str, GraphModule] = {}
+    opaque: dict[str, str] = {}
     for mode in modes:
         scratch = copy_structure(model).train(mode == "train")
         graph, left = trace_symbolic(scratch, arguments)
         adopt(graph, scratch, skeleton)
         graphs[mode] = bind(graph, skeleton)
         opaque.update(left)
-    hidden: dict[str, str] = {}
-    for gm in graphs.values():
-        hidden.update(hidden_weights(gm, opaque))
-    notes.extend(f"symbolic: {reason}" for reason in opaque.values())
+    hidden = {name: reason for gm in graphs.values() for name, reason in hidden_weights(gm, opaque).items()}
+    if hidden and example_inputs is not None:
+        name, reason = next(iter(hidden.items()))
+        raise TraceError(
+            f"{len(hidden)} of {len(eligible_below(skeleton))} weights are out of reach: {name}: {reason}"
+        )
+    notes = [f"symbolic: {reason}" for reason in opaque.values()]
     return Program("symbolic", skeleton, _merged(graphs), notes, hidden)
 
 
-def _merged(graphs: dict[str, Any]) -> dict[str, Any]:
+def _export(model: nn.Module, example_inputs: Any, arguments: Any, modes: Sequence[str]) -> Program:
+    if example_inputs is None:
+        raise TraceError("not tried without example_inputs")
+    skeleton = copy_structure(model)
+    graphs: dict[str, GraphModule] = {}
+    notes: list[str] = []
+    for mode in modes:
+        scratch = copy_structure(model).train(mode == "train")
+        exported, left = trace_export(scratch, example_inputs)
+        adopt(exported.graph, exported, skeleton)
+        graphs[mode] = bind(exported.graph, skeleton)
+        notes += [f"export: {note}" for note in left]
+    return Program("export", skeleton, _merged(graphs), list(dict.fromkeys(notes)))
+
+
+def _merged(graphs: dict[str, GraphModule]) -> dict[str, GraphModule]:
     """The same graph object for both modes where their code is the same."""
     first = next(iter(graphs.values()))
     return {mode: first if gm.code == first.code else gm for mode, gm in graphs.items()}
 
 
+def _verify(model: nn.Module, program: Program, example_inputs: Any) -> None:
+    """Raise TraceError where the program differs from the model on the example inputs; note what could not
+    be seen.
+    """
+    if example_inputs is None:
+        return
+    if has_meta(model) or has_meta(example_inputs):
+        program.notes.append(f"{program.tier}: verified shapes only, as tensors are on meta")
+    for mode, gm in program.graphs.items():
+        difference = difference_from(copy_structure(model), program.skeleton, gm, example_inputs, mode)
+        if difference:
+            raise TraceError(f"its {mode} graph differs from the model: {difference}")
+
+
 def _check(model: nn.Module) -> None:
-    for name, parameter in (*model.named_parameters(), *model.named_buffers()):
-        if is_lazy(parameter):
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
             raise TraceError(
                 f"{name!r} of a lazy module has no shape yet; run the model once before compiling it"
             )

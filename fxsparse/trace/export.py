@@ -1,0 +1,99 @@
+"""Front end E: ``torch.export`` once per mode, for what symbolic tracing cannot follow."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ShapesCollection
+from torch.utils import _pytree as pytree
+
+from fxsparse.errors import TraceError
+from fxsparse.inputs import has_sequence, split_inputs
+from fxsparse.trace.modules import has_hooks
+
+EXPORT_FAILURES = (
+    RuntimeError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+    AssertionError,
+    NotImplementedError,
+)
+"""What ``torch.export`` raises on user code; its own errors (Dynamo, guards, constraints) derive from
+these."""
+
+
+def trace_export(root: nn.Module, example_inputs: Any) -> tuple[fx.GraphModule, list[str]]:
+    """Export a module in its present mode, with a dynamic batch where the model allows one.
+
+    Returns a graph module that owns what the graph names, and notes.  Inputs and outputs keep their
+    structure (kwargs,
+    output classes).  Raises TraceError where export fails or would forget hooks.
+    """
+    hooked = next((path for path, module in root.named_modules() if has_hooks(module)), None)
+    if hooked is not None:
+        raise TraceError(f"{hooked or 'the model'} has hooks, which an export would run once and forget")
+    args, kwargs = _at_least_two(split_inputs(example_inputs))
+    try:
+        gm, notes = _export(root, args, kwargs, _free_batch(args, kwargs)), []
+    except EXPORT_FAILURES as error:
+        gm, notes = None, [f"the batch size is fixed, as export with a free one fails: {_first_line(error)}"]
+    if gm is None:
+        args, kwargs = split_inputs(example_inputs)
+        try:
+            gm = _export(root, args, kwargs, None)
+        except EXPORT_FAILURES as error:
+            raise TraceError(f"torch.export failed: {_first_line(error)}") from error
+    _drop_checks(gm)
+    return gm, notes or _fixed_batches(gm)
+
+
+def _export(root: nn.Module, args: Any, kwargs: Any, shapes: ShapesCollection | None) -> fx.GraphModule:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # export warns of its own internals
+        program = torch.export.export(root, args, kwargs, dynamic_shapes=shapes, strict=False)
+        module = program.module()
+    assert isinstance(module, fx.GraphModule)
+    return module
+
+
+def _free_batch(args: Any, kwargs: Any) -> ShapesCollection | None:
+    shapes, tensors = ShapesCollection(), _tensors((args, kwargs))
+    for tensor in tensors:
+        shapes[tensor] = {0: Dim.AUTO, 1: Dim.AUTO} if has_sequence(tensor) else {0: Dim.AUTO}
+    return shapes if tensors else None
+
+
+def _at_least_two(inputs: Any) -> Any:
+    """Inputs of batch 1 repeated once: export would take the 1 for a constant."""
+    if any(tensor.shape[0] != 1 for tensor in _tensors(inputs)):
+        return inputs
+    return pytree.tree_map(
+        lambda leaf: torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.dim() else leaf, inputs
+    )
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor) and leaf.dim()]
+
+
+def _drop_checks(gm: fx.GraphModule) -> None:
+    """Remove input guards and metadata checks, which pin the example's sizes, dtype and device."""
+    for region in [gm, *(module for module in gm.modules() if isinstance(module, fx.GraphModule))]:
+        for node in list(region.graph.nodes):
+            if node.target in ("_guards_fn", torch.ops.aten._assert_tensor_metadata.default):
+                region.graph.erase_node(node)
+        region.recompile()
+
+
+def _fixed_batches(gm: fx.GraphModule) -> list[str]:
+    vals = [node.meta.get("val") for node in gm.graph.find_nodes(op="placeholder")]
+    fixed = {v.shape[0] for v in vals if isinstance(v, Tensor) and v.dim() and isinstance(v.shape[0], int)}
+    return [f"the batch size is fixed at {sorted(fixed)}: the model's code depends on it"] if fixed else []
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

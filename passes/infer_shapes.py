@@ -1,0 +1,191 @@
+"""Know the shape of every value, with batch and sequence as symbols where the model allows it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import SymInt, Tensor, nn
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.graph import _PyTreeCodeGen
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+
+from fxsparse.graph import fetch
+from fxsparse.inputs import has_meta, has_sequence, split_inputs
+from fxsparse.pipeline import PassContext
+from fxsparse.skeleton import substituted
+from fxsparse.verify import RUN_FAILURES, frozen_state
+
+
+@dataclass(frozen=True)
+class InferShapes:
+    """Put a fake tensor, without memory, into ``node.meta["val"]`` of every node.
+
+    The batch is dimension 0 of the inputs; the sequence is dimension 1 of float inputs ``[batch, sequence,
+    features]``
+    and of integer inputs ``[batch, sequence]``.  ``gm.meta["symbols"]`` maps "batch" and "sequence" to their
+    sympy
+    symbols, as far as they stayed free; a dimension that the model fixes has a note.  On the walk tier only
+    sites have
+    shapes, taken from a run of the model itself.  Parameters and buffers are not touched.
+    """
+
+    name: ClassVar[str] = "infer-shapes"
+    after: ClassVar[tuple[str, ...]] = ("functionalize",)
+    preserves_function: ClassVar[bool] = True
+
+    def run(self, gm: GraphModule, ctx: PassContext) -> int:
+        """Annotates only, so it returns 0."""
+        if ctx.example_inputs is None:
+            ctx.notes.append("shapes are unknown without example_inputs")
+            return 0
+        for names in (("batch", "sequence"), ("batch",), ()):
+            symbols = _Symbols(names)
+            try:
+                _annotate(gm, ctx, symbols)
+            except RUN_FAILURES as error:
+                lines = str(error).strip().splitlines()
+                ctx.notes.append(
+                    f"no symbolic {' and '.join(names)}: {lines[0] if lines else type(error).__name__}"
+                )
+                continue
+            gm.meta["symbols"] = symbols.free()
+            ctx.notes.extend(symbols.fixed())
+            return 0
+        ctx.notes[-1] = ctx.notes[-1].replace("no symbolic ", "shapes are unknown")
+        return 0
+
+
+class _Symbols:
+    """Symbolic sizes for the dimensions of the inputs."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.environment = ShapeEnv(duck_shape=False)
+        self.mode = FakeTensorMode(shape_env=self.environment, allow_non_fake_inputs=False)
+        self.names = names
+        self.sizes: dict[str, tuple[SymInt, int]] = {}
+
+    def size(self, name: str, value: int) -> Any:
+        """The symbol of this name where `value` is the size that it stands for, else the value."""
+        if name not in self.names:
+            return value
+        if name not in self.sizes:
+            # 0 and 1 would be taken for constants.
+            hint, source = max(value, 2), ConstantSource(name)
+            symbol = self.environment.create_symbol(hint, source, DimDynamic.DYNAMIC)
+            made = self.environment.create_symintnode(symbol, hint=hint, source=source)
+            assert isinstance(made, SymInt)
+            self.sizes[name] = (made, value)
+        symbol, stands_for = self.sizes[name]
+        return symbol if value == stands_for else value
+
+    def input(self, tensor: Tensor, device: torch.device | None) -> Tensor:
+        """A fake of an input."""
+        shape: list[Any] = list(tensor.shape)
+        if shape:
+            shape[0] = self.size("batch", shape[0])
+        if has_sequence(tensor):
+            shape[1] = self.size("sequence", shape[1])
+        with self.mode:
+            return torch.empty(shape, dtype=tensor.dtype, device=device or tensor.device)
+
+    def free(self) -> dict[str, Any]:
+        """{name: sympy symbol} of the sizes that stayed symbolic."""
+        return {name: size.node.expr for name, (size, _) in self.sizes.items() if size.node.expr.is_Symbol}
+
+    def fixed(self) -> list[str]:
+        return [
+            f"the {name} is fixed at {size.node.expr} by the model"
+            for name, (size, _) in self.sizes.items()
+            if not size.node.expr.is_Symbol
+        ]
+
+
+def _annotate(gm: GraphModule, ctx: PassContext, symbols: _Symbols) -> None:
+    skeleton = ctx.program.skeleton
+    mixed = has_meta(skeleton) != has_meta(ctx.example_inputs)
+    device = next((p.device for p in skeleton.parameters()), None) if mixed else None
+    args, kwargs = pytree.tree_map_only(
+        Tensor, lambda tensor: symbols.input(tensor, device), split_inputs(ctx.example_inputs)
+    )
+    training = gm is not ctx.program.graphs.get("eval")
+    fake = partial(symbols.mode.from_tensor, static_shapes=True)
+    with frozen_state(skeleton, training=training), substituted(skeleton, fake, fake), symbols.mode:
+        if ctx.program.tier == "walk":
+            with _seen_inputs(skeleton) as seen:
+                skeleton(*args, **kwargs)
+            _annotate_sites(gm, seen)
+        else:
+            _Recorder(gm).run(*_placeholder_values(gm, args, kwargs), enable_io_processing=False)
+
+
+class _Recorder(Interpreter):
+    def run_node(self, n: Node) -> Any:
+        n.meta["val"] = result = super().run_node(n)
+        return result
+
+
+def _placeholder_values(gm: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """One value per placeholder; exported graphs take the leaves of nested arguments."""
+    if isinstance(gm.graph._codegen, _PyTreeCodeGen):
+        return list(pytree.tree_leaves((args, kwargs)))
+    left = iter(args)
+    return [
+        next(left, kwargs.get(str(node.target), node.args[0] if node.args else None))
+        for node in gm.graph.find_nodes(op="placeholder")
+    ]
+
+
+@contextmanager
+def _seen_inputs(root: nn.Module) -> Iterator[dict[str, tuple[Any, ...]]]:
+    """Collects {path: positional arguments} of every module call inside the block."""
+    seen: dict[str, tuple[Any, ...]] = {}
+
+    def remember(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen[path] = (*args, *kwargs.values())
+
+        return hook
+
+    handles = [
+        m.register_forward_pre_hook(remember(path), with_kwargs=True) for path, m in root.named_modules()
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _annotate_sites(gm: GraphModule, seen: dict[str, tuple[Any, ...]]) -> None:
+    values: dict[Node, Any] = {}
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            # An attention reads its out_proj without calling it; what goes in has the shape of the query.
+            path = node.meta["module"]
+            inputs = seen.get(path) or seen.get(path.removesuffix(".out_proj"), ())
+            value = next((x for x in inputs if isinstance(x, Tensor)), None)
+        elif node.op == "get_attr":
+            value = fetch(gm, str(node.target))
+        elif node.op != "output":
+            value = _value_of(node, values)
+        else:
+            continue
+        if value is not None:
+            values[node] = node.meta["val"] = value
+
+
+def _value_of(node: Node, values: dict[Node, Any]) -> Any:
+    if any(argument not in values for argument in node.all_input_nodes):
+        return None  # the forward never called this layer
+    args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
