@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import SymInt, Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
@@ -116,7 +117,12 @@ def _annotate(gm: GraphModule, ctx: PassContext, symbols: _Symbols) -> None:
     )
     training = gm is not ctx.program.graphs.get("eval")
     fake = partial(symbols.mode.from_tensor, static_shapes=True)
-    with frozen_state(skeleton, training=training), substituted(skeleton, fake, fake), symbols.mode:
+    with (
+        frozen_state(skeleton, training=training),
+        substituted(skeleton, fake, fake),
+        symbols.mode,
+        enable_python_dispatcher(),  # the C++ bodies of some ops (pad) turn symbols into numbers
+    ):
         if ctx.program.tier == "walk":
             with _seen_inputs(skeleton) as seen:
                 skeleton(*args, **kwargs)
