@@ -1,4 +1,4 @@
-"""The command line: ``fxsparse trace | report | kernels``."""
+"""The command line: ``fxsparse trace | plan | report | kernels``."""
 
 import argparse
 import json
@@ -22,6 +22,7 @@ TABLES = ("table", "json", "markdown", "html")
 METHODS = ", ".join(build.__name__.rstrip("_") for build in methods.METHODS)
 EXAMPLES = """examples:
   fxsparse trace torchvision:resnet50 --input 1x3x224x224
+  fxsparse plan torchvision:resnet50 --sparsity 0.9 --input 1x3x224x224
   fxsparse report my_package.models:build --plan plan.toml --input 8x128:int64 --format html -o report.html
   fxsparse kernels
 """
@@ -53,6 +54,7 @@ def parser() -> ArgumentParser:
     )
     _model(traced)
     _output(traced, "text", "json")
+    _plan(_command(commands, "plan", plan, "what a plan would do to every weight, without doing it"))
     _plan(
         _command(commands, "report", report, "compile a model for sparse training, and print what was done")
     )
@@ -73,8 +75,17 @@ def trace(options: Namespace) -> None:
         )
         return
     lines = [f"captured by the {program.tier} front end", *program.notes]
-    lines += [f"\n{mode}:\n{code}" for mode, code in graphs.items()]
+    shared = program.graphs["train"] is program.graphs["eval"]
+    titles = {"train": "train and eval"} if shared else {"train": "train", "eval": "eval"}
+    lines += [f"\n{title}:\n{graphs[mode]}" for mode, title in titles.items()]
     _write("\n".join(lines), options.output)
+
+
+def plan(options: Namespace) -> None:
+    """``fxsparse plan``."""
+    wanted = arguments.plan(options)
+    inputs = arguments.examples(options.input)
+    _write_report(fxsparse.plan_report(arguments.model(options.model), wanted, inputs), options)
 
 
 def report(options: Namespace) -> None:

@@ -95,7 +95,7 @@ def test_unknown_pattern_lists_the_known_ones():
 
 
 def plan_of(*words):
-    return arguments.plan(parser().parse_args(["report", "torchvision:alexnet", *words]))
+    return arguments.plan(parser().parse_args(["plan", "torchvision:alexnet", *words]))
 
 
 def test_plan_from_options():

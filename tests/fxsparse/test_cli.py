@@ -21,11 +21,30 @@ def test_trace_prints_the_front_end_and_the_graph(capsys):
     assert "def forward" in out
 
 
+def test_trace_prints_a_graph_once_where_both_modes_share_it(capsys, tmp_path, monkeypatch):
+    _, shared, _ = run(capsys, "trace", *SMALL)
+    assert shared.count("def forward") == shared.count("\ntrain and eval:\n") == 1
+    functional = "lambda self, x: nn.functional.dropout(x, training=self.training)"
+    source = f"from torch import nn\nclass Drop(nn.Module):\n    forward = {functional}\n"
+    (tmp_path / "drop_in_two_modes.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    _, apart, _ = run(capsys, "trace", "drop_in_two_modes:Drop", "--input", "2x2")
+    assert apart.count("def forward") == apart.count("\ntrain:\n") + apart.count("\neval:\n") == 2
+
+
 def test_trace_as_json_has_tier_notes_and_graphs(capsys):
     _, out, _ = run(capsys, "trace", *SMALL, "--format", "json")
     row = json.loads(out)
     assert row["tier"] == "symbolic"
     assert set(row["graphs"]) == {"train", "eval"}
+
+
+def test_plan_counts_every_nonzero(capsys):
+    _, out, _ = run(capsys, "plan", *SMALL, "--sparsity", "0.9", "--format", "json")
+    row = json.loads(out)
+    numel = 64 * 1024 + 1024 * 1024 + 1024 * 10
+    assert row["totals"]["numel"] == numel
+    assert row["totals"]["nnz"] == sum(layer["nnz"] for layer in row["layers"]) == numel // 10
 
 
 def test_report_names_the_passes_that_ran(capsys):
@@ -56,9 +75,9 @@ def test_output_goes_to_a_file(capsys, tmp_path):
     ("words", "line"),
     [
         (["trace", "absent_module:f"], "fxsparse: UsageError: model 'absent_module:f': "),
-        (["report", *SMALL], "fxsparse: PlanError: Plan.sparsity is missing"),
-        (["report", *SMALL, "--sparsity", "0.9", "--exclude", "absent"], "fxsparse: PlanError: "),
-        (["report", *SMALL, "--plan", "absent.toml"], "fxsparse: PlanError: absent.toml: "),
+        (["plan", *SMALL], "fxsparse: PlanError: Plan.sparsity is missing"),
+        (["plan", *SMALL, "--sparsity", "0.9", "--exclude", "absent"], "fxsparse: PlanError: "),
+        (["plan", *SMALL, "--plan", "absent.toml"], "fxsparse: PlanError: absent.toml: "),
         (["report", *SMALL, "--sparsity", "0.9", "--pattern", "3:7"], "fxsparse: PlanError: "),
         (["kernels", "-o", "/absent/folder/file"], "fxsparse: FileNotFoundError: "),
     ],
@@ -70,7 +89,7 @@ def test_errors_are_one_line_with_the_errors_name(capsys, words, line):
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("words", [[], ["absent"], ["report"], ["report", *SMALL, "--sparsity", "much"]])
+@pytest.mark.parametrize("words", [[], ["absent"], ["plan"], ["plan", *SMALL, "--sparsity", "much"]])
 def test_unknown_words_end_with_the_usage(capsys, words):
     with pytest.raises(SystemExit) as stop:
         cli.main(words)
