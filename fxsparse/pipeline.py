@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxsparse.errors import InvariantError, PlanError
+from fxsparse.flops.count import FlopCount
 from fxsparse.inputs import has_meta
 from fxsparse.pattern import Pattern
 from fxsparse.plans import Plan
@@ -99,6 +100,8 @@ class PassContext:
     """Raise where the default is a row in the report."""
     state: Mapping[str, Tensor] | None = None
     """The state dict of the module that is built again; masks are then taken from it."""
+    flops: FlopCount | None = None
+    """What count-flops found."""
     notes: list[str] = field(default_factory=list)
     """What the running pass has to say; the runner moves them to its report row."""
 

@@ -24,6 +24,13 @@ def summarize(ctx: PassContext) -> None:
         "sparsity": 1 - nnz / numel if numel else None,
         "bytes_dense": sum(row["numel"] * ctx.weights[row["name"]].dtype.itemsize for row in report.layers),
     }
+    if ctx.flops is not None:
+        report.totals |= {
+            "flops_dense": ctx.flops.dense,
+            "flops_sparse": ctx.flops.total,
+            "flops_executed": ctx.flops.executed,
+            "train_flops_ratio": ctx.flops.train_ratio,
+        }
     parameters = list(skeleton.parameters())
     report.environment = {
         "torch": torch.__version__,
@@ -40,6 +47,7 @@ def stored_bytes(weights: Iterable[CompactWeight | MaskedWeight]) -> int:
 
 def _layer(ctx: PassContext, name: str) -> Row:
     spec, decision = ctx.weights[name], ctx.decisions[name]
+    flops = (None, None, None) if ctx.flops is None else ctx.flops.of_weight(name)
     return {
         "name": name,
         "op": spec.op,
@@ -52,6 +60,7 @@ def _layer(ctx: PassContext, name: str) -> Row:
         "sparsity": 1 - decision.nnz / spec.numel,
         "nnz": decision.nnz,
         "numel": spec.numel,
+        **dict(zip(("flops_dense", "flops_sparse", "flops_executed"), flops, strict=True)),
     }
 
 

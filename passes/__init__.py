@@ -4,6 +4,7 @@ from fxsparse.passes.allocate_nnz import AllocateNnz
 from fxsparse.passes.choose_storage import ChooseStorage
 from fxsparse.passes.cleanup import Cleanup
 from fxsparse.passes.collect_weights import CollectWeights
+from fxsparse.passes.count_flops import CountFlops
 from fxsparse.passes.functionalize import Functionalize
 from fxsparse.passes.infer_shapes import InferShapes
 from fxsparse.passes.insert_mask_updates import InsertMaskUpdates
@@ -25,6 +26,7 @@ __all__ = [
     "ChooseStorage",
     "Cleanup",
     "CollectWeights",
+    "CountFlops",
     "Functionalize",
     "InferShapes",
     "InsertMaskUpdates",

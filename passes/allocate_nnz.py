@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch.fx import GraphModule
 
-from fxsparse.allocation import Target, resolve
+from fxsparse.allocation import Target, resolve, target_densities
 from fxsparse.errors import PatternError, PlanError
 from fxsparse.globs import matches, unmatched
 from fxsparse.pattern import Pattern, Unstructured
@@ -43,6 +43,7 @@ def decide(plan: Plan, ctx: PassContext) -> dict[str, Decision]:
     patterns = {name: _pattern(plan, wishes.get(name)) for name in ctx.weights}
     wished = {name: float(w.sparsity) for name, w in wishes.items() if w.sparsity is not None}
     only = {name: _only_count(spec, patterns[name]) for name, spec in ctx.weights.items()}
+    assert plan.sparsity is not None  # a plan takes it from an N:M pattern where it was left out
     target = Target(
         sparsity=plan.sparsity,
         forced=wished | {name: count for name, count in only.items() if count is not None},
@@ -50,8 +51,10 @@ def decide(plan: Plan, ctx: PassContext) -> dict[str, Decision]:
         excluded_numel=sum(spec.numel for spec in ctx.excluded.values()),
         weight=ctx.program.skeleton.get_parameter,
     )
-    budgets = resolve(plan.allocation)(list(ctx.weights.values()), target)
-    return {name: _decision(spec, patterns[name], budgets[name]) for name, spec in ctx.weights.items()}
+    specs = list(ctx.weights.values())
+    budgets = resolve(plan.allocation)(specs, target)
+    densities = target_densities(plan.allocation, specs, target)
+    return {s.name: _decision(s, patterns[s.name], budgets[s.name], densities[s.name]) for s in specs}
 
 
 def _overrides(plan: Plan, weights: Mapping[str, WeightSpec]) -> dict[str, Override]:
@@ -77,7 +80,7 @@ def _only_count(spec: WeightSpec, pattern: Pattern) -> int | None:
     return most if least == most else None
 
 
-def _decision(spec: WeightSpec, pattern: Pattern, budget: int) -> Decision:
+def _decision(spec: WeightSpec, pattern: Pattern, budget: int, density: float) -> Decision:
     nnz = _feasible(spec, pattern, budget)
     if nnz == 0:
         least = bisect_left(range(spec.numel), 1, key=lambda n: _feasible(spec, pattern, n))
@@ -86,7 +89,7 @@ def _decision(spec: WeightSpec, pattern: Pattern, budget: int) -> Decision:
             f"(density {budget / spec.numel:.3g}) and would keep none; its smallest feasible density is "
             f"{least / spec.numel:.3g}. Lower the sparsity, or give this weight an Override or exclude it."
         )
-    return Decision(pattern, 1 - budget / spec.numel, nnz)
+    return Decision(pattern, 1 - density, nnz)
 
 
 def _feasible(spec: WeightSpec, pattern: Pattern, nnz: int) -> int:

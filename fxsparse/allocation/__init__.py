@@ -1,6 +1,6 @@
 """How weights share a budget of nonzeros: ``(specs, target) -> {weight name: nnz}``, one policy a file."""
 
-from fxsparse.allocation.policies import POLICIES, check, resolve
+from fxsparse.allocation.policies import POLICIES, check, resolve, target_densities
 from fxsparse.allocation.target import Target
 
-__all__ = ["POLICIES", "Target", "check", "resolve"]
+__all__ = ["POLICIES", "Target", "check", "resolve", "target_densities"]

@@ -1,16 +1,21 @@
 """Erdos-Renyi-Kernel: density proportional to the sum of all dimensions over their product."""
 
-from collections.abc import Sequence
-from math import prod
+from collections.abc import Callable, Sequence
+from math import floor, prod
 
 from fxsparse.allocation.counts import to_counts
 from fxsparse.allocation.proportional import proportional
 from fxsparse.allocation.target import Target, Weight
 
 
-def erk_densities(specs: Sequence[Weight], target: Target) -> dict[str, float]:
-    """{name: density}, ``min(1, scale * sum(shape) / prod(shape))`` (arXiv 1911.11134)."""
-    return proportional(specs, target, _raw)[0]
+def erk_densities(
+    specs: Sequence[Weight], target: Target, zeros: Callable[[float], int] = floor
+) -> dict[str, float]:
+    """{name: density}, ``min(1, scale * sum(shape) / prod(shape))`` (arXiv:1911.11134, section 3).
+
+    `zeros` is as in `proportional`.
+    """
+    return proportional(specs, target, _raw, zeros)[0]
 
 
 def erk(specs: Sequence[Weight], target: Target) -> dict[str, int]:

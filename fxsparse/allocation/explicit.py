@@ -27,6 +27,10 @@ class Explicit:
 
     def __call__(self, specs: Sequence[Weight], target: Target) -> dict[str, int]:
         """{name: nnz}; what `target` forces goes before the table."""
+        return uniform(specs, self.force(specs, target))
+
+    def force(self, specs: Sequence[Weight], target: Target) -> Target:
+        """The target with the table's wishes among the forced; PlanError for a glob that names no weight."""
         lost = unmatched(self.table, [s.name for s in specs])
         if lost:
             names = ", ".join(s.name for s in specs[:3])
@@ -35,7 +39,7 @@ class Explicit:
             )
         first_wins = list(self.table.items())[::-1]
         wishes = {s.name: wish for s in specs for glob, wish in first_wins if matches(glob, s.name)}
-        return uniform(specs, replace(target, forced=wishes | dict(target.forced)))
+        return replace(target, forced=wishes | dict(target.forced))
 
 
 def _check_wish(glob: str, wish: float) -> None:

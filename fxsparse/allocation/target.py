@@ -56,6 +56,14 @@ class Target:
         """
         return {s.name: _forced_count(s, self.forced[s.name]) for s in specs if s.name in self.forced}
 
+    def forced_densities(self, specs: Sequence[Weight]) -> dict[str, float]:
+        """{name: density} of the forced weights, before any rounding."""
+        wishes = {s.name: (self.forced[s.name], s.numel) for s in specs if s.name in self.forced}
+        return {
+            name: wish / numel if isinstance(wish, int) else 1 - wish
+            for name, (wish, numel) in wishes.items()
+        }
+
     def free_total(self, specs: Sequence[Weight]) -> int:
         """Nonzeros that the free weights share.
 

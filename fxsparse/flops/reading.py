@@ -1,0 +1,197 @@
+"""What counting has to know about a graph to read one of its calls."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from sympy import Expr, Integer, Symbol, sympify
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fxsparse.flops.site import BATCH, SEQUENCE, CallSite, Shape, with_sizes
+from fxsparse.graph import argument, canonical_names, fetch, weight_source
+
+PRODUCTS = ("matmul", "addmm", "einsum", "attention")
+NORMS_AND_POOLS = ("batch_norm", "layer_norm", "max_pool", "adaptive_avg_pool")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A graph, its symbolic sizes under our names, and the nodes that depend on a trained parameter."""
+
+    gm: GraphModule
+    symbols: Mapping[Symbol, Symbol]
+    differentiable: frozenset[Node]
+    names: Mapping[str, str]
+    """{every name of a parameter: its first name}"""
+    sizes: Mapping[Symbol, int]
+    """Example size of every symbol but `BATCH`."""
+    samples: int
+    """The example's batch where it is not symbolic, else 1."""
+
+    @classmethod
+    def of(cls, gm: GraphModule) -> "Reading":
+        """Look through a graph once."""
+        inputs = [node.meta.get("val") for node in gm.graph.nodes if node.op == "placeholder"]
+        inputs = [value for value in inputs if isinstance(value, Tensor) and value.dim()]
+        symbols = _symbols(inputs)
+        symbolic = BATCH in symbols.values()
+        samples = 1 if symbolic or not inputs else int(inputs[0].shape[0])
+        return cls(gm, symbols, _differentiable(gm), canonical_names(gm), _sizes(inputs, symbols), samples)
+
+    def site(self, node: Node, op: str) -> CallSite:
+        """The call at a node that is known to run `op`."""
+        if op in PRODUCTS:
+            return _product(self, node, op)
+        if op in NORMS_AND_POOLS:
+            return _norm_or_pool(self, node, op)
+        if node.op == "call_module":
+            return _weight_module(self, node, op)
+        return _weight_call(self, node, op)
+
+    def shape(self, node: Any) -> Shape:
+        """The sizes of a node's value."""
+        return tuple(_expression(size, self.symbols) for size in node.meta["val"].shape)
+
+    def gradients(self, *inputs: Any) -> int:
+        """How many of these values need a gradient."""
+        return sum(node in self.differentiable for node in inputs)
+
+
+def _symbols(inputs: Iterable[Tensor]) -> dict[Symbol, Symbol]:
+    names: dict[Symbol, Symbol] = {}
+    for value in inputs:
+        tokens = value.dim() == 3 or (value.dim() == 2 and not value.is_floating_point())
+        for size, name in zip(value.shape, (BATCH, SEQUENCE) if tokens else (BATCH,), strict=False):
+            expression = _expression(size)
+            if isinstance(expression, Symbol):
+                names.setdefault(expression, name)
+    return names
+
+
+def _sizes(inputs: Iterable[Tensor], symbols: Mapping[Symbol, Symbol]) -> dict[Symbol, int]:
+    sizes: dict[Expr, Any] = {_expression(size, symbols): size for value in inputs for size in value.shape}
+    return {s: size.node.hint for s, size in sizes.items() if isinstance(s, Symbol) and s != BATCH}
+
+
+def _expression(size: Any, symbols: Mapping[Symbol, Symbol] | None = None) -> Expr:
+    if not isinstance(size, torch.SymInt):
+        return sympify(size)
+    return with_sizes(size.node.expr, symbols or {})
+
+
+def _differentiable(gm: GraphModule) -> frozenset[Node]:
+    found: set[Node] = set()
+    for node in gm.graph.nodes:
+        trained = False
+        if node.op == "get_attr":
+            value = fetch(gm, str(node.target))
+            trained = isinstance(value, Tensor) and value.requires_grad
+        elif node.op == "call_module":
+            trained = any(p.requires_grad for p in gm.get_submodule(str(node.target)).parameters())
+        if trained or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return frozenset(found)
+
+
+def _weight_call(reading: Reading, node: Node, op: str) -> CallSite:
+    x, weight = argument(node, 0, "input"), argument(node, 1, "weight")
+    source = weight_source(reading.gm, weight)
+    seen = tuple(int(size) for size in weight.meta["val"].shape)
+    parameter = None if source is None else fetch(reading.gm, str(source[0].target))
+    return CallSite(
+        name=node.name,
+        op=op,
+        operands=(reading.shape(x),),
+        output=reading.shape(node),
+        weight=None if source is None else reading.names[str(source[0].target)],
+        weight_shape=seen,
+        fraction=Integer(1) if parameter is None else Integer(prod(seen)) / parameter.numel(),
+        bias=argument(node, 2, "bias") is not None,
+        stride=() if op == "linear" else _tuple(_default(argument(node, 3, "stride"), 1), len(seen) - 2),
+        groups=1 if op == "linear" else _default(argument(node, 6, "groups"), 1),
+        grad_input=reading.gradients(x),
+        grad_weight=reading.gradients(weight) > 0,
+    )
+
+
+def _weight_module(reading: Reading, node: Node, op: str) -> CallSite:
+    """A Linear or convolution that could not be written as a function, because it has hooks for example."""
+    module = reading.gm.get_submodule(str(node.target))
+    weight = fetch(module, "weight")
+    return CallSite(
+        name=node.name,
+        op=op,
+        operands=(reading.shape(node.args[0]),),
+        output=reading.shape(node),
+        weight=reading.names.get(f"{node.target}.weight"),
+        weight_shape=tuple(weight.shape),
+        bias=getattr(module, "bias", None) is not None,
+        stride=getattr(module, "stride", ()),
+        groups=getattr(module, "groups", 1),
+        grad_input=reading.gradients(node.args[0]),
+        grad_weight=weight.requires_grad,
+    )
+
+
+def _product(reading: Reading, node: Node, op: str) -> CallSite:
+    if op == "attention":
+        factors = [argument(node, i, name) for i, name in enumerate(("query", "key", "value"))]
+    elif op == "einsum":
+        factors = list(node.args[1]) if isinstance(node.args[1], tuple | list) else list(node.args[1:])
+    else:
+        first = 1 if op == "addmm" else 0
+        factors = [node.args[first], node.args[first + 1]]
+    shapes = tuple(reading.shape(factor) for factor in factors)
+    output = reading.shape(node)
+    # Attention is two products of two factors each, so its backward has four products.
+    needed = reading.gradients(*factors)
+    times = 2 * bool(needed) if op == "attention" else needed
+    products = _multiply_adds(op, node, shapes, output)
+    kind = "attention" if op == "attention" else "matmul"
+    return CallSite(node.name, kind, shapes, output, products=products, grad_input=times)
+
+
+def _multiply_adds(op: str, node: Node, shapes: tuple[Shape, ...], output: Shape) -> Expr:
+    if op == "attention":
+        query, key, value = shapes
+        return prod(query[:-1], start=Integer(1)) * key[-2] * (query[-1] + value[-1])
+    if op == "einsum":
+        terms = str(node.args[0]).replace(" ", "").partition("->")[0].split(",")
+        pairs = [zip(term, shape, strict=True) for term, shape in zip(terms, shapes, strict=True)]
+        return prod(dict(pair for term in pairs for pair in term).values(), start=Integer(1))
+    return prod(output, start=Integer(1)) * shapes[0][-1]
+
+
+def _norm_or_pool(reading: Reading, node: Node, op: str) -> CallSite:
+    x, kernel, affine = argument(node, 0, "input"), (), False
+    module = reading.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    shape = reading.shape(x)
+    if op == "max_pool":
+        window = argument(node, 1, "kernel_size") if module is None else module.kernel_size
+        kernel = _tuple(window, len(shape) - 2)
+    elif op.endswith("norm"):
+        at = 3 if op == "batch_norm" and node.target is torch.nn.functional.batch_norm else 1
+        at = 2 if op == "layer_norm" else at
+        affine = (
+            argument(node, at, "weight") if module is None else getattr(module, "weight", None)
+        ) is not None
+    return CallSite(
+        node.name,
+        op,
+        (shape,),
+        reading.shape(node),
+        bias=affine,
+        kernel=kernel,
+        grad_input=reading.gradients(x),
+    )
+
+
+def _default(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _tuple(value: Any, n: int) -> tuple[int, ...]:
+    return (value,) * n if isinstance(value, int) else tuple(value) * (n if len(value) == 1 else 1)

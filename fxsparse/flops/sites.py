@@ -1,0 +1,116 @@
+"""The call sites of a graph whose nodes carry their values' shapes."""
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from sympy import Symbol
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from fxsparse.flops.reading import Reading
+from fxsparse.flops.site import CallSite
+from fxsparse.graph import SITE_OPS
+
+_aten = torch.ops.aten
+
+MODULES: dict[type[nn.Module], str] = {
+    nn.Linear: "linear",
+    nn.Conv1d: "conv1d",
+    nn.Conv2d: "conv2d",
+    nn.Conv3d: "conv3d",
+    nn.ConvTranspose1d: "conv_transpose1d",
+    nn.ConvTranspose2d: "conv_transpose2d",
+    nn.ConvTranspose3d: "conv_transpose3d",
+    nn.modules.batchnorm._BatchNorm: "batch_norm",
+    nn.LayerNorm: "layer_norm",
+    nn.MaxPool1d: "max_pool",
+    nn.MaxPool2d: "max_pool",
+    nn.MaxPool3d: "max_pool",
+    nn.AdaptiveAvgPool1d: "adaptive_avg_pool",
+    nn.AdaptiveAvgPool2d: "adaptive_avg_pool",
+    nn.AdaptiveAvgPool3d: "adaptive_avg_pool",
+}
+FUNCTIONS: dict[Any, str] = {
+    **SITE_OPS,
+    **dict.fromkeys([F.batch_norm, torch.batch_norm, _aten.batch_norm.default], "batch_norm"),
+    **dict.fromkeys([F.layer_norm, torch.layer_norm, _aten.layer_norm.default], "layer_norm"),
+    **dict.fromkeys([F.max_pool1d, F.max_pool2d, F.max_pool3d, _aten.max_pool2d.default], "max_pool"),
+    **dict.fromkeys(
+        [
+            F.adaptive_avg_pool1d,
+            F.adaptive_avg_pool2d,
+            F.adaptive_avg_pool3d,
+            _aten.adaptive_avg_pool2d.default,
+        ],
+        "adaptive_avg_pool",
+    ),
+    **dict.fromkeys(
+        [F.scaled_dot_product_attention, _aten.scaled_dot_product_attention.default], "attention"
+    ),
+    **dict.fromkeys(
+        [
+            torch.matmul,
+            torch.mm,
+            torch.bmm,
+            operator.matmul,
+            _aten.matmul.default,
+            _aten.mm.default,
+            _aten.bmm.default,
+        ],
+        "matmul",
+    ),
+    **dict.fromkeys([torch.addmm, torch.baddbmm, _aten.addmm.default, _aten.baddbmm.default], "addmm"),
+    **dict.fromkeys([torch.einsum, _aten.einsum.default], "einsum"),
+}
+METHODS = {"matmul": "matmul", "mm": "matmul", "bmm": "matmul"}
+WITHOUT_PRODUCTS = (nn.Embedding, nn.EmbeddingBag, nn.modules.batchnorm._NormBase, nn.LayerNorm)
+
+
+@dataclass(frozen=True)
+class Sites:
+    """What counting reads of a graph."""
+
+    found: tuple[CallSite, ...]
+    """In graph order."""
+    uncounted: tuple[str, ...] = ()
+    """Modules that hold matrices and are called as a whole, such as an LSTM, with the reason."""
+    sizes: Mapping[Symbol, int] = field(default_factory=dict)
+    """Size in the example inputs of every symbol but `BATCH`."""
+    samples: int = 1
+    """Samples that the sizes stand for: 1 where the batch is symbolic, else the example's batch."""
+
+
+def call_sites(gm: GraphModule) -> Sites:
+    """The calls of a graph whose nodes hold fake or real values in ``node.meta["val"]``.
+
+    A symbolic dimension 0 of an input becomes `BATCH`, a symbolic dimension 1 of an input [batch, sequence]
+    of integers or [batch, sequence, features] `SEQUENCE`.
+    """
+    reading = Reading.of(gm)
+    found: list[CallSite] = []
+    uncounted: list[str] = []
+    for node in gm.graph.nodes:
+        op = _op(gm, node)
+        if op is not None:
+            found.append(reading.site(node, op))
+        elif node.op == "call_module" and _holds_matrix(gm.get_submodule(str(node.target))):
+            kind = type(gm.get_submodule(str(node.target))).__name__
+            uncounted.append(f"{node.target}: a {kind} is called as a whole")
+    return Sites(tuple(found), tuple(uncounted), reading.sizes, reading.samples)
+
+
+def _op(gm: GraphModule, node: Node) -> str | None:
+    if node.op == "call_module":
+        module = gm.get_submodule(str(node.target))
+        return next((op for kind, op in MODULES.items() if isinstance(module, kind)), None)
+    if node.op == "call_method":
+        return METHODS.get(str(node.target))
+    return FUNCTIONS.get(node.target) if node.op == "call_function" else None
+
+
+def _holds_matrix(module: nn.Module) -> bool:
+    return any(p.dim() > 1 for p in module.parameters()) and not isinstance(module, WITHOUT_PRODUCTS)

@@ -1,0 +1,75 @@
+"""Training FLOPs per step, by the formulas of RigL's appendix H (arXiv:1911.11134).
+
+f_S and f_D are forward FLOPs of the sparse and the dense model; a step costs three forwards.
+Normalisation, the loss and the selection of entries are left out, as in the paper.
+"""
+
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from typing import Any
+
+from fxsparse.method import Method, Probe
+
+Forward = Callable[[Mapping[str, float]], float]
+"""{weight: nonzeros} -> FLOPs of one forward."""
+
+
+def train_flops(
+    method: Method, forward: Forward, counts: Mapping[str, float], numels: Mapping[str, int]
+) -> float:
+    """FLOPs of an average training step; divide by ``3 * forward(numels)`` for the ratio to dense training.
+
+    ``3 f_S`` plus what `probe_flops` says.  A ramp of the nonzeros (GMP) is averaged from step 0 to its end.
+    """
+    if method.schedule is not None and method.schedule.ramp is not None:
+        return 3 * forward(average_counts(method, counts, numels))
+    sparse, dense = forward(counts), forward(numels)
+    return 3 * sparse + probe_flops(method, sparse, dense)
+
+
+def probe_flops(method: Method, sparse: Any, dense: Any) -> Any:
+    """What gradients beyond the active entries add to an average step.
+
+    `sparse` and `dense` are the FLOPs of a weight gradient, numbers or sympy.  A dense gradient at every step
+    (SNFS, straight-through) adds ``dense - sparse``: ``2 f_S + f_D`` in all.  One at each update (RigL) adds
+    the same, spread over the steps: ``(3 f_S dT + 2 f_S + f_D) / (dT + 1)`` in all.  A sampled one with as
+    many candidates as active entries (GSE, arXiv:2401.06898) adds ``sparse``, spread likewise.
+    """
+    if method.reparam.probe is Probe.DENSE:
+        return dense - sparse
+    if method.rule is None or method.rule.probe is Probe.NONE:
+        return 0 * sparse
+    extra = dense - sparse if method.rule.probe is Probe.DENSE else sparse
+    return extra * update_share(method)
+
+
+def update_share(method: Method) -> Fraction:
+    """Updates per training batch.
+
+    1 in every + 1 where no optimizer step is taken at an update, which RigL counts as an extra batch; 1 in
+    every where the optimizer steps as well.
+    """
+    if method.schedule is None:
+        return Fraction(0)
+    return Fraction(1, method.schedule.every + (1 if method.schedule.skip_step else 0))
+
+
+def average_counts(
+    method: Method, counts: Mapping[str, float], numels: Mapping[str, int]
+) -> dict[str, float]:
+    """{weight: nonzeros averaged over the steps from 0 to the end of the method's schedule}.
+
+    Raises:
+        ValueError: the method has no schedule with an end.
+    """
+    if method.schedule is None or method.schedule.stop is None:
+        raise ValueError(f"method {method.name!r} has no schedule that ends, so nothing to average over.")
+    stop = method.schedule.stop
+    moments = sorted({0, *method.schedule.updates(stop)})
+    spans = [later - earlier for earlier, later in zip(moments, [*moments[1:], stop], strict=True)]
+
+    def average(name: str) -> float:
+        nnz = (method.nnz(moment, round(counts[name]), numels[name]) for moment in moments)
+        return sum(n * span for n, span in zip(nnz, spans, strict=True)) / stop
+
+    return {name: average(name) for name in counts}

@@ -1,0 +1,100 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from sympy import Integer
+from torch import nn
+
+from fxsparse.flops import call_sites
+from fxsparse.flops.site import BATCH, SEQUENCE
+
+
+def found(graph):
+    return call_sites(graph).found
+
+
+def test_batch_and_sequence_are_named(shape_graph):
+    model = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 5))
+    (site,) = found(shape_graph(model, torch.zeros(2, 7, dtype=torch.int64), dynamic=2))
+    assert site.output == (BATCH, SEQUENCE, Integer(5))
+    assert site.uses == BATCH * SEQUENCE
+    assert call_sites(shape_graph(model, torch.zeros(2, 7, dtype=torch.int64), dynamic=2)).sizes == {
+        SEQUENCE: 7
+    }
+
+
+def test_an_image_has_no_sequence(shape_graph):
+    (site,) = found(shape_graph(nn.Conv2d(3, 4, 3, stride=2), torch.zeros(2, 3, 9, 9)))
+    assert site.uses == 16 * BATCH
+    assert (site.stride, site.groups, site.bias) == ((2, 2), 1, True)
+
+
+def test_a_transposed_convolution_uses_its_weight_once_per_input_position(shape_graph):
+    (site,) = found(shape_graph(nn.ConvTranspose1d(4, 6, 3, stride=2), torch.zeros(2, 4, 5)))
+    assert site.uses == 5 * BATCH
+
+
+def test_the_first_layer_needs_no_gradient_of_its_input(shape_graph):
+    first, second = found(shape_graph(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.zeros(2, 4)))
+    assert (first.grad_input, second.grad_input) == (0, 1)
+    assert first.grad_weight
+    assert second.grad_weight
+
+
+def test_a_frozen_weight_needs_no_gradient(shape_graph):
+    model = nn.Linear(4, 4)
+    model.weight.requires_grad_(False)
+    (site,) = found(shape_graph(model, torch.zeros(2, 4)))
+    assert not site.grad_weight
+
+
+class Products(nn.Module):
+    def forward(self, a, b):
+        return a @ b, torch.bmm(a, b), a.matmul(b), torch.einsum("bij,bjk->bik", a, b), torch.baddbmm(a, a, b)
+
+
+def test_products_of_activations_are_counted_in_every_spelling(shape_graph):
+    sites = found(shape_graph(Products(), torch.zeros(2, 4, 4), torch.zeros(2, 4, 4)))
+    assert [site.op for site in sites] == ["matmul"] * 5
+    assert [site.products.xreplace({BATCH: Integer(3)}) for site in sites] == [3 * 4 * 4 * 4] * 5
+
+
+class Attention(nn.Module):
+    def forward(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def test_attention_is_two_products(shape_graph):
+    q, k, v = torch.zeros(2, 3, 5, 8), torch.zeros(2, 3, 7, 8), torch.zeros(2, 3, 7, 6)
+    (site,) = found(shape_graph(Attention(), q, k, v, dynamic=0))
+    assert site.products == 2 * 3 * 5 * 7 * (8 + 6)
+
+
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.packed = nn.Parameter(torch.zeros(6, 4))
+
+    def forward(self, x):
+        q, _ = self.packed.split((2, 4))
+        return F.linear(x, q)
+
+
+def test_a_part_of_a_packed_weight_is_a_fraction_of_it(shape_graph):
+    (site,) = found(shape_graph(Shared(), torch.zeros(2, 4)))
+    assert (site.weight, site.weight_shape, site.fraction) == ("packed", (2, 4), Integer(1) / 3)
+
+
+def test_modules_called_as_a_whole_are_reported(shape_graph):
+    sites = call_sites(shape_graph(nn.Sequential(nn.LSTM(4, 4)), torch.zeros(2, 5, 4), dynamic=0))
+    assert sites.found == ()
+    assert sites.uncounted == ("0: a LSTM is called as a whole",)
+
+
+def test_a_batch_that_is_not_symbolic_is_remembered(shape_graph):
+    assert call_sites(shape_graph(nn.Linear(4, 4), torch.zeros(3, 4), dynamic=0)).samples == 3
+
+
+@pytest.mark.parametrize("kernel", [3, (3, 2)])
+def test_windows_of_pools(shape_graph, kernel):
+    (site,) = found(shape_graph(nn.Sequential(nn.MaxPool2d(kernel)), torch.zeros(2, 4, 9, 9)))
+    assert site.kernel == ((3, 3) if kernel == 3 else (3, 2))
