@@ -1,6 +1,7 @@
 """Linear layers with a CSR weight: forward, gradients at the stored coordinates, and their kernel entries."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def csr_linear(
         raise ValueError(
             f"the differentiable CSR linear fuses no activation, got {activation!r}: apply it after"
         )
-    return _CsrLinear.apply(x, values, crow, cols, ccol, rows_t, perm, bias, probe_key)  # pyright: ignore[reportReturnType]
+    return _CsrLinear.apply(x, values, crow, cols, ccol, rows_t, perm, bias, probe_key)
 
 
 class _CsrLinear(torch.autograd.Function):
@@ -62,9 +63,8 @@ class _CsrLinear(torch.autograd.Function):
         need_x, need_values, need_bias = (ctx.needs_input_grad[i] for i in (0, 1, 7))
         if ctx.probe_key >= 0:
             grad = probe.stash(x, grad, ctx.probe_key)
-        run = (
-            reference.linear_backward if x.dtype == torch.float64 else torch.ops.fxsparse.csr_backward.default
-        )
+        exact = x.dtype == torch.float64
+        run: Any = reference.linear_backward if exact else torch.ops.fxsparse.csr_backward.default
         grad_x, grad_values, grad_bias = run(grad, x, *weight, need_x, need_values, need_bias)
         return (
             grad_x if need_x else None,

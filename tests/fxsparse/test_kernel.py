@@ -101,7 +101,7 @@ def test_capabilities_have_one_row_per_kernel():
     rows = {row["kernel"]: row for row in capabilities()}
     assert rows.keys() == registered().keys()
     assert rows["dense"]["available"] == "yes"
-    assert "float32" in rows["dense"]["dtypes"]
+    assert rows["dense"]["dtypes"] == ["float32", "bfloat16", "float16", "float64"]
     assert all(row["dtypes"] or row["available"] != "yes" for row in rows.values())
 
 

@@ -6,6 +6,7 @@ import torch
 from fxsparse import testing
 from fxsparse.kernel import registered
 from fxsparse.kernels import cpu
+from fxsparse.kernels.cpu.build import INSTRUCTION_SETS
 
 COMPILED = ("cpu-csr", "cpu-csr-train", "cpu-condensed")
 
@@ -23,7 +24,7 @@ def test_dense_kernels_fulfil_the_contract(name):
     testing.check_kernel(registered()[name])
 
 
-@pytest.mark.parametrize("level", cpu.build.INSTRUCTION_SETS)
+@pytest.mark.parametrize("level", INSTRUCTION_SETS)
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_kernels_fulfil_the_contract(name, level, instruction_set):
     if (reason := cpu.availability()) is not None:

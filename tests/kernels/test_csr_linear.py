@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -38,7 +39,8 @@ def test_gradients_are_right_by_finite_differences():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ops_pass_opcheck(dtype):
-    x, values, bias, index = (t.detach() if isinstance(t, torch.Tensor) else t for t in leaves(dtype))
+    *floats, index = leaves(dtype)
+    x, values, bias = (leaf.detach() for leaf in floats)
     opcheck(torch.ops.fxsparse.csr_forward.default, (x, values, index.crow, index.cols, bias, 2))
     upstream = torch.randn(3, 5, 37).to(dtype)
     for needs in ((True, True, True), (False, True, False), (True, False, False)):
@@ -140,7 +142,7 @@ def test_compiles_whole_with_the_same_numbers(backend, probe_key):
 
 def test_moving_the_topology_needs_no_new_frame():
     _, values, index = layer()
-    frames = torch._dynamo.testing.CompileCounter()
+    frames = CompileCounter()
     compiled = torch.compile(lambda x: csr_linear(x, values, *indices(index)), backend=frames, fullgraph=True)
     x = torch.randn(4, 53)
     generator = torch.Generator().manual_seed(5)
@@ -156,8 +158,8 @@ def test_autocast_computes_in_bfloat16_and_returns_fp32_gradients():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = csr_linear(x, values, *indices(index), bias)
     assert y.dtype == torch.bfloat16
-    y.float().sum().backward()
-    assert {x.grad.dtype, values.grad.dtype, bias.grad.dtype} == {torch.float32}
+    gradients = torch.autograd.grad(y.float().sum(), (x, values, bias))
+    assert {gradient.dtype for gradient in gradients} == {torch.float32}
 
 
 def test_an_armed_backward_leaves_the_dense_gradient_in_tiles():
