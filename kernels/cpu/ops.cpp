@@ -293,7 +293,6 @@ void backward(const Matrix& grad, const Matrix& x, const Sparse& by_row, const S
         const float* grad_panel = grad_panels.data + i * rows * width;
         const float* x_panel = x_panels.data + i * columns * width;
         const int64_t vectors = panels[base + i].vectors;
-        // The smaller panel is the one that is gathered from: it fits nearer caches.
         if (needs.values && grad_values)
           t.sample(grad_panel, x_panel, vectors, by_row, share_begin(by_row, rows, part, parts),
                    share_begin(by_row, rows, part + 1, parts), grad_values);
@@ -327,7 +326,9 @@ std::tuple<Tensor, Tensor, Tensor> csr_backward(const Tensor& grad_any, const Te
     });
     by_column.values = values_t.data;
   }
-  const bool transposed = rows < columns;
+  // Gather from the smaller panel, which fits nearer caches; but rows of few entries cost more than that saves.
+  const bool short_rows = nnz < 64 * std::max(rows, columns);
+  const bool transposed = short_rows ? columns < rows : rows < columns;
   Buffer sums(need_values ? nnz : 0), bias_sums(need_bias ? rows : 0);
   if (need_values) std::fill_n(sums.data, nnz, 0.0f);
   if (need_bias) std::fill_n(bias_sums.data, rows, 0.0f);

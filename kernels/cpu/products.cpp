@@ -156,18 +156,13 @@ void multiply(const float* panel, int64_t vectors, const Sparse& s, int64_t begi
   }
 }
 
-// Gradients of W entries at once, so that their W sums of lanes cost one tree of additions.
 template <int NV>
-inline V sample_block(const V* row, const float* gathered, const int32_t* index) {
-  V sum[W];
-#pragma GCC unroll 16
-  for (int i = 0; i < W; i++) {
-    const float* other = gathered + (int64_t)index[i] * (NV * W);
-    sum[i] = row[0] * load<V>(other);
+inline V sample_entry(const V* row, const float* gathered, int32_t index) {
+  const float* other = gathered + (int64_t)index * (NV * W);
+  V sum = row[0] * load<V>(other);
 #pragma GCC unroll 8
-    for (int j = 1; j < NV; j++) sum[i] += row[j] * load<V>(other + j * W);
-  }
-  return sum_each(sum);
+  for (int j = 1; j < NV; j++) sum += row[j] * load<V>(other + j * W);
+  return sum;
 }
 
 template <int NV>
@@ -180,11 +175,16 @@ void sample_rows(const float* rows_panel, const float* gathered, const Sparse& s
     for (int j = 0; j < NV; j++) row[j] = load<V>(rows_panel + (r * NV + j) * W);
     const int64_t last = row_begin(s, r + 1);
     int64_t e = row_begin(s, r);
-    for (; e + W <= last; e += W) store(out + e, load<V>(out + e) + sample_block<NV>(row, gathered, index + e));
+    for (; e + W <= last; e += W) {  // W entries at once, so that their sums of lanes are one tree of additions
+      V sum[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; i++) sum[i] = sample_entry<NV>(row, gathered, index[e + i]);
+      store(out + e, load<V>(out + e) + sum_each(sum));
+    }
     if (e < last) {
-      int32_t some[W] = {};
-      __builtin_memcpy(some, index + e, (last - e) * 4);
-      const V sums = sample_block<NV>(row, gathered, some);
+      V sum[W] = {};
+      for (int64_t i = 0; e + i < last; i++) sum[i] = sample_entry<NV>(row, gathered, index[e + i]);
+      const V sums = sum_each(sum);
       for (int64_t i = 0; e + i < last; i++) out[e + i] += sums[i];
     }
   }
