@@ -27,6 +27,9 @@ class CountFlops:
     preserves_function: ClassVar[bool] = True
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
+        if not any("val" in node.meta for node in gm.graph.nodes):
+            ctx.notes.append("FLOPs are unknown without shapes")
+            return 0
         stored = {
             name: Stored(
                 nnz=decision.nnz,

@@ -84,7 +84,8 @@ def summarise(
 ) -> FlopCount:
     """`count_program` of call sites; all that has to be known of the graph is in them."""
     rule, sizes = resolve(convention), {BATCH: 1, **sites.sizes}
-    layers = []
+    layers: list[LayerCount] = []
+    totals: list[Expr] = []
     for site in sites.found:
         held = stored.get(site.weight or "")
         flops = site_flops(site, rule, held, method)
@@ -93,12 +94,13 @@ def summarise(
             dense, sparse, executed = (
                 int(phases.forward) // sites.samples for phases in (at.dense, at.sparse, at.executed)
             )
+            totals.append(at.sparse.forward)
             layers.append(LayerCount(site.name, site.op, site.weight, dense, sparse, executed, flops))
     scale = BATCH / sites.samples if sites.samples > 1 else Integer(1)
     return FlopCount(
         convention=convention,
         dense=sum(layer.dense for layer in layers),
-        total=sum(layer.sparse for layer in layers),
+        total=int(Add(*totals)) // sites.samples,
         executed=sum(layer.executed for layer in layers),
         train_ratio=_train_ratio([site.at(sizes) for site in sites.found], stored, method, rule),
         layers=tuple(layers),

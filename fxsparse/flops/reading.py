@@ -36,7 +36,9 @@ class Reading:
         """Look through a graph once."""
         inputs = [node.meta.get("val") for node in gm.graph.nodes if node.op == "placeholder"]
         inputs = [value for value in inputs if isinstance(value, Tensor) and value.dim()]
-        symbols = _symbols(inputs)
+        named = {"batch": BATCH, "sequence": SEQUENCE}
+        known = gm.meta.get("symbols")
+        symbols = _symbols(inputs) if known is None else {known[name]: named[name] for name in known}
         symbolic = BATCH in symbols.values()
         samples = 1 if symbolic or not inputs else int(inputs[0].shape[0])
         return cls(gm, symbols, _differentiable(gm), canonical_names(gm), _sizes(inputs, symbols), samples)
@@ -50,6 +52,10 @@ class Reading:
         if node.op == "call_module":
             return _weight_module(self, node, op)
         return _weight_call(self, node, op)
+
+    def has_values(self, node: Node) -> bool:
+        """Whether the shapes of a call are known."""
+        return all("val" in part.meta for part in (node, *node.all_input_nodes))
 
     def shape(self, node: Any) -> Shape:
         """The sizes of a node's value."""
@@ -89,6 +95,9 @@ def _differentiable(gm: GraphModule) -> frozenset[Node]:
         if node.op == "get_attr":
             value = fetch(gm, str(node.target))
             trained = isinstance(value, Tensor) and value.requires_grad
+        elif node.op == "placeholder":
+            # A graph of sites only has the inputs of layers here, which parameters come before.
+            trained = "module" in node.meta
         elif node.op == "call_module":
             trained = any(p.requires_grad for p in gm.get_submodule(str(node.target)).parameters())
         if trained or not found.isdisjoint(node.all_input_nodes):

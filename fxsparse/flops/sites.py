@@ -77,7 +77,7 @@ class Sites:
     found: tuple[CallSite, ...]
     """In graph order."""
     uncounted: tuple[str, ...] = ()
-    """Modules that hold matrices and are called as a whole, such as an LSTM, with the reason."""
+    """Calls without shapes, and modules that hold matrices and are called as a whole, such as an LSTM."""
     sizes: Mapping[Symbol, int] = field(default_factory=dict)
     """Size in the example inputs of every symbol but `BATCH`."""
     samples: int = 1
@@ -87,7 +87,8 @@ class Sites:
 def call_sites(gm: GraphModule) -> Sites:
     """The calls of a graph whose nodes hold fake or real values in ``node.meta["val"]``.
 
-    A symbolic dimension 0 of an input becomes `BATCH`, a symbolic dimension 1 of an input [batch, sequence]
+    The symbols that `InferShapes` left in ``gm.meta["symbols"]`` become `BATCH` and `SEQUENCE`.  Without them a
+    symbolic dimension 0 of an input becomes `BATCH`, a symbolic dimension 1 of an input [batch, sequence]
     of integers or [batch, sequence, features] `SEQUENCE`.
     """
     reading = Reading.of(gm)
@@ -95,7 +96,9 @@ def call_sites(gm: GraphModule) -> Sites:
     uncounted: list[str] = []
     for node in gm.graph.nodes:
         op = _op(gm, node)
-        if op is not None:
+        if op is not None and not reading.has_values(node):
+            uncounted.append(f"{node.name}: its shapes are unknown")
+        elif op is not None:
             found.append(reading.site(node, op))
         elif node.op == "call_module" and _holds_matrix(gm.get_submodule(str(node.target))):
             kind = type(gm.get_submodule(str(node.target))).__name__

@@ -40,6 +40,15 @@ def test_what_cannot_be_counted_is_noted():
     assert ctx.notes == ["not counted: 0: a LSTM is called as a whole"]
 
 
+def test_nothing_is_known_without_shapes():
+    gm, ctx = context(nn.Sequential(nn.Linear(4, 4)), torch.zeros(2, 4))
+    for node in gm.graph.nodes:
+        node.meta.clear()
+    CountFlops().run(gm, ctx)
+    assert ctx.flops is None
+    assert ctx.notes == ["FLOPs are unknown without shapes"]
+
+
 def test_the_convention_is_an_option():
     gm, ctx = context(nn.Sequential(nn.Conv2d(3, 4, 1)), torch.zeros(1, 3, 2, 2))
     CountFlops(convention="rigl").run(gm, ctx)
