@@ -66,6 +66,15 @@ class MaskedWeight:
             if optimizer is not None:
                 optimizer_state.reset(optimizer, self.parameter, entries)
 
+    @torch.no_grad()
+    def rewrite(self, mask: Tensor) -> bool:
+        """Take over a mask of the logical shape, in place and without touching the weight; whether it differs."""
+        mask = mask.t() if self.transposed else mask
+        if torch.equal(mask, self.mask):
+            return False
+        self.mask.copy_(mask)
+        return True
+
     def _entries(self, positions: Tensor) -> tuple[Tensor, ...]:
         """Index of flat logical positions into a tensor of the user's layout, whatever its strides."""
         if not self.transposed:

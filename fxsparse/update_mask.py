@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from fxsparse import kernel
 from fxsparse.graph import fetch
 from fxsparse.kernels.csr import probe
-from fxsparse.method import Method, Probe, Reparam, WeightView
+from fxsparse.method import Method, Probe, Reparam, WeightView, WholeRule
 from fxsparse.pattern import Pattern
 from fxsparse.rng import generator_for
 from fxsparse.selection import MaskChange
@@ -50,24 +50,28 @@ class UpdateStep:
     optimizer: Optimizer | None = None
 
 
-def update_mask(step: UpdateStep, weight: Any, mask: Tensor | None, name: str) -> MaskChange:
-    """Choose the new entries of one weight, and move mask, weight and optimizer state in place; returns what moved.
+def update_mask(step: UpdateStep, weight: Any, mask: Tensor | None, name: str) -> bool:
+    """Choose the new entries of one weight, and move mask, weight and optimizer state in place; whether any moved.
 
     `weight` is a Parameter with its `mask`, or a CompactWeight and None.
     """
     target, rule = step.targets[name], step.method.rule
     assert rule is not None, "an update graph has nodes only where a rule moves masks"
     store = weight if mask is None else MaskedWeight(weight, mask, target.transposed)
+    if isinstance(rule, WholeRule) and not step.method.reparam.exact_zeros:
+        return store.rewrite(
+            rule.mask(store.dense(), target.pattern, target.nnz_at(step.number, step.method))
+        )
     active = store.active()
     if rule.probe is Probe.DENSE and not _was_probed(store, name, step):
-        return MaskChange.between(active, active)
+        return False
     view = _view(store, active, target, name, step)
     change = MaskChange.between(active, rule(view))
     if isinstance(store, CompactWeight):
         store.move(change, step.optimizer)
     else:
         store.move(change, step.optimizer, step.method.reparam.exact_zeros)
-    return change
+    return len(change.pruned) + len(change.grown) > 0
 
 
 def _was_probed(store: MaskedWeight | CompactWeight, name: str, step: UpdateStep) -> bool:

@@ -133,10 +133,10 @@ class MaskUpdates:
         self.resume(self.step + 1)
 
     def _run(self, optimizer: Optimizer, gradients: Mapping[str, Tensor]) -> bool:
-        changes = self.graph(
+        moved = self.graph(
             UpdateStep(self._update, self.method, self.seed, self.targets, gradients, optimizer)
         )
-        return any(change.grown.numel() + change.pruned.numel() for change in changes)
+        return any(moved)
 
     @torch.no_grad()
     def _take_gradients(self) -> dict[str, Tensor]:

@@ -11,10 +11,12 @@ from fxsparse.passes.insert_mask_updates import InsertMaskUpdates
 from fxsparse.passes.insert_reparam import InsertReparam
 from fxsparse.passes.lower_kernels import LowerKernels
 
-planning_pipeline = (Functionalize(), CollectWeights(), AllocateNnz())
+_select = (Functionalize(), InferShapes(), CollectWeights(), AllocateNnz())
+planning_pipeline = (*_select, CountFlops())
 training_pipeline = (
-    *planning_pipeline,
+    *_select,
     ChooseStorage(),
+    CountFlops(),
     InsertReparam(),
     LowerKernels(),
     Cleanup(),

@@ -26,7 +26,7 @@ class ChooseStorage:
     """
 
     name: ClassVar[str] = "choose-storage"
-    after: ClassVar[tuple[str, ...]] = ("allocate-nnz",)
+    after: ClassVar[tuple[str, ...]] = ("allocate-nnz", "infer-shapes")
     preserves_function: ClassVar[bool] = True
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:

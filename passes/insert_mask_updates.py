@@ -42,11 +42,11 @@ class InsertMaskUpdates:
 def _update_graph(ctx: PassContext, names: list[str]) -> Graph:
     graph = Graph()
     step = graph.placeholder("step")
-    changes = []
+    moved = []
     for name in names:
         masked = ctx.decisions[name].storage == "masked"
         weight = graph.get_attr(name)
         mask = graph.get_attr(f"{name}_mask") if masked else None
-        changes.append(graph.call_function(update_mask, (step, weight, mask, name)))
-    graph.output(tuple(changes))
+        moved.append(graph.call_function(update_mask, (step, weight, mask, name)))
+    graph.output(tuple(moved))
     return graph
