@@ -110,10 +110,24 @@ void put_floats(const float* from, const Tensor& t) {
   }
 }
 
+// The next two avoid torch's lookup of operators by name, 1 to 2 us each.
+Tensor empty(const Tensor& type, const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
+  int32_t dtype;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(type.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor in_order(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 Tensor like(const Tensor& x, int64_t last) {
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = last;
-  return torch::stable::new_empty(x, sizes);
+  return empty(x, sizes);
 }
 
 // ---- threads
@@ -188,25 +202,42 @@ void multiply_all(const Matrix& x, const Sparse& s, int64_t rows, const Epilogue
   });
 }
 
+constexpr const char* kTooNarrow = "fxsparse: the weight has entries in columns past those of x, which has ";
+
+// Columns ascend within a row, so the last entry of each row bounds all of them.
+void check_columns(const Sparse& s, int64_t rows, int64_t features) {
+  for (int64_t r = 0; r < rows; r++) {
+    const int64_t begin = s.start ? s.start[r] : r * s.fan_in, end = s.start ? s.start[r + 1] : (r + 1) * s.fan_in;
+    if (end <= begin) continue;
+    const int64_t last = s.index16 ? static_cast<const int16_t*>(s.index)[end - 1]
+                                   : static_cast<const int32_t*>(s.index)[end - 1];
+    STD_TORCH_CHECK(last < features, kTooNarrow, features, " features");
+  }
+}
+
 Tensor forward(const Tensor& x_any, const Sparse& s, int64_t rows, int64_t nnz, const std::optional<Tensor>& bias,
                int64_t activation, std::vector<Buffer>& owned) {
-  const Tensor x = torch::stable::contiguous(x_any);
+  const Tensor x = in_order(x_any);
   Tensor y = like(x, rows);
   if (y.numel() == 0) return y;
   STD_TORCH_CHECK(!bias || bias->numel() == rows, "fxsparse: expected bias [", rows, "]");
-  const Epilogue epilogue{bias ? as_floats(torch::stable::contiguous(*bias), owned) : nullptr, activation};
+  const Epilogue epilogue{bias ? as_floats(in_order(*bias), owned) : nullptr, activation};
   Matrix from = matrix(x, "x");
   const Matrix to = matrix(y, "y");
   from.tokens = to.tokens;  // also where there are no input features
   if (to.tokens > kFewTokens) {
+    check_columns(s, rows, from.features);
     multiply_all(from, s, rows, epilogue, to, nnz);
     return y;
   }
   const float* floats = as_floats(x, owned);
+  std::atomic<bool> inside{true};
   share(threads_for(nnz * 8), [&](int64_t part, int64_t parts) {
-    table().multiply_few(floats, from.features, s, share_begin(s, rows, part, parts),
-                         share_begin(s, rows, part + 1, parts), epilogue, to);
+    if (!table().multiply_few(floats, from.features, s, share_begin(s, rows, part, parts),
+                              share_begin(s, rows, part + 1, parts), epilogue, to))
+      inside = false;
   });
+  STD_TORCH_CHECK(inside, kTooNarrow, from.features, " features");
   return y;
 }
 
@@ -215,16 +246,6 @@ Tensor forward(const Tensor& x_any, const Sparse& s, int64_t rows, int64_t nnz, 
 void check_same_type(const Tensor& x, const Tensor& values) {
   STD_TORCH_CHECK(x.dim() > 0 && x.scalar_type() == values.scalar_type() && values.is_contiguous(),
                   "fxsparse: expected x [..., in] and contiguous values of one dtype");
-}
-
-// Columns ascend within a row, so the last entry of each row bounds all of them.
-template <class Index>
-void check_columns(const Index* cols, const Sparse& s, int64_t rows, int64_t features) {
-  for (int64_t r = 0; r < rows; r++) {
-    const int64_t begin = s.start ? s.start[r] : r * s.fan_in, end = s.start ? s.start[r + 1] : (r + 1) * s.fan_in;
-    STD_TORCH_CHECK(end <= begin || int64_t(cols[end - 1]) < features, "fxsparse: x has ", features,
-                    " features, but row ", r, " of the weight has an entry in column ", int64_t(cols[end - 1]));
-  }
 }
 
 Sparse csr(const Tensor& values, const Tensor& crow, const Tensor& cols, std::vector<Buffer>& owned) {
@@ -239,7 +260,6 @@ Tensor csr_forward(const Tensor& x, const Tensor& values, const Tensor& crow, co
   check_same_type(x, values);
   std::vector<Buffer> owned;
   const Sparse s = csr(values, crow, cols, owned);
-  check_columns(static_cast<const int32_t*>(s.index), s, crow.numel() - 1, x.size(-1));
   return forward(x, s, crow.numel() - 1, values.numel(), bias, activation, owned);
 }
 
@@ -252,10 +272,6 @@ Tensor condensed_forward(const Tensor& x, const Tensor& values, const Tensor& in
                   "fxsparse: expected values [out, k] and contiguous indices [out, k] in int16 or int32");
   std::vector<Buffer> owned;
   const Sparse s{as_floats(values, owned), nullptr, indices.const_data_ptr(), index16, values.size(1)};
-  if (index16)
-    check_columns(static_cast<const int16_t*>(s.index), s, values.size(0), x.size(-1));
-  else
-    check_columns(static_cast<const int32_t*>(s.index), s, values.size(0), x.size(-1));
   return forward(x, s, values.size(0), values.numel(), bias, activation, owned);
 }
 
@@ -310,7 +326,7 @@ std::tuple<Tensor, Tensor, Tensor> csr_backward(const Tensor& grad_any, const Te
                                                 const Tensor& rows_t, const Tensor& perm, bool need_x,
                                                 bool need_values, bool need_bias) {
   check_same_type(x_any, values);
-  const Tensor grad = torch::stable::contiguous(grad_any), x = torch::stable::contiguous(x_any);
+  const Tensor grad = in_order(grad_any), x = in_order(x_any);
   const int64_t nnz = values.numel(), rows = crow.numel() - 1, columns = ccol.numel() - 1;
   STD_TORCH_CHECK(x.size(-1) == columns && grad.size(-1) == rows && tokens_of(x) == tokens_of(grad) &&
                       grad.scalar_type() == x.scalar_type(),
@@ -333,10 +349,8 @@ std::tuple<Tensor, Tensor, Tensor> csr_backward(const Tensor& grad_any, const Te
   if (need_values) std::fill_n(sums.data, nnz, 0.0f);
   if (need_bias) std::fill_n(bias_sums.data, rows, 0.0f);
 
-  const std::vector<int64_t> none{0};
-  Tensor grad_x = need_x ? like(x, columns) : torch::stable::new_empty(x, none);
-  Tensor grad_values = need_values ? torch::stable::empty_like(values) : torch::stable::new_empty(values, none);
-  Tensor grad_bias = torch::stable::new_empty(grad, std::vector<int64_t>{need_bias ? rows : 0});
+  Tensor grad_x = need_x ? like(x, columns) : empty(x, {0});
+  Tensor grad_values = empty(values, {need_values ? nnz : 0}), grad_bias = empty(grad, {need_bias ? rows : 0});
   Matrix grad_matrix{grad.mutable_data_ptr(), scalar_of(grad, "grad"), tokens_of(grad), rows};
   Matrix x_matrix{x.mutable_data_ptr(), grad_matrix.scalar, grad_matrix.tokens, columns};
   backward(grad_matrix, x_matrix, by_row, by_column, nnz, {need_x, need_values, need_bias},

@@ -202,8 +202,12 @@ void sample(const float* rows_panel, const float* gathered, int64_t vectors, con
 
 inline VI load_index(const int32_t* p) { return load<VI>(p); }
 inline VI load_index(const int16_t* p) {
+#if defined(__AVX512F__)  // GCC makes two halves of the conversion below
+  return (VI)_mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)p));
+#else
   typedef int16_t VS __attribute__((vector_size(2 * W)));
   return __builtin_convertvector(load<VS>(p), VI);
+#endif
 }
 
 inline V gather(const float* x, VI index) {
@@ -216,6 +220,12 @@ inline V gather(const float* x, VI index) {
   for (int i = 0; i < W; i++) v[i] = x[index[i]];
   return v;
 #endif
+}
+
+inline VI lanes_below(int64_t count) {
+  VI lane;
+  for (int i = 0; i < W; i++) lane[i] = i;
+  return lane < (VI{} + (int32_t)count);
 }
 
 // The last count < W entries of a row, zeros and position 0 past them.
@@ -238,17 +248,11 @@ inline void load_tail(const float* values, const Index* index, int64_t count, V&
 #endif
 }
 
-inline VI first_lanes(int64_t count) {
-  VI lane;
-  for (int i = 0; i < W; i++) lane[i] = i;
-  return lane < (VI{} + (int32_t)count);
-}
-
 // Entries to fetch ahead: without it, weights that come from L3 took 75 us instead of 66 (768 -> 3,072, 90 % zeros).
 constexpr int64_t kAhead = 256;
 
 template <int T, class Index>
-void few_rows(const float* x, int64_t width, const Sparse& s, int64_t begin, int64_t end, const Epilogue& epilogue,
+bool few_rows(const float* x, int64_t width, const Sparse& s, int64_t begin, int64_t end, const Epilogue& epilogue,
               const Matrix& dst) {
   const Index* index = (const Index*)s.index;
   for (int64_t r = begin; r < end; r += W) {
@@ -260,6 +264,7 @@ void few_rows(const float* x, int64_t width, const Sparse& s, int64_t begin, int
     for (int i = 0; i < count; i++) {
       const int64_t last = row_begin(s, r + i + 1);
       int64_t e = row_begin(s, r + i);
+      if (last > e && index[last - 1] >= width) return false;  // columns ascend: the last one bounds all
       V total[T] = {};
       for (; e + W <= last; e += W) {
         const V value = load<V>(s.values + e);
@@ -273,7 +278,7 @@ void few_rows(const float* x, int64_t width, const Sparse& s, int64_t begin, int
         V value;
         VI position;
         load_tail(s.values + e, index + e, last - e, value, position);
-        const VI used = first_lanes(last - e);  // a lane past the end would turn an infinite x[0] into NaN
+        const VI used = lanes_below(last - e);  // a lane past the end would turn an infinite x[0] into NaN
 #pragma GCC unroll 2
         for (int t = 0; t < T; t++) total[t] += select(used, value * gather(x + t * width, position), V{});
       }
@@ -285,19 +290,20 @@ void few_rows(const float* x, int64_t width, const Sparse& s, int64_t begin, int
     for (int t = 0; t < T; t++)
       write(dst, t * dst.features + r, activate(sum_each(sum[t]) + bias, epilogue.activation), count);
   }
+  return true;
 }
 
 template <class Index>
-void few(const float* x, int64_t width, const Sparse& s, int64_t begin, int64_t end, const Epilogue& epilogue,
+bool few(const float* x, int64_t width, const Sparse& s, int64_t begin, int64_t end, const Epilogue& epilogue,
          const Matrix& dst) {
   if (dst.tokens == 1) return few_rows<1, Index>(x, width, s, begin, end, epilogue, dst);
-  few_rows<2, Index>(x, width, s, begin, end, epilogue, dst);
+  return few_rows<2, Index>(x, width, s, begin, end, epilogue, dst);
 }
 
-void multiply_few(const float* x, int64_t width, const Sparse& s, int64_t begin, int64_t end,
+bool multiply_few(const float* x, int64_t width, const Sparse& s, int64_t begin, int64_t end,
                   const Epilogue& epilogue, const Matrix& dst) {
   if (s.index16) return few<int16_t>(x, width, s, begin, end, epilogue, dst);
-  few<int32_t>(x, width, s, begin, end, epilogue, dst);
+  return few<int32_t>(x, width, s, begin, end, epilogue, dst);
 }
 
 void add_rows(const float* panel, int64_t vectors, int64_t begin, int64_t end, float* sums) {

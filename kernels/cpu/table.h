@@ -41,8 +41,9 @@ struct Table {
   // out[e] += dot(rows_panel[r], gathered_panel[index[e]]) for every entry e of rows begin <= r < end.
   void (*sample)(const float* rows_panel, const float* gathered_panel, int64_t vectors, const Sparse&, int64_t begin,
                  int64_t end, float* out);
-  // The product for 1 or 2 tokens, x fp32 [dst.tokens, width] as it lies in memory.
-  void (*multiply_few)(const float* x, int64_t width, const Sparse&, int64_t begin, int64_t end, const Epilogue&,
+  // The product for 1 or 2 tokens, x fp32 [dst.tokens, width] as it lies in memory; false at a
+  // row with an entry past the width (its x is not read).
+  bool (*multiply_few)(const float* x, int64_t width, const Sparse&, int64_t begin, int64_t end, const Epilogue&,
                        const Matrix& dst);
   // sums[r] += the sum of panel row r, for rows begin <= r < end.
   void (*add_rows)(const float* panel, int64_t vectors, int64_t begin, int64_t end, float* sums);

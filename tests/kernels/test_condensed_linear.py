@@ -57,7 +57,7 @@ def test_refuses_inputs_of_another_width():
     if cpu.availability() is not None:
         pytest.skip("the reference checks by indexing")
     _, values, indices = packed()
-    with pytest.raises(RuntimeError, match="x has 20 features, but row"):
+    with pytest.raises(RuntimeError, match="columns past those of x, which has 20"):
         condensed_linear(torch.randn(20), values, indices)
     with pytest.raises(RuntimeError, match="int16 or int32"):
         condensed_linear(torch.randn(53), values, indices.long())

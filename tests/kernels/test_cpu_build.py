@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,3 +65,8 @@ def test_builds_into_the_asked_for_cache_once(tmp_path):
 @pytest.mark.skipif(cpu.availability() is not None, reason=str(cpu.availability()))
 def test_the_environment_asks_for_an_instruction_set():
     assert run(LINEAR, FXSPARSE_ISA="portable").splitlines()[1].startswith("portable")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
+def test_the_kernels_build_where_there_is_a_compiler():
+    assert cpu.availability() in (None, "FXSPARSE_ISA=reference asks for the PyTorch reference")

@@ -194,8 +194,10 @@ def test_refuses_inputs_of_another_width_and_broken_indices():
     _, values, index = layer()
     if cpu.availability() is not None:
         pytest.skip("the reference checks by indexing")
-    with pytest.raises(RuntimeError, match="x has 20 features, but row"):
+    with pytest.raises(RuntimeError, match="columns past those of x, which has 20"):
         csr_linear(torch.randn(4, 20), values, index.crow, index.cols)
+    with pytest.raises(RuntimeError, match="columns past those of x, which has 20"):
+        csr_linear(torch.randn(20), values, index.crow, index.cols)
     with pytest.raises(RuntimeError, match="crow to end with"):
         csr_linear(torch.randn(4, 53), values, index.crow[:-1].contiguous(), index.cols)
     with pytest.raises(RuntimeError, match="of one dtype"):
