@@ -5,11 +5,18 @@ from fxsparse.passes.choose_storage import ChooseStorage
 from fxsparse.passes.cleanup import Cleanup
 from fxsparse.passes.collect_weights import CollectWeights
 from fxsparse.passes.count_flops import CountFlops
+from fxsparse.passes.detect_pattern import DetectPattern
+from fxsparse.passes.fold_batch_norm import FoldBatchNorm
+from fxsparse.passes.fold_masks import FoldMasks
 from fxsparse.passes.functionalize import Functionalize
+from fxsparse.passes.fuse_epilogue import FuseEpilogue
 from fxsparse.passes.infer_shapes import InferShapes
 from fxsparse.passes.insert_mask_updates import InsertMaskUpdates
 from fxsparse.passes.insert_reparam import InsertReparam
+from fxsparse.passes.lower_inference import LowerInference
 from fxsparse.passes.lower_kernels import LowerKernels
+from fxsparse.passes.remove_identities import RemoveIdentities
+from fxsparse.passes.select_kernels import SelectKernels
 
 _select = (Functionalize(), InferShapes(), CollectWeights(), AllocateNnz())
 planning_pipeline = (*_select, CountFlops())
@@ -22,6 +29,20 @@ training_pipeline = (
     Cleanup(),
     InsertMaskUpdates(),
 )
+inference_pipeline = (
+    FoldMasks(),
+    Functionalize(),
+    InferShapes(),
+    CollectWeights(),
+    RemoveIdentities(),
+    FoldBatchNorm(),
+    DetectPattern(),
+    SelectKernels(),
+    CountFlops(),
+    LowerInference(),
+    FuseEpilogue(),
+    Cleanup(),
+)
 
 __all__ = [
     "AllocateNnz",
@@ -29,11 +50,19 @@ __all__ = [
     "Cleanup",
     "CollectWeights",
     "CountFlops",
+    "DetectPattern",
+    "FoldBatchNorm",
+    "FoldMasks",
     "Functionalize",
+    "FuseEpilogue",
     "InferShapes",
     "InsertMaskUpdates",
     "InsertReparam",
+    "LowerInference",
     "LowerKernels",
+    "RemoveIdentities",
+    "SelectKernels",
+    "inference_pipeline",
     "planning_pipeline",
     "training_pipeline",
 ]

@@ -1,0 +1,109 @@
+"""Fuse a bias and an activation into the sparse kernel call before them."""
+
+import operator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from fxsparse import kernel
+from fxsparse.graph import fetch
+from fxsparse.pipeline import PassContext
+
+_PLAIN = {
+    F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", "relu": "relu", "relu_": "relu",
+    torch.ops.aten.relu.default: "relu", torch.ops.aten.relu_.default: "relu",
+    F.silu: "silu", torch.ops.aten.silu.default: "silu", torch.ops.aten.silu_.default: "silu",
+}  # fmt: skip
+_GELUS = {F.gelu, torch.ops.aten.gelu.default}
+_ADDS = {operator.add, torch.add, torch.ops.aten.add.Tensor}
+
+
+@dataclass(frozen=True)
+class FuseEpilogue:
+    """kernel(x) + b, then relu, gelu or silu, become arguments of the kernel call where nothing else reads between.
+
+    A site that stays dense keeps its separate ops: the vendor's library and inductor do that part themselves.
+    """
+
+    name: ClassVar[str] = "fuse-epilogue"
+    after: ClassVar[tuple[str, ...]] = ("lower-inference",)
+    preserves_function: ClassVar[bool] = True
+
+    def run(self, gm: GraphModule, ctx: PassContext) -> int:
+        """Returns the number of fused ops."""
+        runs = {entry.run for entry in kernel.registered().values()}
+        fused = 0
+        for node in [node for node in gm.graph.nodes if node.op == "call_function" and node.target in runs]:
+            fused += _fuse_bias(gm, node) + _fuse_activation(gm, node, ctx.notes)
+        return fused
+
+
+def activation_after(gm: GraphModule, node: Node) -> tuple[str, Node] | str:
+    """The activation that alone reads `node`, by the name kernels know, with its node; else why there is none."""
+    found = [(name, user) for user in node.users if (name := _activation(gm, user)) is not None]
+    if not found:
+        return "no activation that kernels know reads it"
+    if len(node.users) > 1:
+        return f"{found[0][1].name} is one of {len(node.users)} readers"
+    return found[0]
+
+
+def _fuse_activation(gm: GraphModule, node: Node, notes: list[str]) -> int:
+    found = activation_after(gm, node)
+    if isinstance(found, str):
+        if len(node.users) > 1:
+            notes.append(f"{node.name} keeps its output as it is: {found}")
+        return 0
+    node.kwargs = {**node.kwargs, "activation": found[0]}
+    found[1].replace_all_uses_with(node)
+    gm.graph.erase_node(found[1])
+    return 1
+
+
+def _fuse_bias(gm: GraphModule, node: Node) -> int:
+    """``kernel(x) + b`` for a vector parameter b; the get_attr of b is moved before the kernel call."""
+    user = next(iter(node.users), None)
+    if (
+        node.args[1] is not None
+        or len(node.users) != 1
+        or user is None
+        or user.target not in _ADDS
+        or user.kwargs
+    ):
+        return 0
+    bias = user.args[1] if user.args[0] is node else user.args[0]
+    if not isinstance(bias, Node) or bias.op != "get_attr":
+        return 0
+    value = fetch(gm, str(bias.target))
+    weight = node.args[2]
+    if value.dim() != 1 or value.dtype != fetch(gm, str(weight.target)).dtype:  # type: ignore[union-attr]
+        return 0
+    node.prepend(bias)
+    node.args = (node.args[0], bias, *node.args[2:])
+    user.replace_all_uses_with(node)
+    gm.graph.erase_node(user)
+    return 1
+
+
+def _activation(gm: GraphModule, node: Node) -> str | None:
+    if node.op == "call_module":
+        return _module_activation(gm.get_submodule(str(node.target)))
+    if node.op == "output":
+        return None
+    if node.target in _GELUS:
+        return _gelu(node.kwargs.get("approximate", "none"))
+    return _PLAIN.get(node.target)
+
+
+def _module_activation(module: nn.Module) -> str | None:
+    if type(module) is nn.GELU:
+        return _gelu(module.approximate)
+    return {nn.ReLU: "relu", nn.SiLU: "silu"}.get(type(module))
+
+
+def _gelu(approximate: Any) -> str | None:
+    return {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate)

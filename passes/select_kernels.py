@@ -1,0 +1,151 @@
+"""Pick the kernel of every sparse weight by measurement on the inputs that its call sites really get."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fxsparse import kernel
+from fxsparse.formats import condensed
+from fxsparse.graph import Site, argument, attribute_nodes, fetch, sites
+from fxsparse.kernel import Choice, Problem
+from fxsparse.passes.fuse_epilogue import activation_after
+from fxsparse.pipeline import Decision, PassContext, WeightSpec
+from fxsparse.skeleton import bind
+from fxsparse.verify import copied_inputs, frozen_state
+
+ADVANTAGE = 0.95
+"""A sparse kernel is taken where it needs at most this share of the time of the best dense one."""
+
+
+@dataclass(frozen=True)
+class SelectKernels:
+    """Fill ``format``, ``kernel``, ``reason``, ``dense_us`` and ``sparse_us`` of every decision.
+
+    `keep_dense`: {weight: reason} for weights that are not to be measured.  A weight with several call sites gets the
+    one kernel that is fastest over all of them.
+    """
+
+    keep_dense: Mapping[str, str] = field(default_factory=dict, hash=False)
+    name: ClassVar[str] = "select-kernels"
+    after: ClassVar[tuple[str, ...]] = ("detect-pattern",)
+    preserves_function: ClassVar[bool] = True
+
+    def run(self, gm: GraphModule, ctx: PassContext) -> int:
+        """Changes no graph, so it returns 0."""
+        measured: dict[str, list[Site]] = {}
+        for name, decision in ctx.decisions.items():
+            found = sites(gm, name)
+            reason = self.keep_dense.get(name) or _refusal(gm, ctx, ctx.weights[name], decision, found)
+            decision.storage = decision.format = decision.kernel = "dense"
+            decision.reason = reason or ""
+            if reason is None:
+                measured[name] = found
+        inputs = site_inputs(gm, ctx, [site.node for found in measured.values() for site in found])
+        for name, found in measured.items():
+            choices = [_choose(gm, site, ctx.decisions[name], inputs[site.node]) for site in found]
+            _decide(ctx.decisions[name], choices)
+        return 0
+
+
+def site_inputs(gm: GraphModule, ctx: PassContext, nodes: list[Node]) -> dict[Node, Tensor]:
+    """The first argument of every given node when the graph runs on the example inputs."""
+    if not nodes:
+        return {}
+    graph, seen = copy.deepcopy(gm.graph), _Seen({})
+    wanted = {node.name for node in nodes}
+    for node in [node for node in graph.nodes if node.name in wanted]:
+        with graph.inserting_before(node):
+            graph.call_function(seen.keep, (node.name, node.args[0]))
+    args, kwargs = copied_inputs(ctx.example_inputs)
+    with frozen_state(ctx.program.skeleton, training=False), torch.no_grad():
+        bind(graph, ctx.program.skeleton)(*args, **kwargs)
+    return {node: seen.inputs[node.name] for node in nodes}
+
+
+@dataclass(frozen=True)
+class _Seen:
+    inputs: dict[str, Tensor]
+
+    def keep(self, name: str, value: Tensor) -> None:
+        # A copy: the model may change its activations in place further down.
+        self.inputs[name] = value.detach().clone()
+
+
+def _refusal(
+    gm: GraphModule, ctx: PassContext, spec: WeightSpec, decision: Decision, found: list[Site]
+) -> str | None:
+    """Why a weight stays dense without being measured; None if it is to be measured."""
+    if decision.nnz == spec.numel:
+        return "it has no zeros"
+    if spec.op != "linear":
+        return f"there is no sparse {spec.op} kernel"
+    if any(site.sliced for site in found):
+        return "an op reads only a part of it"
+    if len({site.transposed for site in found}) > 1:
+        return "it is read both as it is and transposed"
+    known = {site.node for site in found}
+    if any(reader not in known for node in attribute_nodes(gm.graph, spec.name) for reader in _readers(node)):
+        return "something other than a linear op reads it"
+    if ctx.example_inputs is None:
+        return "not measured: there are no example inputs"
+    return None
+
+
+def _readers(node: Node) -> list[Node]:
+    """The nodes that read a weight, looking through transposes of it."""
+    direct = list(node.users)
+    return [r for user in direct for r in (list(user.users) if _is_transpose(user, node) else [user])]
+
+
+def _is_transpose(user: Node, node: Node) -> bool:
+    return user.args == (node,) and user.target in (torch.t, "t", torch.ops.aten.t.default)
+
+
+def _choose(gm: GraphModule, site: Site, decision: Decision, x: Tensor) -> Choice:
+    weight, bias = _matrix(gm, site), argument(site.node, 2, "bias")
+    following = activation_after(gm, site.node)
+    bias = fetch(gm, str(bias.target)).detach() if isinstance(bias, Node) and bias.op == "get_attr" else None
+    problem = Problem(
+        "linear",
+        tuple(weight.shape),
+        torch.Size(x.shape[:-1]).numel(),
+        decision.nnz,
+        weight.dtype,
+        weight.device,
+        training=False,
+        fan_in=condensed.fan_in(weight != 0),
+    )
+    activation = "none" if isinstance(following, str) else following[0]
+    return kernel.choose(problem, x, weight, bias, activation, advantage=ADVANTAGE)
+
+
+def _matrix(gm: GraphModule, site: Site) -> Tensor:
+    """The weight as the op reads it, [out, in]."""
+    weight = fetch(gm, str(site.weight.target)).detach()
+    return weight.t().contiguous() if site.transposed else weight
+
+
+def _decide(decision: Decision, choices: list[Choice]) -> None:
+    """Write the kernel that is fastest over all call sites, if it beats dense by the advantage asked for."""
+    entries = kernel.registered()
+    names = set.intersection(*(set(choice.times_us) for choice in choices))
+    total = {name: sum(choice.times_us[name] for choice in choices) for name in names}
+    dense = {name: time_us for name, time_us in total.items() if entries[name].format == "dense"}
+    sparse = {name: time_us for name, time_us in total.items() if entries[name].format != "dense"}
+    decision.dense_us = min(dense.values(), default=None)
+    decision.sparse_us = min(sparse.values(), default=None)
+    best = min(sparse, key=sparse.__getitem__, default=None)
+    if len(choices) == 1:
+        decision.reason = choices[0].reason
+    if best is None or (decision.dense_us is not None and sparse[best] > ADVANTAGE * decision.dense_us):
+        if len(choices) > 1:
+            decision.reason = f"no sparse kernel is faster over its {len(choices)} call sites"
+        return
+    if len(choices) > 1:
+        decision.reason = f"{best} {sparse[best]:.1f} us over its {len(choices)} call sites"
+    decision.storage, decision.format, decision.kernel = "compact", entries[best].format, best

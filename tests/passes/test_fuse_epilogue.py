@@ -1,0 +1,142 @@
+"""What follows a sparse kernel call goes into it, where nothing else reads between."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxsparse import kernel
+from fxsparse.kernel import tolerance
+from fxsparse.passes import CollectWeights, Functionalize, FuseEpilogue, LowerInference
+from fxsparse.passes.fuse_epilogue import activation_after
+from fxsparse.pattern import Unstructured
+from fxsparse.pipeline import Decision, PassContext
+from fxsparse.report import Report
+from fxsparse.trace import capture
+
+
+class After(nn.Module):
+    """A linear layer, then a function of its output."""
+
+    def __init__(self, function: Callable[..., Tensor], bias: bool = True) -> None:
+        super().__init__()
+        self.fc, self.function = nn.Linear(6, 6, bias), function
+        self.shift, self.gain = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(3, 6))
+        with torch.no_grad():
+            self.fc.weight[:, ::2] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, self.fc(x))
+
+
+def fused(model: nn.Module, x: Tensor) -> tuple[int, torch.fx.GraphModule, PassContext]:
+    ctx = PassContext(None, "infer", capture(model.eval(), x, modes=("eval",)), Report(), x)
+    gm = ctx.program.graphs["eval"]
+    for current in (Functionalize(), CollectWeights()):
+        current.run(gm, ctx)
+    entry = kernel.registered()["cpu-csr"]
+    ctx.decisions["fc.weight"] = Decision(Unstructured(), 0.5, format=entry.format, kernel=entry.name)
+    LowerInference().run(gm, ctx)
+    count = FuseEpilogue().run(gm, ctx)
+    gm.graph.lint()
+    gm.recompile()
+    return count, gm, ctx
+
+
+def kernel_call(gm: torch.fx.GraphModule) -> Any:
+    (node,) = gm.graph.find_nodes(op="call_function", target=kernel.registered()["cpu-csr"].run)
+    return node
+
+
+def check_function(gm: torch.fx.GraphModule, model: nn.Module, x: Tensor) -> None:
+    with torch.no_grad():
+        want, got = model(x), gm(x)
+    assert ((got - want).abs().max() / want.abs().max()).item() <= 4 * tolerance(torch.float32, 6)
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (lambda m, y: F.relu(y), "relu"),
+        (lambda m, y: torch.relu(y), "relu"),
+        (lambda m, y: y.relu(), "relu"),
+        (lambda m, y: F.relu(y, inplace=True), "relu"),
+        (lambda m, y: torch.ops.aten.relu.default(y), "relu"),
+        (lambda m, y: F.gelu(y), "gelu"),
+        (lambda m, y: F.gelu(y, approximate="tanh"), "gelu_tanh"),
+        (lambda m, y: torch.ops.aten.gelu.default(y, approximate="tanh"), "gelu_tanh"),
+        (lambda m, y: F.silu(y), "silu"),
+        (lambda m, y: torch.ops.aten.silu.default(y), "silu"),
+    ],
+)
+def test_fuses_every_spelling(function: Callable[..., Tensor], name: str) -> None:
+    model, x = After(function), torch.randn(3, 6)
+    count, gm, _ = fused(model, x)
+    assert count == 1
+    assert kernel_call(gm).kwargs == {"activation": name}
+    assert [node.op for node in gm.graph.nodes if node.op.startswith("call")] == ["call_function"]
+    check_function(gm, model, x)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(nn.GELU("tanh"), "gelu_tanh"), (nn.SiLU(), "silu"), (nn.ReLU(), "relu")]
+)
+def test_fuses_modules(module: nn.Module, name: str) -> None:
+    class Model(After):
+        def __init__(self) -> None:
+            super().__init__(lambda m, y: m.act(y))
+            self.act = module
+
+    model, x = Model(), torch.randn(3, 6)
+    count, gm, _ = fused(model, x)
+    assert (count, kernel_call(gm).kwargs) == (1, {"activation": name})
+    check_function(gm, model, x)
+
+
+def test_fuses_an_added_bias_and_then_the_activation() -> None:
+    model, x = After(lambda m, y: F.relu(m.shift + y), bias=False), torch.randn(3, 6)
+    count, gm, _ = fused(model, x)
+    assert count == 2
+    assert str(kernel_call(gm).args[1].target) == "shift"
+    check_function(gm, model, x)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, y: y + m.gain,  # a matrix is no bias
+        lambda m, y: torch.add(y, m.shift, alpha=2),
+        lambda m, y: y + y.sum(-1, keepdim=True),
+        lambda m, y: y + 1,
+    ],
+)
+def test_other_sums_stay(function: Callable[..., Tensor]) -> None:
+    model, x = After(function, bias=False), torch.randn(3, 6)
+    count, gm, _ = fused(model, x)
+    assert count == 0
+    assert kernel_call(gm).args[1] is None
+    check_function(gm, model, x)
+
+
+def test_a_second_bias_stays() -> None:
+    model, x = After(lambda m, y: y + m.shift), torch.randn(3, 6)
+    assert fused(model, x)[0] == 0
+
+
+def test_an_output_with_two_readers_is_not_activated_and_the_note_says_so() -> None:
+    model, x = After(lambda m, y: F.relu(y) + y), torch.randn(3, 6)
+    count, gm, ctx = fused(model, x)
+    assert count == 0
+    assert kernel_call(gm).kwargs == {}
+    assert ctx.notes == ["_run_inference keeps its output as it is: relu is one of 2 readers"]
+    check_function(gm, model, x)
+
+
+def test_an_unknown_activation_stays() -> None:
+    model, x = After(lambda m, y: torch.tanh(y)), torch.randn(3, 6)
+    count, gm, _ = fused(model, x)
+    assert count == 0
+    assert activation_after(gm, kernel_call(gm)) == "no activation that kernels know reads it"
