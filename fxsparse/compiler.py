@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from fxsparse import optimizer_state
 from fxsparse.errors import PlanError
 from fxsparse.graph import set_parameter
+from fxsparse.inference import compile_for_inference
 from fxsparse.initial import target_of
 from fxsparse.module import Emitted, Recipe, SparseModule
 from fxsparse.passes import planning_pipeline, training_pipeline
@@ -58,7 +59,7 @@ def compile(
     """
     _check(model, plan, mode)
     if plan is None:
-        raise PlanError("mode='infer' is not built yet")
+        return compile_for_inference(model, example_inputs, strict=strict)
     return _train(model, plan, example_inputs, optimizer, strict)
 
 

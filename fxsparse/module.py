@@ -137,12 +137,14 @@ class SparseModule(nn.Module):
         self, names: Iterable[str] | None = None, max_bytes: int = MAX_DENSE_BYTES
     ) -> dict[str, Tensor]:
         """{weight name: bool tensor in the dense shape}, copies."""
+        self._training()
         chosen = self._chosen(names)
         _check_bytes(sum(_numel(weight) for weight in chosen.values()), max_bytes, "masks")
         return {name: _mask(weight) for name, weight in chosen.items()}
 
     def coordinates(self, names: Iterable[str] | None = None) -> dict[str, tuple[Tensor, Tensor]]:
         """{weight name: (rows, columns)} of the active entries in [out, fan-in], int64, row-major."""
+        self._training()
         found = {}
         for name, weight in self._chosen(names).items():
             active, fan_in = weight.active(), _numel(weight) // weight.shape[0]
@@ -152,6 +154,8 @@ class SparseModule(nn.Module):
     def sparsity(self) -> dict[str, float]:
         """{weight name: fraction of zeros}, and "total" over all of them."""
         counts = {name: (weight.active().numel(), _numel(weight)) for name, weight in self.weights()}
+        if self._emitted.updates is None:
+            counts = {row["name"]: (row["nnz"], row["numel"]) for row in self.report.layers}
         found = {name: 1 - nnz / numel for name, (nnz, numel) in counts.items()}
         total = sum(numel for _, numel in counts.values())
         found["total"] = 1 - sum(nnz for nnz, _ in counts.values()) / total if total else 0.0
@@ -161,6 +165,7 @@ class SparseModule(nn.Module):
         self, names: Iterable[str] | None = None, max_bytes: int = MAX_DENSE_BYTES
     ) -> dict[str, Tensor]:
         """The user's keys with the masks folded in and zeros filled in; `names` limits it to some keys."""
+        self._training()
         keys = self._emitted.user_keys if names is None else tuple(names)
         unknown = [key for key in keys if key not in self._emitted.user_keys]
         if unknown:
@@ -177,6 +182,7 @@ class SparseModule(nn.Module):
 
         With `names` only these sparse weights are filled in; the other compact ones stay on the meta device.
         """
+        self._training()
         weights = dict(self.weights())
         chosen = self._chosen(names)
         _check_bytes(sum(self._dense_bytes(key, weights) for key in chosen), max_bytes, "to_dense")
@@ -243,7 +249,8 @@ class SparseModule(nn.Module):
     def _training(self) -> MaskUpdates:
         if self._emitted.updates is None:
             raise PlanError(
-                "this module was compiled for inference; compile the model with a plan to train it."
+                "this module was compiled for inference, where masks and dense weights are gone; expected a module "
+                "compiled with a plan. Keep that one, or compile the model with a plan."
             )
         return self._emitted.updates
 

@@ -1,0 +1,159 @@
+"""The inference artefact: what it holds, its report rows, and how it pickles."""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph
+from torch.fx.node import map_arg
+
+from fxsparse.direct_reads import read_directly
+from fxsparse.graph import fetch
+from fxsparse.module import Emitted, SparseModule
+from fxsparse.packed import PackedWeight
+from fxsparse.pipeline import PassContext, Program
+from fxsparse.report import Report
+from fxsparse.skeleton import bind, copy_structure
+from fxsparse.summary import summarize
+
+
+@dataclass(frozen=True)
+class InferenceRecipe:
+    """What an inference module is made of apart from its state: nothing is traced or measured again."""
+
+    shell: nn.Module
+    """The live skeleton; a pickle holds it with its saved tensors on meta."""
+    tier: str
+    graph: Graph | None
+    report: Report
+    plan: None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        graph = None if self.graph is None else _picklable(self.graph)
+        return type(self), (_without_state(self.shell), self.tier, graph, self.report)
+
+
+def emit(model: nn.Module, ctx: PassContext) -> SparseModule:
+    """The module that runs what the passes left in `ctx`; it shares no tensor with `model` and wants no gradients."""
+    program = ctx.program
+    _own_tensors(program.skeleton, model)
+    program.graphs["train"] = program.graphs["eval"]
+    read_directly(program.graphs["eval"])
+    _summarize(ctx)
+    graph = None if program.tier == "walk" else program.graphs["eval"].graph
+    recipe = InferenceRecipe(program.skeleton, program.tier, graph, ctx.report)
+    return SparseModule(Emitted(program, ctx.report, (), {}, recipe, rebuild))  # type: ignore[arg-type]
+
+
+def rebuild(recipe: InferenceRecipe, state: Mapping[str, Tensor], training: bool) -> SparseModule:
+    """The inference module that was pickled."""
+    skeleton, graphs = recipe.shell, {}
+    if recipe.graph is not None:
+        bound = bind(_restored(recipe.graph), skeleton)
+        graphs, recipe = {"eval": bound, "train": bound}, replace(recipe, graph=bound.graph)
+    program = Program(recipe.tier, skeleton, graphs, list(recipe.report.notes))
+    sparse = SparseModule(Emitted(program, recipe.report, (), {}, recipe, rebuild))  # type: ignore[arg-type]
+    sparse.load_state_dict(state, assign=True)
+    return sparse.train(training)
+
+
+def _own_tensors(skeleton: nn.Module, model: nn.Module) -> None:
+    theirs = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+
+    def own(tensor: Tensor) -> Tensor:
+        return tensor.clone() if tensor.untyped_storage().data_ptr() in theirs else tensor
+
+    _replace_tensors(skeleton, own)
+
+
+def _without_state(skeleton: nn.Module) -> nn.Module:
+    """A copy whose saved tensors are on meta; buffers that a state dict leaves out are kept."""
+    shell, saved = copy_structure(skeleton), {id(t) for t in skeleton.state_dict(keep_vars=True).values()}
+    _replace_tensors(shell, lambda tensor: tensor.to("meta"), saved)
+    return shell
+
+
+def _replace_tensors(
+    root: nn.Module, change: Callable[[Tensor], Tensor], only: set[int] | None = None
+) -> None:
+    """Put ``change(t)``, detached, in the place of every tensor of the tree (or of those with an id in `only`)."""
+    made: dict[int, Any] = {}
+    for module in root.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is None or (only is not None and id(tensor) not in only):
+                    continue
+                if id(tensor) not in made:
+                    new = change(tensor.detach())
+                    made[id(tensor)] = nn.Parameter(new, False) if isinstance(tensor, nn.Parameter) else new
+                held[name] = made[id(tensor)]
+
+
+# -- pickle ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Overload:
+    """An aten op by name, since ops themselves do not pickle; stands for it as the target of a node."""
+
+    qualified: str
+    overload: str
+
+    def __call__(self) -> Any:
+        namespace, _, name = self.qualified.partition("::")
+        return getattr(getattr(getattr(torch.ops, namespace), name), self.overload)
+
+
+def _picklable(graph: Graph) -> Graph:
+    return _with_targets(
+        graph,
+        lambda target: (
+            _Overload(target._schema.name, target._overloadname)
+            if isinstance(target, torch._ops.OpOverload)
+            else target
+        ),
+    )
+
+
+def _restored(graph: Graph) -> Graph:
+    return _with_targets(graph, lambda target: target() if isinstance(target, _Overload) else target)
+
+
+def _with_targets(graph: Graph, change: Callable[[Any], Any]) -> Graph:
+    """A copy with other targets and of the nodes' meta only what pickles."""
+    copied, made = Graph(), {}
+    for node in graph.nodes:
+        args, kwargs = map_arg((node.args, node.kwargs), made.__getitem__)
+        made[node] = new = copied.create_node(
+            node.op, change(node.target), args, kwargs, node.name, node.type
+        )
+        new.meta = {key: node.meta[key] for key in ("flops", "from_pass") if key in node.meta}
+    copied.set_codegen(copy.deepcopy(graph._codegen))
+    return copied
+
+
+# -- report ------------------------------------------------------------------------------------------------
+
+
+def _summarize(ctx: PassContext) -> None:
+    """The rows of training, with what inference measured and what it stores."""
+    summarize(ctx)
+    for row in ctx.report.layers:
+        decision = ctx.decisions[row["name"]]
+        measured = {"dense_us": decision.dense_us, "sparse_us": decision.sparse_us}
+        row |= {"format": decision.format, "sparsity_target": None, **measured}
+        if decision.nnz == row["numel"]:
+            row["pattern"] = "no zeros"
+    stored = sum(_bytes(fetch(ctx.program.skeleton, name)) for name in ctx.weights)
+    ctx.report.totals |= {"bytes_sparse": stored, "train_flops_ratio": None}
+
+
+def _bytes(weight: Tensor | PackedWeight) -> int:
+    return (
+        sum(buffer.nbytes for buffer in weight.buffers())
+        if isinstance(weight, PackedWeight)
+        else weight.nbytes
+    )

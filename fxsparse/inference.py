@@ -1,0 +1,169 @@
+"""``compile(mode="infer")``: fold, pick the fastest kernel of every weight, and never be slower than dense."""
+
+import copy
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxsparse.artefact import emit
+from fxsparse.errors import InvariantError, PlanError
+from fxsparse.inputs import has_meta
+from fxsparse.module import SparseModule
+from fxsparse.passes import SelectKernels, inference_pipeline
+from fxsparse.pipeline import Pass, PassContext, Program, run_passes
+from fxsparse.plans import Plan
+from fxsparse.report import Report
+from fxsparse.skeleton import bind, copy_structure
+from fxsparse.trace import capture
+from fxsparse.verify import compare, copied_inputs, observe
+
+NEVER_SLOWER = 0.95
+"""Least allowed speed of the artefact relative to the dense model: the median over interleaved pairs."""
+PAIRS = 15
+_SAMPLE_SECONDS = 0.0005
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The artefact beside the dense model."""
+
+    dense_us: float
+    sparse_us: float
+    ratio: float
+    """Median over pairs of dense time / artefact time."""
+
+
+def compile_for_inference(
+    model: nn.Module, example_inputs: Any = None, *, strict: bool = False
+) -> SparseModule:
+    """The evaluation graph of `model` with every weight on the kernel that measured fastest; `model` is untouched.
+
+    `model`: a training SparseModule, or any module whose weights have zeros.  With `example_inputs` the result is
+    compared with the model and timed against its dense form; where it is below `NEVER_SLOWER`, the least profitable
+    kernels are given up, with a note.  Without them nothing can be measured and every weight stays dense.
+
+    Raises:
+        PlanError: a model compiled for inference already.
+        InvariantError: the result computes something else than the model (a bug).
+    """
+    _check(model)
+    source, plan = _capture(model, example_inputs, strict)
+    measured = example_inputs is not None and not has_meta(example_inputs)
+    dense = _dense_form(model) if measured else None
+    keep_dense: dict[str, str] = {}
+    while True:
+        ctx = PassContext(plan, "infer", _copied(source), Report(), example_inputs)
+        run_passes(_pipeline(keep_dense), ctx)
+        sparse = emit(model, ctx)
+        if dense is None:
+            return sparse
+        _compare(dense, sparse, example_inputs)
+        speed = _speed(dense, sparse, example_inputs)
+        sparse.report.notes.append(
+            f"dense {speed.dense_us:.1f} us, this {speed.sparse_us:.1f} us: {speed.ratio:.2f}x"
+        )
+        if speed.ratio >= NEVER_SLOWER:
+            return sparse
+        given_up = _least_profitable(ctx, speed)
+        if not given_up:
+            return _as_it_came(model, dense, ctx, speed)
+        keep_dense |= given_up
+
+
+def speed_of(
+    dense: Callable[..., Any], sparse: Callable[..., Any], example_inputs: Any, pairs: int = PAIRS
+) -> Speed:
+    """Time two callables in turns on the same inputs, warm, without gradients."""
+    args, kwargs = copied_inputs(example_inputs)
+    with torch.no_grad():
+        repeats = max(1, math.ceil(_SAMPLE_SECONDS / max(1e-7, _seconds(dense, args, kwargs, 2))))
+        taken = [
+            [_seconds(call, args, kwargs, repeats) for call in (dense, sparse)] for _ in range(pairs + 2)
+        ][2:]
+    dense_s, sparse_s = (statistics.median(column) for column in zip(*taken, strict=True))
+    return Speed(dense_s * 1e6, sparse_s * 1e6, statistics.median(a / b for a, b in taken))
+
+
+def _pipeline(keep_dense: dict[str, str]) -> list[Pass]:
+    return [
+        replace(p, keep_dense=keep_dense) if isinstance(p, SelectKernels) else p for p in inference_pipeline
+    ]
+
+
+def _check(model: nn.Module) -> None:
+    if isinstance(model, SparseModule) and model.plan is None:
+        raise PlanError(
+            "compile: this model is compiled for inference already; compile the model it was made from."
+        )
+
+
+def _capture(model: nn.Module, example_inputs: Any, strict: bool) -> tuple[Program, Plan | None]:
+    if not isinstance(model, SparseModule):
+        return capture(model, example_inputs, modes=("eval",), strict=strict), None
+    program = model._emitted.program
+    if program.tier == "walk":
+        return capture(model.to_dense(), example_inputs, modes=("eval",), strict=strict), None
+    return program, model.plan
+
+
+def _copied(program: Program) -> Program:
+    """The evaluation half of a program on a skeleton of its own, in evaluation mode; Parameters are shared."""
+    skeleton = copy_structure(program.skeleton).eval()
+    for name in ("fxsparse_step", "fxsparse_rng"):
+        skeleton._buffers.pop(name, None)
+    graph = bind(copy.deepcopy(program.graphs["eval"].graph), skeleton)
+    return Program(program.tier, skeleton, {"eval": graph}, list(program.notes), dict(program.hidden))
+
+
+def _dense_form(model: nn.Module) -> nn.Module:
+    """What the artefact is compared with: the dense model in evaluation mode, run by its own forward."""
+    return (model.to_dense() if isinstance(model, SparseModule) else copy_structure(model)).eval()
+
+
+def _compare(dense: nn.Module, sparse: SparseModule, example_inputs: Any) -> None:
+    want = observe(dense, dense, example_inputs, training=False)
+    got = observe(sparse, sparse, example_inputs, training=False)
+    if difference := compare(want, got):
+        raise InvariantError(f"compile: the inference module differs from the model: {difference}")
+
+
+def _speed(dense: nn.Module, sparse: SparseModule, example_inputs: Any) -> Speed:
+    """Measured again, longer, where the first time is below the limit: one disturbance should cost no kernel."""
+    speed = speed_of(dense, sparse, example_inputs)
+    return speed if speed.ratio >= NEVER_SLOWER else speed_of(dense, sparse, example_inputs, 2 * PAIRS)
+
+
+def _least_profitable(ctx: PassContext, speed: Speed) -> dict[str, str]:
+    """{weight: reason} of the half of the lowered weights that gain least; empty if none is lowered."""
+    gains = {
+        name: (decision.dense_us or 0.0) - (decision.sparse_us or 0.0)
+        for name, decision in ctx.decisions.items()
+        if decision.format != "dense"
+    }
+    worst = sorted(gains, key=gains.__getitem__)[: math.ceil(len(gains) / 2)]
+    reason = f"given up: with it the whole model ran at {speed.ratio:.2f}x of dense"
+    return {name: f"{ctx.decisions[name].kernel} {reason}" for name in worst}
+
+
+def _as_it_came(model: nn.Module, dense: nn.Module, ctx: PassContext, speed: Speed) -> SparseModule:
+    """The model's own forward: its graph is slower even with every weight dense."""
+    notes = [*ctx.report.notes, "the model's own forward runs, without a graph, which was slower"]
+    ctx.program = Program("walk", copy_structure(dense).eval(), dict(ctx.program.graphs), notes)
+    ctx.untouched = {name: "norm" if why.startswith("folded") else why for name, why in ctx.untouched.items()}
+    return emit(model, ctx)
+
+
+def _seconds(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], repeats: int) -> float:
+    """Seconds of one call, over `repeats` of them."""
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call(*args, **kwargs)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / repeats

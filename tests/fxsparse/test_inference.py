@@ -1,0 +1,314 @@
+"""``compile(mode="infer")``: equal outputs, an untouched model, and a whole artefact that is never slower."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fxsparse
+from fxsparse import Plan, SparseModule, inference, kernel
+from fxsparse.errors import InvariantError, PlanError, TraceError
+from fxsparse.graph import fetch
+from fxsparse.inference import Speed, speed_of
+from fxsparse.kernel import Choice, tolerance
+from fxsparse.methods import set_
+from fxsparse.packed import PackedWeight
+from fxsparse.pattern import ConstantFanIn
+
+
+@pytest.fixture(autouse=True)
+def sparse_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every weight with zeros measures faster on CSR, by 1 us and 1 us per thousand weights; the whole by 2x."""
+
+    def choose(problem, x, weight, bias=None, activation="none", **options) -> Choice:
+        times = {"dense": 11.0 + weight.numel() / 1000, "cpu-csr": 10.0}
+        return Choice(kernel.registered()["cpu-csr"], times, {}, "measured")
+
+    monkeypatch.setattr(kernel, "choose", choose)
+    monkeypatch.setattr(inference, "speed_of", lambda *call: Speed(200.0, 100.0, 2.0))
+
+
+class Net(nn.Module):
+    """A convolution with a norm, linear layers of three sizes, dropout, and an activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.a, self.b, self.c = nn.Linear(8 * 16, 64), nn.Linear(64, 48), nn.Linear(48, 5)
+        self.drop = nn.Dropout(0.5)
+        self.norm.get_buffer("running_mean").normal_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.conv(x))).flatten(1)
+        return self.c(F.gelu(self.b(self.drop(F.relu(self.a(x))))))
+
+
+X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+def pruned(model: nn.Module, keep: float = 0.2) -> Any:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(torch.rand_like(parameter) < keep)
+    return model
+
+
+def infer(model: nn.Module, x: Any = X, **options: Any) -> SparseModule:
+    return fxsparse.compile(model, mode="infer", example_inputs=x, **options)
+
+
+def check_equal(fast: nn.Module, model: nn.Module, x: Tensor = X) -> None:
+    with torch.no_grad():
+        want, got = model(x), fast(x)
+    # four layers after another, none with sums of more than 128 terms
+    allowed = 4 * tolerance(x.dtype, 128)
+    assert ((got - want).abs().max() / want.abs().max()).item() <= allowed
+
+
+def kernels_of(fast: SparseModule) -> dict[str, str]:
+    return {row["name"]: row["kernel"] for row in fast.report.layers}
+
+
+def test_computes_what_the_model_computes_at_any_batch() -> None:
+    model = pruned(Net()).eval()
+    fast = infer(model)
+    assert kernels_of(fast) == {
+        "conv.weight": "dense", "a.weight": "cpu-csr", "b.weight": "cpu-csr", "c.weight": "cpu-csr"
+    }  # fmt: skip
+    for x in (X, X[:1], torch.randn(7, 3, 6, 6)):
+        check_equal(fast, model, x)
+
+
+def test_the_model_is_untouched_and_shares_no_tensor() -> None:
+    model = pruned(Net()).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    objects = [id(parameter) for parameter in model.parameters()]
+    fast = infer(model)
+    assert model.training
+    assert objects == [id(parameter) for parameter in model.parameters()]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    theirs = {tensor.data_ptr() for tensor in model.state_dict().values()}
+    assert not any(tensor.data_ptr() in theirs for tensor in fast.state_dict().values() if tensor.numel())
+    assert not any(parameter.requires_grad for parameter in fast.parameters())
+
+
+def test_runs_in_evaluation_mode_and_train_changes_no_number() -> None:
+    fast = infer(pruned(Net()).train())
+    assert not fast.training
+    want = fast(X)
+    assert torch.equal(fast.train()(X), want)
+
+
+def test_the_artefact_is_smaller() -> None:
+    model = pruned(Net(), keep=0.05)
+    fast = infer(model)
+    assert "a.weight" not in fast.state_dict()
+    assert isinstance(fetch(fast, "a.weight"), PackedWeight)
+    totals = fast.report.to_dict()["totals"]
+    weights = {name: getattr(model, name).weight for name in ("conv", "a", "b", "c")}
+    assert totals["bytes_dense"] == 4 * sum(weight.numel() for weight in weights.values())
+    # CSR: a value and a column of 4 bytes each per nonzero, and a row pointer per row and one more
+    csr = sum(8 * int((weights[n] != 0).sum()) + 4 * (len(weights[n]) + 1) for n in ("a", "b", "c"))
+    assert totals["bytes_sparse"] == csr + 4 * weights["conv"].numel()
+
+
+def test_every_parameter_is_in_layers_or_untouched_with_a_reason() -> None:
+    model = pruned(Net())
+    report = infer(model).report.to_dict()
+    rows = [*report["layers"], *report["untouched"]]
+    assert sorted(row["name"] for row in rows) == sorted(name for name, _ in model.named_parameters())
+    assert all(row["reason"] for row in rows)
+    conv = next(row for row in report["layers"] if row["name"] == "conv.weight")
+    assert conv["reason"] == "there is no sparse conv2d kernel"
+    assert (conv["dense_us"], conv["sparse_us"]) == (None, None)
+    first = next(row for row in report["layers"] if row["name"] == "a.weight")
+    assert (first["dense_us"], first["sparse_us"]) == (11.0 + 8.192, 10.0)
+    untouched = {row["name"]: row["reason"] for row in report["untouched"]}
+    assert untouched["norm.weight"] == "folded into conv.weight"
+    assert "dense 200.0 us, this 100.0 us: 2.00x" in report["notes"]
+
+
+@pytest.mark.parametrize("storage", ["masked", "compact"])
+def test_a_training_module_is_taken_without_tracing_again(
+    storage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Net()
+    plan = Plan(sparsity=0.8, storage=storage, method=set_(every=1, stop=9), exclude=("c",))
+    sparse = fxsparse.compile(model, plan, example_inputs=X)
+    optimizer = torch.optim.SGD(sparse.parameters(), 0.1)
+    sparse.attach(optimizer)
+    for _ in range(3):
+        optimizer.zero_grad()
+        sparse(X).square().mean().backward()
+        optimizer.step()
+    state = {name: tensor.clone() for name, tensor in sparse.state_dict().items()}
+    monkeypatch.setattr(inference, "capture", lambda *call, **options: pytest.fail("traced again"))
+    fast = infer(sparse)
+    assert kernels_of(fast) | {"conv.weight": "dense"} == kernels_of(fast)
+    assert kernels_of(fast)["a.weight"] == kernels_of(fast)["b.weight"] == "cpu-csr"
+    assert all(torch.equal(tensor, state[name]) for name, tensor in sparse.state_dict().items())
+    check_equal(fast, sparse.eval())
+    assert not any(name.endswith("_mask") or name.startswith("fxsparse_") for name in fast.state_dict())
+    # entries that the last update grew are still zero, so inference has no use for them
+    nnz = int((sparse.dense_state_dict(["a.weight"])["a.weight"] != 0).sum())
+    assert fast.sparsity()["a.weight"] == 1 - nnz / (64 * 128)
+    assert fast.sparsity()["a.weight"] > sparse.sparsity()["a.weight"]
+
+
+def test_constant_fan_in_is_named_and_may_be_condensed(monkeypatch: pytest.MonkeyPatch) -> None:
+    sparse = fxsparse.compile(
+        Net(), Plan(sparsity=0.8, pattern=ConstantFanIn(), exclude=("conv",)), example_inputs=X
+    )
+
+    def choose(problem, x, weight, bias=None, activation="none", **options) -> Choice:
+        name = "cpu-csr" if problem.fan_in is None else "cpu-condensed"
+        return Choice(kernel.registered()[name], {"dense": 10.0, name: 5.0}, {}, "measured")
+
+    monkeypatch.setattr(kernel, "choose", choose)
+    fast = infer(sparse)
+    row = next(row for row in fast.report.layers if row["name"] == "a.weight")
+    k = int(sparse.masks(["a.weight"])["a.weight"][0].sum())
+    assert (row["pattern"], row["format"]) == (str(ConstantFanIn(k)), "condensed")
+    check_equal(fast, sparse.eval())
+
+
+def test_a_model_without_zeros_stays_dense_and_says_so() -> None:
+    model = Net().eval()
+    fast = infer(model)
+    assert set(kernels_of(fast).values()) == {"dense"}
+    assert {row["reason"] for row in fast.report.layers} == {"it has no zeros"}
+    assert {row["pattern"] for row in fast.report.layers} == {"no zeros"}
+    check_equal(fast, model)
+
+
+def test_without_example_inputs_nothing_is_measured() -> None:
+    model = pruned(Net()).eval()
+    fast = infer(model, None)
+    reasons = {row["name"]: row["reason"] for row in fast.report.layers}
+    assert reasons["a.weight"] == "not measured: there are no example inputs"
+    rewrites = {row["name"]: row["rewrites"] for row in fast.report.passes}
+    assert rewrites["fold-batch-norm"] == 1
+    check_equal(fast, model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    model = pruned(Net()).eval().to(dtype)
+    fast = infer(model, X.to(dtype))
+    assert fast(X.to(dtype)).dtype == dtype
+    assert kernels_of(fast)["a.weight"] == "cpu-csr"
+    check_equal(fast, model, X.to(dtype))
+
+
+def test_compiles_into_one_graph() -> None:
+    fast = infer(pruned(Net()))
+    whole = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(whole(X), fast(X))
+
+
+def test_keyword_inputs() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, *, scale: Tensor) -> Tensor:
+            return self.fc(x) * scale
+
+    model, inputs = pruned(Two()).eval(), (torch.randn(3, 8), {"scale": torch.randn(8)})
+    fast = infer(model, inputs)
+    assert kernels_of(fast) == {"fc.weight": "cpu-csr"}
+    assert torch.allclose(fast(inputs[0], **inputs[1]), model(inputs[0], **inputs[1]), atol=1e-6)
+
+
+def speeds(monkeypatch: pytest.MonkeyPatch, rule: Callable[[int], float]) -> None:
+    """The whole artefact's speed as a function of how many weights are packed."""
+
+    def measure(dense: Any, sparse: nn.Module, *call: Any) -> Speed:
+        ratio = rule(sum(isinstance(module, PackedWeight) for module in sparse.modules()))
+        return Speed(100.0, 100.0 / ratio, ratio)
+
+    monkeypatch.setattr(inference, "speed_of", measure)
+
+
+def test_gives_up_the_least_profitable_kernels_until_it_is_not_slower(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    speeds(monkeypatch, {3: 0.5, 1: 1.2}.__getitem__)
+    model = pruned(Net()).eval()
+    fast = infer(model)
+    # gains grow with the size: a has 8,192, b 3,072 and c 240 of them
+    assert kernels_of(fast) == {
+        "conv.weight": "dense", "a.weight": "cpu-csr", "b.weight": "dense", "c.weight": "dense"
+    }  # fmt: skip
+    reasons = {row["name"]: row["reason"] for row in fast.report.layers}
+    assert reasons["c.weight"] == "cpu-csr given up: with it the whole model ran at 0.50x of dense"
+    check_equal(fast, model)
+
+
+def test_gives_up_the_graph_where_even_the_dense_one_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    speeds(monkeypatch, lambda packed: 0.5)
+    model = pruned(Net()).eval()
+    fast = infer(model)
+    assert set(kernels_of(fast).values()) == {"dense"}
+    assert "the model's own forward runs, without a graph, which was slower" in fast.report.notes
+    with torch.no_grad():
+        assert torch.equal(fast(X), model(X))
+    with pytest.raises(TraceError, match="the model's own forward runs"):
+        _ = fast.forward_graph
+
+
+def test_one_disturbance_costs_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([Speed(100.0, 200.0, 0.5), Speed(100.0, 50.0, 2.0)])
+    monkeypatch.setattr(inference, "speed_of", lambda *call: next(answers))
+    assert kernels_of(infer(pruned(Net())))["a.weight"] == "cpu-csr"
+
+
+def test_speed_is_the_median_of_interleaved_pairs() -> None:
+    order = []
+
+    def slow(x: Tensor) -> None:
+        order.append("dense")
+        time.sleep(0.002)
+
+    def quick(x: Tensor) -> None:
+        order.append("sparse")
+        time.sleep(0.001)
+
+    speed = speed_of(slow, quick, X)
+    assert 1.2 < speed.ratio < 2.5
+    assert speed.dense_us > 2000
+    assert order[-30:] == ["dense", "sparse"] * 15
+
+
+def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "compare", lambda want, got: "output 0 differs by 1")
+    with pytest.raises(
+        InvariantError, match="the inference module differs from the model: output 0 differs by 1"
+    ):
+        infer(pruned(Net()))
+
+
+def test_refuses_what_cannot_be_compiled_for_inference() -> None:
+    fast = infer(pruned(Net()))
+    with pytest.raises(PlanError, match="compiled for inference already; compile the model it was made from"):
+        infer(fast)
+    with pytest.raises(PlanError, match=r"'conv.weight' is on the meta device and has no values"):
+        infer(Net().to("meta"), None)
+    with pytest.raises(PlanError, match="mode='infer' takes no plan"):
+        infer(Net(), plan=Plan(sparsity=0.5))
+    for call in (
+        fast.masks,
+        fast.coordinates,
+        fast.to_dense,
+        fast.dense_state_dict,
+        lambda: fast.update_graph,
+    ):
+        with pytest.raises(PlanError, match="this module was compiled for inference"):
+            call()
