@@ -45,10 +45,10 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 void transpose(const Matrix& src, int64_t first, int64_t vectors, float* dst) {
   const int64_t stride = vectors * W;
-  for (int64_t f = 0; f < src.features; f += W) {
-    const int64_t width = least(W, src.features - f);
-    for (int64_t j = 0; j < vectors; j++) {
-      const int64_t token = first + j * W, height = least(W, src.tokens - token);
+  for (int64_t j = 0; j < vectors; j++) {  // outside, so that only W tokens are streamed at a time
+    const int64_t token = first + j * W, height = least(W, src.tokens - token);
+    for (int64_t f = 0; f < src.features; f += W) {
+      const int64_t width = least(W, src.features - f);
       V m[W];
       if (height >= W && width >= W) {
 #pragma GCC unroll 16
