@@ -1,4 +1,4 @@
-"""The command line: ``fxsparse trace | plan | report | kernels``."""
+"""The command line: ``fxsparse demo | trace | plan | report | kernels``."""
 
 import argparse
 import json
@@ -21,6 +21,7 @@ from fxsparse.trace import capture
 TABLES = ("table", "json", "markdown", "html")
 METHODS = ", ".join(build.__name__.rstrip("_") for build in methods.METHODS)
 EXAMPLES = """examples:
+  fxsparse demo
   fxsparse trace torchvision:resnet50 --input 1x3x224x224
   fxsparse plan torchvision:resnet50 --sparsity 0.9 --input 1x3x224x224
   fxsparse report my_package.models:build --plan plan.toml --input 8x128:int64 --format html -o report.html
@@ -49,6 +50,7 @@ def parser() -> ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
+    _demo(_command(commands, "demo", demo, "train three small models dense and sparse, and compare them"))
     traced = _command(
         commands, "trace", trace, "capture a model, and print its graph and how it was captured"
     )
@@ -62,6 +64,13 @@ def parser() -> ArgumentParser:
         _command(commands, "kernels", kernels, "the kernels, and which of them run on this machine"), *TABLES
     )
     return top
+
+
+def demo(options: Namespace) -> None:
+    """``fxsparse demo``."""
+    from fxsparse.demo.run import run
+
+    run(Path(options.output), steps=options.steps, seed=options.seed, threads=options.threads)
 
 
 def trace(options: Namespace) -> None:
@@ -128,6 +137,15 @@ def _command(commands: Any, name: str, run: Callable[[Namespace], None], summary
     command = commands.add_parser(name, help=summary, description=summary)
     command.set_defaults(run=run)
     return command
+
+
+def _demo(command: ArgumentParser) -> None:
+    command.add_argument("-o", "--output", default="fxsparse-report.html", help="where the HTML report goes")
+    command.add_argument("--steps", type=int, default=400, help="training steps of every run (default: 400)")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument(
+        "--threads", type=int, default=1, help="of the CPU, for training and timing (default: 1)"
+    )
 
 
 def _output(command: ArgumentParser, *formats: str) -> None:

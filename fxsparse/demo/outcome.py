@@ -38,6 +38,11 @@ class Outcome:
     latencies: list[Latency] = field(default_factory=list)
     masks: dict[str, Tensor] = field(default_factory=dict)
 
+    def named_reports(self) -> dict[str, Report]:
+        """{what was compiled: its report}."""
+        trained = {f"{self.name}, trained {run}": report for run, report in self.reports.items()}
+        return trained | {f"{self.name}, inference at batch {t.batch}": t.report for t in self.latencies}
+
 
 def tables(outcomes: list[Outcome]) -> list[Table]:
     """Accuracy and training, latency, and where sparse lost."""
@@ -56,7 +61,7 @@ def _training(outcomes: list[Outcome]) -> Table:
 
 def _zeros(outcome: Outcome, run: str) -> float:
     """Share of zeros among the weights that the plan selected; a dense run has none."""
-    return float(outcome.reports[run].to_dict()["totals"]["sparsity"]) if run in outcome.reports else 0.0
+    return outcome.reports[run].totals["sparsity"] if run in outcome.reports else 0.0
 
 
 def _latency(outcomes: list[Outcome]) -> Table:
@@ -76,8 +81,10 @@ def _lost(outcomes: list[Outcome]) -> Table:
             where = [outcome.name, str(timed.batch)]
             if timed.speedup < 1:
                 rows.append([*where, "the whole model", f"{timed.speedup:.2f}x of dense"])
-            layers = (row for row in timed.report.to_dict()["layers"] if row["storage"] == "dense")
-            rows += [[*where, str(row["name"]), str(row["reason"])] for row in layers]
+            layers = (
+                row for row in timed.report.layers if row["storage"] == "dense" and row["nnz"] < row["numel"]
+            )
+            rows += [[*where, row["name"], row["reason"]] for row in layers]
     if not rows:
         rows = [["none", "", "", "every sparse layer and model measured faster"]]
     return "Where sparse lost, and dense was kept", ["model", "batch", "where", "reason"], rows

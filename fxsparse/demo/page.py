@@ -39,13 +39,10 @@ def draw(outcomes: list[Outcome]) -> dict[str, bytes]:
 
 def _reports(outcomes: list[Outcome]) -> list[Table]:
     """Tables of every report, their titles saying which."""
-    named = {
-        **{f"{o.name}, {run} training": report for o in outcomes for run, report in o.reports.items()},
-        **{f"{o.name}, inference at batch {t.batch}": t.report for o in outcomes for t in o.latencies},
-    }
     return [
         (f"{name}: {title}", headers, rows)
-        for name, report in named.items()
+        for outcome in outcomes
+        for name, report in outcome.named_reports().items()
         for title, headers, rows in report.tables()
     ]
 

@@ -9,16 +9,18 @@ from fxsparse.errors import UnsupportedError
 from fxsparse.report import Report
 
 
-def layer(name, storage, reason):
-    return {"name": name, "storage": storage, "reason": reason}
+def layer(name, storage, nnz, reason):
+    return {"name": name, "storage": storage, "nnz": nnz, "numel": 64, "reason": reason}
 
 
 @pytest.fixture
 def outcome():
     trained = Report(totals={"sparsity": 0.9})
-    fast = Report(
-        layers=[layer("1.weight", "compact", "csr 3x"), layer("5.weight", "dense", "dense 2 us & best")]
+    sparse, slow = (
+        layer("1.weight", "compact", 8, "csr 3x"),
+        layer("5.weight", "dense", 60, "dense 2 us & best"),
     )
+    fast = Report(layers=[sparse, slow, layer("7.weight", "dense", 64, "it has no zeros")])
     return Outcome(
         "MLP",
         accuracy={"dense": 98.0, "masked": 97.0, "compact": 96.5},
