@@ -252,7 +252,9 @@ Sparse csr(const Tensor& values, const Tensor& crow, const Tensor& cols, std::ve
   const int64_t nnz = values.numel();
   const int32_t* start = index32(crow, crow.numel(), "crow");
   STD_TORCH_CHECK(crow.numel() > 0 && start[crow.numel() - 1] == nnz, "fxsparse: expected crow to end with ", nnz);
-  return {as_floats(values, owned), start, index32(cols, nnz, "cols"), false, 0};
+  const bool index16 = cols.scalar_type() == ScalarType::Short && cols.is_contiguous() && cols.numel() == nnz;
+  const void* index = index16 ? cols.const_data_ptr() : index32(cols, nnz, "cols");
+  return {as_floats(values, owned), start, index, index16, 0};
 }
 
 Tensor csr_forward(const Tensor& x, const Tensor& values, const Tensor& crow, const Tensor& cols,
@@ -333,6 +335,7 @@ std::tuple<Tensor, Tensor, Tensor> csr_backward(const Tensor& grad_any, const Te
                   "fxsparse: expected x [..., ", columns, "] and grad [..., ", rows, "] of one dtype");
   std::vector<Buffer> owned;
   const Sparse by_row = csr(values, crow, cols, owned);
+  STD_TORCH_CHECK(!by_row.index16, "fxsparse: expected cols int32 in training");
   const int32_t* place = index32(perm, nnz, "perm");
   Sparse by_column{nullptr, index32(ccol, columns + 1, "ccol"), index32(rows_t, nnz, "rows_t"), false, 0};
   Buffer values_t(need_x ? nnz : 0);

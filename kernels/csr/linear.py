@@ -33,7 +33,8 @@ def csr_linear(
 ) -> Tensor:
     """``activation(x @ W^T + bias)`` with W [out, in] in CSR; sums in fp32 (fp64 for fp64).
 
-    x [..., in] and values [nnz] are of one floating dtype; every index is int32: crow [out + 1], cols [nnz].
+    x [..., in] and values [nnz] are of one floating dtype; every index is int32: crow [out + 1], cols [nnz]
+    (without gradients also int16; ascending in every row).
     With the transposed index (ccol [in + 1], rows_t [nnz], perm [nnz]; ``formats.csr.CsrIndex``) the result
     is differentiable in x, values and bias, and no tensor of W's size is made.  Without it there is no
     gradient.  With ``probe_key >= 0`` backward leaves copies of x and the output gradient in
@@ -116,7 +117,12 @@ def _backward_flops(grad_shape, x_shape, values_shape, *args, out_shape=None, **
 
 def _pack_inference(weight: Tensor) -> Mapping[str, Tensor]:
     index = csr.from_mask(weight != 0)
-    return {"values": csr.values_of(weight, index), "crow": index.crow, "cols": index.cols.clone()}
+    narrow = torch.int16 if weight.shape[1] <= 32767 else torch.int32
+    return {
+        "values": csr.values_of(weight, index),
+        "crow": index.crow,
+        "cols": index.cols.to(narrow, copy=True),
+    }
 
 
 def _run_inference(x, bias, values, crow, cols, activation: str = "none") -> Tensor:
@@ -154,7 +160,8 @@ def _refuses_training(problem: Problem) -> list[str]:
 
 
 def _cost_inference(problem: Problem) -> Cost:
-    return Cost(2 * problem.batch * problem.nnz, problem.nnz * (problem.dtype.itemsize + 4))
+    index_bytes = 2 if problem.shape[1] <= 32767 else 4
+    return Cost(2 * problem.batch * problem.nnz, problem.nnz * (problem.dtype.itemsize + index_bytes))
 
 
 def _cost_training(problem: Problem) -> Cost:

@@ -14,7 +14,7 @@ def linear(
 ) -> Tensor:
     """``activation(x @ W^T + bias)`` for W in CSR; differentiable; sums in at least fp32."""
     flat = _accumulating(x.reshape(-1, x.shape[-1]))
-    rows = entry_rows(crow, cols)
+    rows, cols = entry_rows(crow, cols), cols.long()
     weight = values.to(flat.dtype)
     parts = [
         flat.new_zeros(len(part), crow.numel() - 1).index_add(1, rows, part[:, cols] * weight)
