@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxsparse.errors import TraceError
 from fxsparse.inputs import has_meta, split_inputs
 from fxsparse.skeleton import substituted
 
@@ -109,29 +108,6 @@ def copied_inputs(example_inputs: Any, *, meta: bool = False) -> tuple[tuple[Any
         return leaf.detach().to("meta") if meta else leaf.detach().clone()
 
     return pytree.tree_map(copy, split_inputs(example_inputs))
-
-
-def difference_from(
-    model: nn.Module, skeleton: nn.Module, call: Callable[..., Any], example_inputs: Any, mode: str
-) -> str | None:
-    """How `call`, which runs on `skeleton`, differs from `model` in a mode; None if it does not.
-
-    `model` should be a structural copy of the user's: what its forward leaves in Python attributes stays
-    there.
-    Raises TraceError where the model itself cannot run on these inputs.
-    """
-    training = mode == "train"
-    try:
-        expected = observe(model, model, example_inputs, training=training)
-    except RUN_FAILURES as error:
-        raise TraceError(
-            f"the model itself fails on example_inputs in {mode} mode: {type(error).__name__}: {error}"
-        ) from error
-    try:
-        got = observe(skeleton, call, example_inputs, training=training)
-    except RUN_FAILURES as error:
-        return f"it raises {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
-    return compare(expected, got)
 
 
 def _gradients(root: nn.Module, outputs: list[Tensor]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from fxsparse.trace.export import trace_export
 from fxsparse.trace.modules import eligible_below
 from fxsparse.trace.symbolic import hidden_weights, trace_symbolic
 from fxsparse.trace.walk import walk
-from fxsparse.verify import difference_from
+from fxsparse.verify import RUN_FAILURES, Observation, compare, observe
 
 _RESERVED = {"graph", "code", "meta", "shape_env"}
 """Attributes of every GraphModule, which a child of that name could not be told from."""
@@ -47,15 +47,18 @@ def capture(
     _check(model)
     arguments = None if example_inputs is None else named_arguments(model, example_inputs)
     notes: list[str] = []
+    expected = _expected(model, example_inputs, modes, notes)
     for front_end in (_symbolic, _export):
         try:
             program = front_end(model, example_inputs, arguments, modes)
-            notes += program.notes
-            _verify(model, program, example_inputs)
         except TraceError as error:
             notes.append(f"{front_end.__name__[1:]}: {error}")
             continue
-        return Program(program.tier, program.skeleton, program.graphs, notes, program.hidden)
+        difference = _difference(program, expected, example_inputs)
+        if difference is None:
+            notes += program.notes
+            return Program(program.tier, program.skeleton, program.graphs, notes, program.hidden)
+        notes.append(f"{program.tier}: {difference}")
     if strict:
         raise TraceError(
             "neither symbolic tracing nor torch.export captured the model, and strict=True refuses the walk "
@@ -107,18 +110,40 @@ def _merged(graphs: dict[str, GraphModule]) -> dict[str, GraphModule]:
     return {mode: first if gm.code == first.code else gm for mode, gm in graphs.items()}
 
 
-def _verify(model: nn.Module, program: Program, example_inputs: Any) -> None:
-    """Raise TraceError where the program differs from the model on the example inputs; note what could not
-    be seen.
-    """
+def _expected(
+    model: nn.Module, example_inputs: Any, modes: Sequence[str], notes: list[str]
+) -> dict[str, Observation]:
+    """What the model itself shows in each mode; TraceError where it fails in eval mode, a note where in training."""
     if example_inputs is None:
-        return
+        return {}
     if has_meta(model) or has_meta(example_inputs):
-        program.notes.append(f"{program.tier}: verified shapes only, as tensors are on meta")
-    for mode, gm in program.graphs.items():
-        difference = difference_from(copy_structure(model), program.skeleton, gm, example_inputs, mode)
-        if difference:
-            raise TraceError(f"its {mode} graph differs from the model: {difference}")
+        notes.append("verified shapes only, as tensors are on meta")
+    seen: dict[str, Observation] = {}
+    for mode in modes:
+        copy = copy_structure(model)  # what a forward leaves in Python attributes stays in the copy
+        try:
+            seen[mode] = observe(copy, copy, example_inputs, training=mode == "train")
+        except RUN_FAILURES as error:
+            failure = (
+                f"the model itself fails on example_inputs in {mode} mode: {type(error).__name__}: {error}"
+            )
+            if mode == "eval":
+                raise TraceError(failure) from error
+            notes.append(f"not verified in training: {failure}")
+    return seen
+
+
+def _difference(program: Program, expected: dict[str, Observation], example_inputs: Any) -> str | None:
+    """How the program differs from what was seen of the model, in words."""
+    for mode, want in expected.items():
+        try:
+            got = observe(program.skeleton, program.graphs[mode], example_inputs, training=mode == "train")
+        except RUN_FAILURES as error:
+            lines = str(error).strip().splitlines()
+            return f"its {mode} graph raises {type(error).__name__}: {lines[0] if lines else 'no message'}"
+        if difference := compare(want, got):
+            return f"its {mode} graph differs from the model: {difference}"
+    return None
 
 
 def _check(model: nn.Module) -> None:

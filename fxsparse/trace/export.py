@@ -90,7 +90,8 @@ def _drop_checks(gm: fx.GraphModule) -> None:
 
 def _fixed_batches(gm: fx.GraphModule) -> list[str]:
     vals = [node.meta.get("val") for node in gm.graph.find_nodes(op="placeholder")]
-    fixed = {v.shape[0] for v in vals if isinstance(v, Tensor) and v.dim() and isinstance(v.shape[0], int)}
+    batches = [v.shape[0] for v in vals if isinstance(v, Tensor) and v.dim()]
+    fixed = {int(size) for size in batches if isinstance(size, int) or not size.node.expr.free_symbols}
     return [f"the batch size is fixed at {sorted(fixed)}: the model's code depends on it"] if fixed else []
 
 

@@ -1,0 +1,94 @@
+"""Shapes of every value, with batch and sequence as symbols."""
+
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from fxsparse.graph import sites
+from fxsparse.passes import Functionalize, InferShapes
+from fxsparse.pipeline import PassContext, run_passes
+from fxsparse.report import Report
+from fxsparse.trace import capture
+
+
+def shaped(model: nn.Module, inputs: Any) -> PassContext:
+    ctx = PassContext(None, "train", capture(model, inputs), Report(), inputs)
+    run_passes([Functionalize(), InferShapes()], ctx)
+    return ctx
+
+
+def outputs(ctx: PassContext) -> list[list[str]]:
+    """Shapes of what the sites compute, with symbols by name."""
+    gm = ctx.program.graphs["eval"]
+    names = {str(symbol): name for name, symbol in gm.meta["symbols"].items()}
+    shapes = [site.node.meta["val"].shape for site in sites(gm)]
+    return [[names.get(str(size), str(size)) for size in shape] for shape in shapes]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_batch_and_sequence_are_symbols(batch: int) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2))
+    assert outputs(shaped(model, torch.randn(batch, 5, 4))) == [
+        ["batch", "sequence", "6"],
+        ["batch", "sequence", "2"],
+    ]
+
+
+class Padded(nn.Module):
+    """Exported; its padding is an op whose C++ body would fix the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] < 9:
+            x = torch.nn.functional.pad(x, (0, 9 - x.shape[-1]))
+        return self.conv(x)
+
+
+def test_exported_graphs_keep_a_symbolic_batch() -> None:
+    ctx = shaped(Padded(), torch.randn(2, 3, 8, 8))
+    assert ctx.program.tier == "export"
+    assert outputs(ctx) == [["batch", "4", "6", "7"]]
+
+
+def test_what_the_model_fixes_is_noted() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.position = nn.Parameter(torch.zeros(1, 5, 4))
+            self.lin = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lin(x + self.position)
+
+    ctx = shaped(Fixed(), torch.randn(3, 5, 4))
+    assert outputs(ctx) == [["batch", "5", "2"]]
+    assert ctx.report.passes[-1]["notes"] == ["the sequence is fixed at 5 by the model"]
+
+
+def test_the_walk_has_shapes_of_its_sites() -> None:
+    class Stubborn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin, self.never = nn.Linear(4, 6), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lin(x) if type(x).__name__ != "Proxy" and not torch.compiler.is_exporting() else x
+
+    ctx = shaped(Stubborn(), torch.randn(3, 4))
+    assert ctx.program.tier == "walk", ctx.program.notes
+    called, never = (site.node for site in sites(ctx.program.graphs["eval"]))
+    assert str(called.meta["val"].shape[1]) == "6"
+    assert "val" not in never.meta
+
+
+def test_nothing_of_the_model_changes() -> None:
+    model = torchvision.models.resnet18()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    shaped(model, torch.randn(2, 3, 32, 32))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
