@@ -66,7 +66,7 @@ _SIZES: dict[str, Any] = {
 
 def main() -> None:
     """Run what is missing, then print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Coverage of the front ends, model by model.")
     parser.add_argument("--out", type=Path, default=Path("coverage.jsonl"))
     parser.add_argument("--quick", action="store_true", help="a dozen torchvision models only")
     options = parser.parse_args()

@@ -1,6 +1,6 @@
 """A sparse-training and sparse-inference compiler for PyTorch, as torch.fx passes."""
 
-from fxsparse.compiler import allocate, compile, plan_report, prune
+from fxsparse.compiler import allocate, compile, count_flops, plan_report, prune
 from fxsparse.errors import FxSparseError
 from fxsparse.module import SparseModule
 from fxsparse.plans import Override, Plan
@@ -14,6 +14,7 @@ __all__ = [
     "SparseModule",
     "allocate",
     "compile",
+    "count_flops",
     "plan_report",
     "prune",
 ]

@@ -11,11 +11,12 @@ from torch.optim import Optimizer
 
 from fxsparse import optimizer_state
 from fxsparse.errors import PlanError
-from fxsparse.graph import set_parameter
+from fxsparse.flops import FlopCount
+from fxsparse.graph import comment, set_parameter
 from fxsparse.inference import compile_for_inference
 from fxsparse.initial import target_of
 from fxsparse.module import Emitted, Recipe, SparseModule
-from fxsparse.passes import planning_pipeline, training_pipeline
+from fxsparse.passes import counting_pipeline, planning_pipeline, training_pipeline
 from fxsparse.pipeline import PassContext, run_passes
 from fxsparse.plans import Plan
 from fxsparse.report import Report
@@ -76,6 +77,28 @@ def allocate(model: nn.Module, plan: Plan, example_inputs: Any = None) -> dict[s
     return {name: decision.nnz for name, decision in _planned(model, plan, example_inputs).decisions.items()}
 
 
+def count_flops(
+    model: nn.Module, example_inputs: Any, plan: Plan | None = None, convention: str = "mac2"
+) -> FlopCount:
+    """FLOPs of one sample, dense and as `plan` would have them; the model may be on the meta device.
+
+    Args:
+        model: left untouched.
+        example_inputs: as for `compile`; they give the shapes.
+        plan: None counts the model as it is, dense.
+        convention: "mac2" (2 x multiply-add), "rigl" (arXiv:1911.11134's counter) or "cerebras" (arXiv:2303.11525's).
+
+    Raises:
+        PlanError: an unknown convention, or a model whose shapes the example inputs do not tell.
+    """
+    _check_model(model)
+    ctx = PassContext(plan, "train", capture(model, example_inputs), Report(), example_inputs)
+    run_passes(counting_pipeline(plan is not None, convention), ctx)
+    if ctx.flops is None:
+        raise PlanError(f"count_flops: no shapes to count with: {'; '.join(ctx.report.passes[-1]['notes'])}")
+    return ctx.flops
+
+
 def prune(model: nn.Module, plan: Plan, example_inputs: Any = None) -> nn.Module:
     """A copy of a trained dense model with the plan's zeros in it, in one shot and without training.
 
@@ -101,9 +124,13 @@ def _planned(model: nn.Module, plan: Plan, example_inputs: Any) -> PassContext:
     return ctx
 
 
-def _check(model: nn.Module, plan: Plan | None, mode: str, *, planning: bool = False) -> None:
+def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
-        raise PlanError(f"compile: expected an nn.Module, got {type(model).__name__}.")
+        raise PlanError(f"expected the model as an nn.Module, got {type(model).__name__}.")
+
+
+def _check(model: nn.Module, plan: Plan | None, mode: str, *, planning: bool = False) -> None:
+    _check_model(model)
     if mode not in MODES:
         raise PlanError(f"compile: expected mode 'train' or 'infer', got {mode!r}.")
     if plan is not None and not isinstance(plan, Plan):
@@ -131,7 +158,7 @@ def _check(model: nn.Module, plan: Plan | None, mode: str, *, planning: bool = F
 def _train(
     model: nn.Module, plan: Plan, example_inputs: Any, optimizer: Optimizer | None, strict: bool
 ) -> SparseModule:
-    program = capture(model, example_inputs)
+    program = capture(model, example_inputs, strict=strict)
     ctx = PassContext(plan, "train", program, Report(), example_inputs, strict=strict)
     run_passes(training_pipeline, ctx)
     sparse = _emit(model, ctx)
@@ -166,6 +193,10 @@ def _emit(model: nn.Module, ctx: PassContext) -> SparseModule:
     assert ctx.plan is not None
     program, plan = ctx.program, ctx.plan
     targets = {name: target_of(ctx, name) for name in ctx.decisions}
+    for _, gm in program.distinct_graphs():
+        comment(
+            gm, {node.name: f"FLOP: {node.meta['flops']}" for node in gm.graph.nodes if "flops" in node.meta}
+        )
     updates = MaskUpdates(program.graphs.pop("update"), plan.method, targets, plan.seed, ProbeSwitch())
     if program.tier == "walk":
         swap_leaves(program.skeleton, ctx.decisions, plan.method.reparam, updates.switch)

@@ -1,7 +1,7 @@
 """What one may ask of an fx graph and do to it, without policy: names, call sites, safe edits."""
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,6 +156,22 @@ def replace(node: Node, target: Callable[..., Any], args: tuple[Any, ...], **kwa
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)
     return new
+
+
+def comment(gm: GraphModule, texts: Mapping[str, str]) -> None:
+    """Print a text above the call of each named node, wherever the graph's code is printed."""
+
+    def commented(lines: list[str]) -> list[str]:
+        return [f"# {texts[name]}\n{line}" if (name := _assigned(line)) in texts else line for line in lines]
+
+    gm.graph.on_generate_code(lambda current: commented)
+    gm.recompile()
+
+
+def _assigned(line: str) -> str:
+    """The name that a line of generated code gives a value to."""
+    name, equals, _ = line.partition(" = ")
+    return name.partition(" :")[0] if equals else ""
 
 
 def is_pure(node: Node) -> bool:

@@ -72,10 +72,12 @@ class MaskUpdates:
         """Follow this optimizer's steps from now on, instead of any other's; a second call does nothing.
 
         Raises:
-            PlanError: the optimizer does not hold every sparse weight.
+            PlanError: this is no optimizer, or it does not hold every sparse weight.
         """
         if optimizer is self._optimizer:
             return
+        if not isinstance(optimizer, Optimizer):
+            raise PlanError(f"attach: expected a torch.optim.Optimizer, got {type(optimizer).__name__}.")
         self._check_holds_all(optimizer)
         for handle in self._handles:
             handle.remove()

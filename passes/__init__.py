@@ -17,6 +17,7 @@ from fxsparse.passes.lower_inference import LowerInference
 from fxsparse.passes.lower_kernels import LowerKernels
 from fxsparse.passes.remove_identities import RemoveIdentities
 from fxsparse.passes.select_kernels import SelectKernels
+from fxsparse.pipeline import Pass
 
 _select = (Functionalize(), InferShapes(), CollectWeights(), AllocateNnz())
 planning_pipeline = (*_select, CountFlops())
@@ -44,6 +45,12 @@ inference_pipeline = (
     Cleanup(),
 )
 
+
+def counting_pipeline(sparse: bool, convention: str) -> tuple[Pass, ...]:
+    """What counts FLOPs, of a sparse plan or of the dense model, by a convention."""
+    return (*(_select if sparse else _select[:3]), CountFlops(convention))
+
+
 __all__ = [
     "AllocateNnz",
     "ChooseStorage",
@@ -62,6 +69,7 @@ __all__ = [
     "LowerKernels",
     "RemoveIdentities",
     "SelectKernels",
+    "counting_pipeline",
     "inference_pipeline",
     "planning_pipeline",
     "training_pipeline",

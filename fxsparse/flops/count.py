@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sympy import Add, Expr, Integer
+from sympy import Add, Expr, Integer, Symbol
 from torch.fx import GraphModule
 
 from fxsparse.flops.conventions import Convention, resolve
@@ -104,9 +104,14 @@ def summarise(
         executed=sum(layer.executed for layer in layers),
         train_ratio=_train_ratio([site.at(sizes) for site in sites.found], stored, method, rule),
         layers=tuple(layers),
-        symbolic=Add(*(layer.flops.sparse.forward for layer in layers)) * scale,
+        symbolic=_plain(Add(*(layer.flops.sparse.forward for layer in layers)) * scale),
         uncounted=sites.uncounted,
     )
+
+
+def _plain(expression: Expr) -> Expr:
+    """With symbols that have a name only, so that ``subs({"batch": 8})`` finds them."""
+    return expression.subs({symbol: Symbol(str(symbol)) for symbol in expression.free_symbols})
 
 
 def _train_ratio(
