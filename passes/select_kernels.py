@@ -91,6 +91,8 @@ def _refusal(
     known = {site.node for site in found}
     if any(reader not in known for node in attribute_nodes(gm.graph, spec.name) for reader in _readers(node)):
         return "something other than a linear op reads it"
+    if ctx.program.tier == "walk":
+        return "the model's own forward runs, since no graph of it could be captured"
     if ctx.example_inputs is None:
         return "not measured: there are no example inputs"
     return None

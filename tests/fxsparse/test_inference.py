@@ -212,6 +212,36 @@ def test_compiles_into_one_graph() -> None:
         assert torch.equal(whole(X), fast(X))
 
 
+class Branching(nn.Module):
+    """Neither traces nor exports: the data decide which layers run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x) if x.sum().item() > 0 else x)
+
+
+def test_a_model_without_a_graph_runs_as_it_is_with_a_reason() -> None:
+    model, x = pruned(Branching()).eval(), torch.randn(2, 16)
+    fast = infer(model, x)
+    reason = "the model's own forward runs, since no graph of it could be captured"
+    assert {(row["kernel"], row["reason"]) for row in fast.report.layers} == {("dense", reason)}
+    for inputs in (x, x.abs(), -x.abs()):
+        assert torch.equal(fast(inputs), model(inputs))
+    with pytest.raises(TraceError, match="strict=True refuses the walk"):
+        infer(model, x, strict=True)
+
+
+def test_the_masks_of_a_training_module_without_a_graph_are_folded() -> None:
+    x = torch.randn(2, 16)
+    sparse = fxsparse.compile(Branching(), Plan(sparsity=0.5), example_inputs=x)
+    fast = infer(sparse, x)
+    assert fast.sparsity()["total"] == sparse.sparsity()["total"]
+    assert torch.allclose(fast(x), sparse.eval()(x), atol=1e-6)
+
+
 def test_keyword_inputs() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
