@@ -64,13 +64,14 @@ def attention_forward(
         mask = attention_mask(attn_mask, key_padding_mask, q)
     if need_weights:
         weights = _attention_weights(q, k, mask)
-        out, dropped = None, F.dropout(weights, dropout) if dropout > 0.0 else weights
+        dropped = F.dropout(weights, dropout) if dropout > 0.0 else weights
         out = torch.matmul(dropped, v)
         seen = dropped.mean(-3) if average_attn_weights else dropped
     else:
         out, seen = F.scaled_dot_product_attention(q, k, v, mask, dropout), None
-    merged = (out.transpose(-3, -2) if module.batch_first else out.movedim(-2, 0)).flatten(-2)
-    return F.linear(merged, module.out_proj.weight, module.out_proj.bias), seen
+    # Sequence first in memory, as in torch: a dropout that follows draws its numbers in memory order.
+    merged = F.linear(out.movedim(-2, 0).flatten(-2), module.out_proj.weight, module.out_proj.bias)
+    return (merged.movedim(0, -2) if module.batch_first else merged), seen
 
 
 @wrap
