@@ -1,0 +1,76 @@
+"""The comparison finds what differs, says how much, and leaves the model as it was."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fxsparse.verify import compare, first_difference, observe
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.norm(self.lin(x)))
+
+
+def test_equal_runs_are_equal_and_leave_no_trace() -> None:
+    model, x = Model().train(), torch.randn(8, 4)
+    state, random = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    for training in (True, False):
+        runs = [observe(model, model, x, training=training) for _ in range(2)]
+        assert compare(*runs) is None
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert model.training
+    assert model.lin.weight.grad is None
+
+
+def detached(model: Model, x: Tensor) -> Tensor:
+    return model.drop(model.norm(model.lin(x).detach()))
+
+
+def miscounted(model: Model, x: Tensor) -> Tensor:
+    model.norm.num_batches_tracked.add_(1)
+    return model(x)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda model, x: model(x) * 1.01, "output 0 differs by"),
+        (lambda model, x: (model(x), 1), "the output should be"),
+        (lambda model, x: model.norm(model.lin(x)), "output 0 differs by"),
+        (detached, "gradient of lin.weight is missing"),
+        (miscounted, "buffer norm.num_batches_tracked differs in 1 of 1 entries"),
+        (lambda model, x: model(x).double(), "output 0 should be torch.float32 (8, 4), got torch.float64"),
+    ],
+)
+def test_each_kind_of_difference_is_named(wrong: Any, message: str) -> None:
+    model, x = Model(), torch.randn(8, 4)
+    expected = observe(model, model, x, training=True)
+    got = observe(model, lambda x: wrong(model, x), x, training=True)
+    difference = compare(expected, got)
+    assert difference is not None
+    assert difference.startswith(message)
+
+
+def test_a_softmax_still_shows_wrong_gradients() -> None:
+    # The plain sum of a softmax is constant, so its gradient would be zero whatever the model does.
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Softmax(-1)), torch.randn(8, 4)
+    seen = observe(model, model, x, training=True)
+    assert seen.tensors["gradient of 0.weight"].abs().max() > 1e-2
+
+
+def test_not_a_number_and_integers_are_compared() -> None:
+    bad = torch.tensor([1.0, float("nan")])
+    assert first_difference({"a": bad}, {"a": bad.clone()}) is None
+    assert first_difference({"a": bad}, {"a": torch.ones(2)}) == "a differs in which entries are finite"
+    ints = torch.arange(3)
+    assert first_difference({"a": ints}, {"a": ints.flip(0)}) == "a differs in 2 of 3 entries"
