@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor
 
-from benchmarks.timing import arguments, environment, medians_us, ratio
+from benchmarks.timing import arguments, environment, ratio
 from fxsparse.kernel import registered
+from fxsparse.timing import interleaved_medians
 
 LAYERS = ((768, 3072), (3072, 768))
 """(in, out)."""
@@ -57,7 +58,7 @@ def row(
         calls[name] = kernel_call(name, x, weight, bias)
     with torch.no_grad():
         inner = _INNER if batch < 64 else 1
-        times = medians_us(calls, rounds if batch < 512 else min(rounds, 25), inner)
+        times = interleaved_medians(calls, rounds=rounds if batch < 512 else min(rounds, 25), inner=inner)
     best = min(times["cpu-csr"], times["cpu-condensed"])
     return [
         *(str(number) for number in (batch, in_features, out_features)),

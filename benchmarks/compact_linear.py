@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor
 
-from benchmarks.timing import arguments, environment, medians_us, ratio
+from benchmarks.timing import arguments, environment, ratio
 from fxsparse.formats import csr
 from fxsparse.kernels import csr_linear
+from fxsparse.timing import interleaved_medians
 
 _PEERS: list[torch.nn.Module] = []
 """Kept alive: sparselab caches transposes by id(), and a new layer at an old address gets the old one's."""
@@ -59,7 +60,7 @@ def row(
     }
     if dtype == torch.float32 and (peer := sparselab_step(x, sparsity, out_features, upstream)) is not None:
         calls["sparselab"] = peer
-    times = medians_us(calls, rounds)
+    times = interleaved_medians(calls, rounds=rounds)
     compact, peer_time = times["compact"], times.get("sparselab")
     return [
         *(str(number) for number in (in_features, out_features, tokens)),

@@ -1,32 +1,12 @@
-"""Interleaved timing in one process, and what a table must say about where its numbers come from."""
+"""What the benchmarks share: their options, and what a table must say about where its numbers come from."""
 
 import argparse
 import platform
-import statistics
-import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
 from fxsparse.kernels import cpu
-
-
-def medians_us(calls: Mapping[str, Callable[[], object]], rounds: int, inner: int = 1) -> dict[str, float]:
-    """Median microseconds of each call.
-
-    The calls take turns, so that drift of the machine falls on all alike; a turn is `inner` calls in a row.
-    """
-    for call in calls.values():
-        call()
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            for _ in range(inner):
-                call()
-            samples[name].append((time.perf_counter() - start) / inner * 1e6)
-    return {name: statistics.median(times) for name, times in samples.items()}
 
 
 def environment(dtype: torch.dtype) -> str:

@@ -1,7 +1,5 @@
 """One way to run one op on one format: the registry, and the measured choice among candidates."""
 
-import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -10,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxsparse.errors import UnsupportedError
+from fxsparse.timing import interleaved_medians
 
 
 @dataclass(frozen=True)
@@ -182,7 +181,7 @@ def _measured(problem: Problem, usable, refusals, call, advantage: float, rounds
             timers[kernel.name] = timer
     if not timers:
         raise UnsupportedError(_nothing_runs(problem, refusals))
-    times = _medians(timers, rounds)
+    times = interleaved_medians(timers, rounds=rounds, warm_up=0)
     dense = [name for name in times if registered()[name].format == "dense"]
     fastest = min(times, key=times.__getitem__)
     best_dense = min(dense, key=times.__getitem__, default=fastest)
@@ -236,17 +235,6 @@ def _error(output: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activ
             return 0.0
         scale = F.linear(*(None if t is None else t.abs() for t in inputs)).max()  # pyright: ignore[reportArgumentType]
         return ((output.double() - exact).abs().max() / scale.clamp_min(torch.finfo(scale.dtype).tiny)).item()
-
-
-def _medians(timers: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Median microseconds of each, run in turns so that drift and cache state fall on all alike."""
-    samples = {name: [] for name in timers}
-    for _ in range(rounds):
-        for name, run in timers.items():
-            start = time.perf_counter()
-            run()
-            samples[name].append((time.perf_counter() - start) * 1e6)
-    return {name: statistics.median(values) for name, values in samples.items()}
 
 
 def _reason(taken: str, best_dense: str, fastest: str, times: Mapping[str, float], refusals) -> str:

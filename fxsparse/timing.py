@@ -6,17 +6,18 @@ from collections.abc import Callable, Mapping
 
 
 def interleaved_medians(
-    calls: Mapping[str, Callable[[], object]], *, rounds: int, warm_up: int = 3
+    calls: Mapping[str, Callable[[], object]], *, rounds: int, warm_up: int = 1, inner: int = 1
 ) -> dict[str, float]:
-    """Median microseconds of each call over `rounds` turns.
+    """Median microseconds of each call over `rounds` turns, after `warm_up` turns that do not count.
 
-    In a turn every call runs once, so that drift falls on all alike.
+    The calls take turns, so that drift of the machine falls on all alike; a turn is `inner` calls in a row.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(warm_up + rounds):
         for name, call in calls.items():
             start = time.perf_counter()
-            call()
+            for _ in range(inner):
+                call()
             if turn >= warm_up:
-                samples[name].append(1e6 * (time.perf_counter() - start))
+                samples[name].append(1e6 * (time.perf_counter() - start) / inner)
     return {name: statistics.median(values) for name, values in samples.items()}

@@ -1,22 +1,47 @@
-import time
+import pytest
 
+from fxsparse import timing
 from fxsparse.timing import interleaved_medians
 
 
-def test_calls_take_turns_and_warm_up_is_not_counted():
+class Clock:
+    """Time moves only when a call takes some."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def taking(self, *seconds):
+        """A call that takes each of these times in turn."""
+        left = list(seconds)
+
+        def call():
+            self.now += left.pop(0)
+
+        return call
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(timing, "time", clock)
+    return clock
+
+
+def test_calls_take_turns():
     seen = []
-
-    def first():
-        seen.append("first")
-        time.sleep(0.05 if len(seen) == 1 else 0)
-
-    medians = interleaved_medians(
-        {"first": first, "second": lambda: seen.append("second")}, rounds=2, warm_up=1
-    )
-    assert seen == ["first", "second"] * 3
-    assert medians["first"] < 50_000
+    calls = {"first": lambda: seen.append(1), "second": lambda: seen.append(2)}
+    interleaved_medians(calls, rounds=2, warm_up=1)
+    assert seen == [1, 2] * 3
 
 
-def test_the_median_is_in_microseconds():
-    medians = interleaved_medians({"sleep": lambda: time.sleep(0.002)}, rounds=3, warm_up=0)
-    assert 2_000 <= medians["sleep"] < 200_000
+def test_the_median_is_in_microseconds_and_leaves_out_the_warm_up(clock):
+    medians = interleaved_medians({"call": clock.taking(8, 0.5, 0.25, 4)}, rounds=3, warm_up=1)
+    assert medians == {"call": 500_000}
+
+
+def test_the_time_is_that_of_one_call_of_a_turn(clock):
+    medians = interleaved_medians({"call": clock.taking(*[0.5] * 8)}, rounds=2, warm_up=0, inner=4)
+    assert medians == {"call": 500_000}
