@@ -15,6 +15,7 @@ from fxsparse.pipeline import Program
 from fxsparse.skeleton import adopt, bind, copy_structure
 from fxsparse.trace.export import trace_export
 from fxsparse.trace.modules import eligible_below
+from fxsparse.trace.recomputation import recomputation_refused
 from fxsparse.trace.symbolic import hidden_weights, trace_symbolic
 from fxsparse.trace.walk import walk
 from fxsparse.verify import RUN_FAILURES, Observation, compare, observe
@@ -32,16 +33,13 @@ def capture(
 ) -> Program:
     """Trace a model once per mode; its modules, buffers, gradients and mode stay as they are.
 
-    Tried in order: symbolic tracing; with example inputs ``torch.export``; the walk over its layers, which
-    always
-    works.  With example inputs a program is taken only if it computes what the model computes, in eval mode
-    and in one
-    seeded train step; ``Program.notes`` says why each other was left.  `example_inputs`: see
+    Tried in order: symbolic tracing; with example inputs ``torch.export``; the walk over its layers, which always
+    works.  With example inputs a program is taken only if it computes what the model computes, in eval mode and in
+    one seeded train step; ``Program.notes`` says why each other was left.  `example_inputs`: see
     :func:`fxsparse.inputs.split_inputs`.
 
     Raises:
-        TraceError: a lazy module without shapes, inputs that the model does not take, or with `strict` a
-        model that
+        TraceError: a lazy module without shapes, inputs that the model does not take, or with `strict` a model that
             only the walk can capture.
     """
     _check(model)
@@ -50,7 +48,8 @@ def capture(
     expected = _expected(model, example_inputs, modes, notes)
     for front_end in (_symbolic, _export):
         try:
-            program = front_end(model, example_inputs, arguments, modes)
+            with recomputation_refused():
+                program = front_end(model, example_inputs, arguments, modes)
         except TraceError as error:
             notes.append(f"{front_end.__name__[1:]}: {error}")
             continue

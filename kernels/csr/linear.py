@@ -125,7 +125,7 @@ def _pack_inference(weight: Tensor) -> Mapping[str, Tensor]:
     }
 
 
-def _run_inference(x, bias, values, crow, cols, activation: str = "none") -> Tensor:
+def csr_infer(x, bias, values, crow, cols, activation: str = "none") -> Tensor:
     return csr_linear(x, values, crow, cols, bias=bias, activation=activation)
 
 
@@ -139,7 +139,7 @@ def _pack_training(weight: Tensor) -> Mapping[str, Tensor]:
     return {"values": csr.values_of(weight, index), **{name: getattr(index, name) for name in names}}
 
 
-def _run_training(
+def csr_train(
     x, bias, values, crow, cols, ccol, rows_t, perm, activation: str = "none", probe_key: int = -1
 ) -> Tensor:
     return csr_linear(x, values, crow, cols, ccol, rows_t, perm, bias, probe_key)
@@ -174,7 +174,7 @@ CSR = register(
         "linear",
         "csr",
         _pack_inference,
-        _run_inference,
+        csr_infer,
         _reference_inference,
         _refuses_inference,
         _cost_inference,
@@ -186,7 +186,7 @@ CSR_TRAIN = register(
         "linear",
         "csr",
         _pack_training,
-        _run_training,
+        csr_train,
         _reference_training,
         _refuses_training,
         _cost_training,

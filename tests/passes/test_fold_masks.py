@@ -38,7 +38,7 @@ def calls(gm: torch.fx.GraphModule) -> list[object]:
 
 
 @pytest.mark.parametrize(
-    ("storage", "before"), [("masked", "fxsparse_reparam_hard_mask"), ("compact", "_run_training")]
+    ("storage", "before"), [("masked", "fxsparse_reparam_hard_mask"), ("compact", "csr_train")]
 )
 def test_shows_the_graph_before_and_after(storage: str, before: str) -> None:
     sparse = compiled(storage=storage).eval()

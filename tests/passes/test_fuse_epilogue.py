@@ -131,7 +131,7 @@ def test_an_output_with_two_readers_is_not_activated_and_the_note_says_so() -> N
     count, gm, ctx = fused(model, x)
     assert count == 0
     assert kernel_call(gm).kwargs == {}
-    assert ctx.notes == ["_run_inference keeps its output as it is: relu is one of 2 readers"]
+    assert ctx.notes == ["csr_infer keeps its output as it is: relu is one of 2 readers"]
     check_function(gm, model, x)
 
 
