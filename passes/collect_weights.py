@@ -110,7 +110,7 @@ def _why_no_site(
 
 def _why_unread(ctx: PassContext, name: str, graphs: list[GraphModule]) -> str:
     if ctx.program.tier == "walk":
-        return "not a weight of a supported layer, as far as the module walk sees"
+        return "not the weight of a plain linear or convolution, as far as the module walk sees"
     called = {str(node.target) for graph in graphs for node in graph.graph.find_nodes(op="call_module")}
     inside = next((path for path in sorted(called) if name.startswith(f"{path}.")), None)
     if inside is None:

@@ -58,6 +58,17 @@ def refuses_functional(module: nn.Module) -> str | None:
     return None
 
 
+def runs_its_op_alone(module: nn.Module) -> bool:
+    """Whether calling the module is one linear or convolution on its own weight, and nobody reads that past it."""
+    if is_transposed_linear(module):
+        return True
+    past = isinstance(
+        module, nn.modules.linear.NonDynamicallyQuantizableLinear
+    )  # MultiheadAttention's out_proj
+    plain = site_type(module) is not None and not parametrize.is_parametrized(module)
+    return plain and not past and getattr(module, "padding_mode", "zeros") == "zeros"
+
+
 def functional_arguments(module: nn.Module) -> dict[str, Any]:
     """Keyword arguments, apart from input, weight and bias, that repeat a Linear or Conv by its
     functional.

@@ -18,7 +18,9 @@ _IMPLEMENTATIONS = (
 
 class _Refusal:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise TraceError("the model recomputes activations by torch.utils.checkpoint, which a graph would drop")
+        raise TraceError(
+            "the model recomputes activations by torch.utils.checkpoint, which a graph would drop"
+        )
 
     apply = __call__
 
@@ -26,9 +28,11 @@ class _Refusal:
 @contextmanager
 def recomputation_refused() -> Iterator[None]:
     """Inside the block, a forward that checkpoints activations raises TraceError."""
-    saved = {name: vars(checkpointing)[name] for name in _IMPLEMENTATIONS if name in vars(checkpointing)}
+    saved = {
+        name: checkpointing.__dict__[name] for name in _IMPLEMENTATIONS if name in checkpointing.__dict__
+    }
     try:
-        vars(checkpointing).update(dict.fromkeys(saved, _Refusal()))
+        checkpointing.__dict__.update(dict.fromkeys(saved, _Refusal()))
         yield
     finally:
-        vars(checkpointing).update(saved)
+        checkpointing.__dict__.update(saved)

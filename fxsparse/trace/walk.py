@@ -3,7 +3,12 @@
 from torch import fx, nn
 
 from fxsparse.graph import SITE_OPS, canonical_names
-from fxsparse.trace.modules import eligible_parameters, functional_arguments, is_transposed_linear
+from fxsparse.trace.modules import (
+    eligible_parameters,
+    functional_arguments,
+    is_transposed_linear,
+    runs_its_op_alone,
+)
 
 _CALLS = {op: call for call, op in SITE_OPS.items()}
 
@@ -11,12 +16,13 @@ _CALLS = {op: call for call, op in SITE_OPS.items()}
 def walk(root: nn.Module) -> fx.Graph:
     """A graph that is never run: one site for each eligible weight of the tree, on a placeholder of its own.
 
-    The placeholder's ``meta["module"]`` is the path of the layer.  The op is what the layer is made for;
-    whether its
-    forward does more than that is not looked at.
+    The placeholder's ``meta["module"]`` is the path of the layer.  Layers that compute more than their op, or whose
+    weight an attention reads past them, have no site.
     """
     graph, names, found = fx.Graph(), canonical_names(root), []
     for path, module in root.named_modules():
+        if not runs_its_op_alone(module):
+            continue
         prefix = f"{path}." if path else ""
         for name, op in eligible_parameters(module).items():
             with graph.inserting_before(found[0] if found else None):

@@ -126,6 +126,7 @@ def _pack_inference(weight: Tensor) -> Mapping[str, Tensor]:
 
 
 def csr_infer(x, bias, values, crow, cols, activation: str = "none") -> Tensor:
+    """`csr_linear` without gradients, in the argument order of ``Kernel.run``."""
     return csr_linear(x, values, crow, cols, bias=bias, activation=activation)
 
 
@@ -142,6 +143,7 @@ def _pack_training(weight: Tensor) -> Mapping[str, Tensor]:
 def csr_train(
     x, bias, values, crow, cols, ccol, rows_t, perm, activation: str = "none", probe_key: int = -1
 ) -> Tensor:
+    """`csr_linear` with gradients, in the argument order of ``Kernel.run``."""
     return csr_linear(x, values, crow, cols, ccol, rows_t, perm, bias, probe_key)
 
 

@@ -312,3 +312,26 @@ def test_packed_attention_projections_are_sparse():
     gradient = sparse.get_parameter(name).grad
     assert not gradient[~sparse.masks()[name]].any()
     assert gradient.any()
+
+
+def test_the_walk_leaves_alone_what_it_cannot_swap():
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    class Untraceable(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scaled, self.attention, self.fc = Scaled(8, 8), nn.MultiheadAttention(8, 2), nn.Linear(8, 8)
+
+        def forward(self, x):
+            x = self.scaled(x) if float(x.detach().sum()) > 0 else self.fc(x)
+            return self.fc(self.attention(x, x, x)[0])
+
+    model, x = Untraceable(), torch.ones(3, 1, 8)
+    sparse = fxsparse.compile(model, Plan(sparsity=0, allocation="uniform"), example_inputs=x)
+    torch.testing.assert_close(sparse(x), model(x))
+    assert sparse.masks().keys() == {"fc.weight"}
+    reasons = {row["name"]: row["reason"] for row in sparse.report.to_dict()["untouched"]}
+    for name in ("scaled.weight", "attention.in_proj_weight", "attention.out_proj.weight"):
+        assert "module walk" in reasons[name]

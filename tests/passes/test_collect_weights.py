@@ -129,4 +129,7 @@ def test_the_walk_reaches_layers_by_their_type() -> None:
     ctx = collected(Stubborn(), torch.randn(2, 4))
     assert ctx.program.tier == "walk"
     assert list(ctx.weights) == ["lin.weight"]
-    assert ctx.untouched["raw"] == "not a weight of a supported layer, as far as the module walk sees"
+    assert (
+        ctx.untouched["raw"]
+        == "not the weight of a plain linear or convolution, as far as the module walk sees"
+    )
