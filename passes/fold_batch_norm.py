@@ -158,6 +158,7 @@ def _set_bias(gm: GraphModule, site: Site, bias: Tensor) -> None:
     name = f"{path}." * bool(path) + ("bias" if free else f"{leaf}_folded_bias")
     replace_parameter(gm, name, bias)
     new = insert_get_attr(gm.graph, name, node)
+    new.meta["val"] = fetch(gm, name)
     kwargs = {key: value for key, value in node.kwargs.items() if key != "bias"}
     node.args, node.kwargs = (*node.args[:2], new, *node.args[3:]), kwargs
 

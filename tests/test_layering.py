@@ -18,7 +18,7 @@ LAYERS = (
     {"kernels", "everything that is not named here"},
     {"passes"},
     {"compiler", "inference", "backend"},
-    {"", "cli", "demo"},  # "" is fxsparse/__init__.py, which re-exports
+    {"", "cli", "demo", "__main__"},  # "" is fxsparse/__init__.py, which re-exports
 )
 MIDDLE = 2
 FILLS_ITSELF = ("kernel", "kernels")  # the registry imports what registers itself there, at first use

@@ -48,9 +48,11 @@ class FlopCount:
     uncounted: tuple[str, ...] = ()
     """Modules whose FLOPs are not in any number here, with the reason."""
 
-    def of_weight(self, name: str) -> tuple[int, int, int]:
-        """(dense, theoretical, executed) of all calls that read a weight."""
+    def of_weight(self, name: str) -> tuple[int, int, int] | tuple[None, None, None]:
+        """(dense, theoretical, executed) of all calls that read a weight; None where none could be counted."""
         rows = [layer for layer in self.layers if layer.weight == name]
+        if not rows:
+            return None, None, None
         return sum(r.dense for r in rows), sum(r.sparse for r in rows), sum(r.executed for r in rows)
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fxsparse
 from fxsparse.graph import argument, fetch
 from fxsparse.kernel import tolerance
 from fxsparse.passes import CollectWeights, FoldBatchNorm, Functionalize, InferShapes, RemoveIdentities
@@ -260,3 +261,10 @@ def test_folds_into_a_linear_layer() -> None:
     ctx = folded(model, x)
     assert rewrites(ctx) == 1
     assert relative_error(ctx, model, x) <= 4 * tolerance(torch.float32, 6)
+
+
+def test_a_folded_convolution_keeps_the_shapes_that_flops_are_counted_by():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)).eval()
+    fast = fxsparse.compile(model, mode="infer", example_inputs=torch.randn(1, 3, 8, 8))
+    [row] = fast.report.to_dict()["layers"]
+    assert row["flops_dense"] == 2 * 4 * 3 * 9 * 36
