@@ -88,6 +88,14 @@ def modules_in(folder: str) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("folder", ONE_FILE_ONE_TEST)
+def test_every_exported_part_has_a_test_of_its_name(folder: str) -> None:
+    exported = imports_inside(ROOT / folder / "__init__.py", package_of(folder)) & modules_in(folder).keys()
+    tests = ROOT / ONE_FILE_ONE_TEST[folder]
+    expected = {f"test_{module.replace('.', '_')}.py" for module in exported}
+    assert expected - {path.name for path in tests.glob("*.py")} == set()
+
+
+@pytest.mark.parametrize("folder", ONE_FILE_ONE_TEST)
 def test_every_part_is_exported_or_used_by_one_that_is(folder: str) -> None:
     modules = modules_in(folder)
     reached, ahead = set(), ["__init__"]
