@@ -73,13 +73,16 @@ def _why(refusals: list[str], choice: kernel.Choice | None) -> str:
 def _refusals(gm: GraphModule, spec: WeightSpec, decision: Decision, ctx: PassContext) -> list[str]:
     """Why this weight cannot be stored as nonzeros only; empty if it can."""
     assert ctx.plan is not None
-    method, found = ctx.plan.method, sites(gm, spec.name)
+    method, graphs = ctx.plan.method, [graph for _, graph in ctx.program.distinct_graphs()]
+    found = [site for graph in graphs for site in sites(graph, spec.name)]
     tests = {
         f"there is no compact {spec.op} kernel": spec.op != "linear",
         "it is stored transposed": spec.transposed,
         f"it is tied to {', '.join(spec.aliases)}": bool(spec.aliases),
         "an op reads only a part of it": any(site.sliced for site in found),
-        "something other than a linear op reads it": _other_users(gm, spec.name, found),
+        "something other than a linear op reads it": any(
+            _other_users(graph, spec.name, found) for graph in graphs
+        ),
         "the module walk does not see who else reads it": ctx.program.tier == "walk",
         f"{method.name} keeps weights behind its zeros": not method.reparam.exact_zeros,
         f"{method.name} changes its count of nonzeros": method.schedule is not None

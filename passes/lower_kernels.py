@@ -8,7 +8,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxsparse import kernel
-from fxsparse.graph import argument, attribute_nodes, fetch, insert_get_attr, owner, replace, sites
+from fxsparse.graph import argument, attribute_nodes, fetch, insert_get_attr, owner, replace
 from fxsparse.initial import initial_positions
 from fxsparse.pipeline import PassContext
 from fxsparse.storage import CompactWeight
@@ -31,9 +31,10 @@ class LowerKernels:
         rewrites = 0
         for name, decision in ctx.decisions.items():
             if decision.storage == "compact":
-                found = sites(gm, name)
                 compact_in_tree(ctx, name)
-                rewrites += sum(_lower(gm, site.node, name) for site in found)
+                # Storage was only chosen where linear ops are the only readers, in every graph of the program.
+                readers = [user for node in attribute_nodes(gm.graph, name) for user in node.users]
+                rewrites += sum(_lower(gm, node, name) for node in readers)
         return rewrites
 
 

@@ -53,3 +53,30 @@ def test_a_frozen_weight_stays_frozen():
     model.weight.requires_grad_(False)
     compact = compile(model, Plan(sparsity=0.5, storage="compact"))
     assert not compact.get_parameter("weight.values").requires_grad
+
+
+class DropsByFunction(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.b(nn.functional.dropout(self.a(x), 0.5, self.training))
+
+
+def test_both_graphs_of_a_model_that_differs_between_train_and_eval_are_lowered():
+    sparse, x = compile(DropsByFunction(), Plan(sparsity=0.5, storage="compact")), torch.randn(4, 16)
+    assert sparse.train().forward_graph is not sparse.eval().forward_graph
+    for mode in (True, False, True):
+        sparse.train(mode)(x).sum().backward()
+    dense = sparse.to_dense().eval()
+    torch.testing.assert_close(sparse.eval()(x), dense(x))
+    fast = compile(sparse, mode="infer", example_inputs=x)
+    torch.testing.assert_close(fast(x), dense(x))
+
+
+def test_an_encoder_layer_trains_and_evaluates_compact():
+    layer, x = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), torch.randn(2, 5, 16)
+    sparse = compile(layer, Plan(sparsity=0.5, storage="compact"), example_inputs=x)
+    sparse(x).sum().backward()
+    torch.testing.assert_close(sparse.eval()(x), sparse.to_dense()(x), rtol=1e-4, atol=1e-5)
