@@ -17,6 +17,7 @@ from fxsparse.pipeline import Decision, Program
 from fxsparse.plans import Plan
 from fxsparse.report import Report
 from fxsparse.skeleton import SHARED_DICTS, bind
+from fxsparse.state_dicts import after_loading, before_loading
 from fxsparse.storage import CompactWeight, MaskedWeight, read_weights
 from fxsparse.update_mask import Target, probe_variant
 from fxsparse.updates import MaskUpdates
@@ -66,8 +67,8 @@ class SparseModule(nn.Module):
             self.__dict__[name] = getattr(emitted.program.skeleton, name)
         self.training = emitted.program.skeleton.training
         self._emitted = emitted
-        self.register_load_state_dict_pre_hook(_accept_dense)
-        self.register_load_state_dict_post_hook(_resume)
+        self.register_load_state_dict_pre_hook(before_loading)
+        self.register_load_state_dict_post_hook(after_loading)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._active()(*args, **kwargs)
@@ -187,6 +188,10 @@ class SparseModule(nn.Module):
         chosen = self._chosen(names)
         _check_bytes(sum(self._dense_bytes(key, weights) for key in chosen), max_bytes, "to_dense")
         dense = copy.deepcopy(self._emitted.recipe.shell)
+        state = self.state_dict()
+        dense.load_state_dict(
+            {key: state[key] for key in self._emitted.user_keys if key not in weights}, strict=False
+        )
         for name in chosen:
             _fill(dense, name, self._folded(name, weights))
         for path, buffer in self._user_buffers():
@@ -327,33 +332,3 @@ def _check_bytes(needed: int, max_bytes: int, call: str) -> None:
             f"{call}() would make {needed:,} bytes of dense tensors, more than max_bytes={max_bytes:,}: "
             "pass names= of some weights, or a larger max_bytes=."
         )
-
-
-def _accept_dense(module: SparseModule, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before loading: turn the user's dense keys into the stored ones, masks as they are."""
-    own = {name: value for name, value in module.named_buffers() if name.endswith(("_mask", "fxsparse_step"))}
-    for name, weight in module.weights():
-        dense = state.get(prefix + name)
-        if dense is None:
-            continue
-        if isinstance(weight, CompactWeight) and tuple(dense.shape) == tuple(weight.shape):
-            rows, cols = weight.indices.long()
-            state[f"{prefix}{name}.values"] = state.pop(prefix + name).to(weight.values.device)[rows, cols]
-            state.setdefault(f"{prefix}{name}.indices", weight.indices)
-        elif isinstance(weight, MaskedWeight):
-            state.setdefault(f"{prefix}{name}_mask", own.get(f"{name}_mask"))
-    for name in ("fxsparse_step", "fxsparse_rng"):
-        if name in module._buffers:
-            state.setdefault(prefix + name, module._buffers[name])
-
-
-def _resume(module: SparseModule, incompatible: Any) -> None:
-    """After loading: rebuild what is derived, cut dense weights by their masks, and continue at the saved step."""
-    for _, weight in module.weights():
-        if isinstance(weight, CompactWeight):
-            weight.place(weight.active())
-    updates = module._emitted.updates
-    if updates is not None:
-        updates.zero_pruned()
-        updates.seed = int(module.get_buffer("fxsparse_rng"))
-        updates.resume(int(module.get_buffer("fxsparse_step")))

@@ -57,6 +57,9 @@ def update_mask(step: UpdateStep, weight: Any, mask: Tensor | None, name: str) -
     """
     target, rule = step.targets[name], step.method.rule
     assert rule is not None, "an update graph has nodes only where a rule moves masks"
+    trained = weight.values if mask is None else weight
+    if not trained.requires_grad:
+        return False  # what is grown in a frozen weight could never leave 0
     store = weight if mask is None else MaskedWeight(weight, mask, target.transposed)
     if isinstance(rule, WholeRule) and not step.method.reparam.exact_zeros:
         return store.rewrite(

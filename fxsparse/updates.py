@@ -4,7 +4,8 @@ An update happens around ``optimizer.step()`` and never in the forward graph, so
 checkpointing and evaluation do not count as steps.
 """
 
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +54,11 @@ class MaskUpdates:
     def __post_init__(self) -> None:
         self.schedule = self.method.schedule or _NEVER
         self.needs_dense_gradients = self.method.rule is not None and self.method.rule.probe is Probe.DENSE
+        self._probes: list[_FreshProbe] = []
+        for _, weight in self.weights():
+            if isinstance(weight, CompactWeight) and weight.values.requires_grad:
+                self._probes.append(_FreshProbe(weight.probe_key))
+                weight.values.register_post_accumulate_grad_hook(self._probes[-1])
         self.resume(self.step)
 
     def resume(self, step: int) -> None:
@@ -60,9 +66,8 @@ class MaskUpdates:
         self.step = step
         fetch(self.graph, "fxsparse_step").fill_(step)
         self.switch.on = self._fires() and self.needs_dense_gradients
-        for _, weight in self.weights():
-            if isinstance(weight, CompactWeight):
-                probe.clear(weight.probe_key)
+        for fresh in self._probes:
+            fresh.clear()
 
     def copy_onto(self, graph: GraphModule, switch: ProbeSwitch) -> "MaskUpdates":
         """The same updates for a copied module; no optimizer is attached to it."""
@@ -180,6 +185,26 @@ class MaskUpdates:
                     "optimizer made from sparse.parameters(). Make it after fxsparse.compile, or pass "
                     "compile(..., optimizer=optimizer)."
                 )
+
+
+@dataclass
+class _FreshProbe:
+    """Drops what a step left that GradScaler skipped: no hook of the optimizer ran, but ``.grad`` is a new tensor."""
+
+    key: int
+    seen: int = 0
+    gradient: Callable[[], Tensor | None] = lambda: None
+
+    def __call__(self, values: Tensor) -> None:
+        entries = probe.PROBES.get(self.key, [])
+        if self.gradient() is not values.grad:
+            del entries[: self.seen]
+        self.seen = len(entries)
+        self.gradient = weakref.ref(values.grad)
+
+    def clear(self) -> None:
+        probe.clear(self.key)
+        self.seen = 0
 
 
 def _is_skipped(optimizer: Optimizer) -> bool:

@@ -7,8 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxsparse.errors import UnsupportedError
+
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 """The fused epilogues; an op takes the position in this tuple."""
+
+COMPILED = (torch.float32, torch.bfloat16)
+"""The dtypes that the C++ kernels take; others run in plain PyTorch."""
 
 _LIBRARY = torch.library.Library("fxsparse", "FRAGMENT")
 
@@ -27,6 +32,15 @@ def activation_code(activation: str) -> int:
     if activation not in ACTIVATIONS:
         raise ValueError(f"expected an activation of {ACTIVATIONS}, got {activation!r}")
     return ACTIVATIONS.index(activation)
+
+
+def refuse_gradient(x: Tensor) -> None:
+    """Raise UnsupportedError where somebody wants a gradient through an inference kernel, which has none."""
+    if x.requires_grad and torch.is_grad_enabled():
+        raise UnsupportedError(
+            "an inference kernel got an input that requires a gradient: expected none, as it has no backward. Run it "
+            "under torch.no_grad(), or differentiate the training module or to_dense()."
+        )
 
 
 def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any], *tags: torch.Tag) -> None:

@@ -146,6 +146,12 @@ def _difference(program: Program, expected: dict[str, Observation], example_inpu
 
 
 def _check(model: nn.Module) -> None:
+    taken = sorted(_RESERVED & (model._modules.keys() | model._parameters.keys() | model._buffers.keys()))
+    if taken:
+        raise TraceError(
+            f"the model's {taken[0]!r} has the name of an attribute that every fx.GraphModule has; rename it, or "
+            "compile a module that holds the model"
+        )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
             raise TraceError(

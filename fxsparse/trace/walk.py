@@ -26,7 +26,7 @@ def walk(root: nn.Module) -> fx.Graph:
         prefix = f"{path}." if path else ""
         for name, op in eligible_parameters(module).items():
             with graph.inserting_before(found[0] if found else None):
-                x = graph.placeholder(f"{prefix}{name}".replace(".", "_"))
+                x = graph.placeholder(f"input_of_{prefix}{name}".replace(".", "_"))
             x.meta["module"] = path
             weight = found_weight = graph.get_attr(names[prefix + name])
             bias_name = f"{name.removesuffix('weight')}bias"

@@ -10,7 +10,7 @@ from fxsparse.formats import condensed
 from fxsparse.kernel import Cost, Kernel, Problem, register
 from fxsparse.kernels import cpu
 from fxsparse.kernels.csr import reference as csr_reference
-from fxsparse.kernels.library import ACTIVATIONS, activation_code, autocast, define
+from fxsparse.kernels.library import ACTIVATIONS, COMPILED, activation_code, autocast, define, refuse_gradient
 
 
 def condensed_linear(
@@ -22,7 +22,8 @@ def condensed_linear(
     """
     x, values, bias = autocast(x, values, bias)
     code = activation_code(activation)
-    if x.dtype == torch.float64:
+    refuse_gradient(x)
+    if x.dtype not in COMPILED:
         return reference(x, values, indices, bias, code)
     return torch.ops.fxsparse.condensed_forward.default(x, values, indices, bias, code)
 

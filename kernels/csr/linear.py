@@ -11,7 +11,7 @@ from fxsparse.formats import csr
 from fxsparse.kernel import TRAINING, Cost, Kernel, Problem, register
 from fxsparse.kernels import cpu
 from fxsparse.kernels.csr import probe, reference
-from fxsparse.kernels.library import ACTIVATIONS, activation_code, autocast, define
+from fxsparse.kernels.library import ACTIVATIONS, COMPILED, activation_code, autocast, define, refuse_gradient
 
 _BACKWARD_ARGUMENTS = (
     "(Tensor grad, Tensor x, Tensor values, Tensor crow, Tensor cols, Tensor ccol, Tensor rows_t, "
@@ -42,6 +42,7 @@ def csr_linear(
     """
     x, values, bias = autocast(x, values, bias)
     if ccol is None:
+        refuse_gradient(x)
         return _forward(x, values, crow, cols, bias, activation_code(activation))
     if activation != "none":
         raise ValueError(
@@ -64,7 +65,7 @@ class _CsrLinear(torch.autograd.Function):
         need_x, need_values, need_bias = (ctx.needs_input_grad[i] for i in (0, 1, 7))
         if ctx.probe_key >= 0:
             grad = probe.stash(x, grad, ctx.probe_key)
-        exact = x.dtype == torch.float64
+        exact = x.dtype not in COMPILED
         run: Any = reference.linear_backward if exact else torch.ops.fxsparse.csr_backward.default
         grad_x, grad_values, grad_bias = run(grad, x, *weight, need_x, need_values, need_bias)
         return (
@@ -80,7 +81,7 @@ def _forward(
     x: Tensor, values: Tensor, crow: Tensor, cols: Tensor, bias: Tensor | None, activation: int
 ) -> Tensor:
     """The op, or for fp64 its reference: the compiled kernels sum in fp32."""
-    run = reference.linear if x.dtype == torch.float64 else torch.ops.fxsparse.csr_forward.default
+    run = reference.linear if x.dtype not in COMPILED else torch.ops.fxsparse.csr_forward.default
     return run(x, values, crow, cols, bias, activation)
 
 

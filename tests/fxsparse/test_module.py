@@ -335,3 +335,69 @@ def test_the_walk_leaves_alone_what_it_cannot_swap():
     reasons = {row["name"]: row["reason"] for row in sparse.report.to_dict()["untouched"]}
     for name in ("scaled.weight", "attention.in_proj_weight", "attention.out_proj.weight"):
         assert "module walk" in reasons[name]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"sparsity": 0.6},
+            r"conv.weight_mask: expected \d+ active entries, as this plan has after 0 steps, got",
+        ),
+        ({"pattern": ConstantFanIn()}, r"active entries|does not fit ConstantFanIn"),
+    ],
+    ids=["sparsity", "pattern"],
+)
+def test_masks_of_another_plan_are_a_checkpoint_error(change, message):
+    with pytest.raises(CheckpointError, match=message):
+        compiled(**change).load_state_dict(compiled().state_dict())
+
+
+def test_impossible_masks_and_steps_are_checkpoint_errors():
+    for name, value, message in [
+        ("fc.weight_mask", torch.ones(32, 128, dtype=torch.bool), "active entries"),
+        ("fc.weight_mask", torch.ones(32, 128), "expected bool, got torch.float32"),
+        ("fxsparse_step", torch.tensor(-5), "expected a count of optimizer steps, got -5"),
+    ]:
+        state = compiled().state_dict() | {name: value}
+        with pytest.raises(CheckpointError, match=message):
+            compiled().load_state_dict(state)
+    compact = compiled("compact")
+    state = compact.state_dict()
+    state["fc.weight.indices"] = state["fc.weight.indices"] + 0.5
+    with pytest.raises(CheckpointError, match=r"fc.weight.indices: expected int32, got torch.float32"):
+        compact.load_state_dict(state)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_to_dense_after_loading_by_assignment(storage):
+    sparse, x = compiled(storage).eval(), torch.randn(2, 3, 4, 4)
+    torch.manual_seed(9)
+    sparse.load_state_dict(Net().state_dict(), assign=True)
+    torch.testing.assert_close(sparse.to_dense()(x), sparse(x))
+
+
+def test_inference_refuses_an_input_gradient_instead_of_losing_it():
+    dense = nn.Sequential(nn.Linear(512, 1024), nn.ReLU(), nn.Linear(1024, 512)).eval()
+    pruned, x = fxsparse.prune(dense, Plan(sparsity=0.98)), torch.randn(2, 512)
+    fast = fxsparse.compile(pruned, mode="infer", example_inputs=x)
+    assert "cpu-c" in str(fast.report)
+    with pytest.raises(fxsparse.FxSparseError, match="an input that requires a gradient: expected none"):
+        fast(x.requires_grad_())
+
+
+def test_names_that_are_no_identifiers_or_taken():
+    hooked = nn.Sequential(nn.Linear(8, 8))
+    hooked[0].register_forward_hook(lambda module, inputs, output: None)
+    x = torch.randn(2, 8)
+    torch.testing.assert_close(fxsparse.compile(hooked, Plan(sparsity=0), example_inputs=x)(x), hooked(x))
+    with pytest.raises(TraceError, match="'graph' has the name of an attribute"):
+        fxsparse.compile(nn.ModuleDict({"graph": nn.Linear(2, 2)}), Plan(sparsity=0.5))
+
+
+def test_half_precision_trains_compact_in_plain_pytorch():
+    model = nn.Linear(16, 16).half()
+    sparse = fxsparse.compile(model, Plan(sparsity=0.5, storage="compact"))
+    y = sparse(torch.randn(3, 16).half())
+    y.sum().backward()
+    assert y.dtype == sparse.get_parameter("weight.values").grad.dtype == torch.float16

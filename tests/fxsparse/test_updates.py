@@ -328,3 +328,40 @@ def test_sr_ste_moves_its_mask_after_every_step_and_keeps_two_of_four():
     hidden = sparse.get_parameter("0.weight")[~sparse.masks()["0.weight"]]
     assert hidden.any()
     NM(2, 4).check(sparse.masks()["0.weight"])
+
+
+@pytest.mark.parametrize("storage", ["masked", "compact"])
+def test_a_skipped_step_leaves_nothing_in_the_next_probe(storage):
+    def run(poisoned):
+        sparse = fxsparse.compile(net(), Plan(sparsity=0.8, storage=storage, method=rigl(every=1, stop=20)))
+        optimizer = torch.optim.SGD(sparse.parameters(), lr=0.1)
+        sparse.attach(optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        for poison in poisoned:
+            optimizer.zero_grad()
+            for part in (0, 1):  # micro-batches: both of a skipped step have to go
+                x, y = batch(part + 5 * poison)
+                loss = nn.functional.cross_entropy(sparse(x), y)
+                scaler.scale(loss * float("inf") if poison and part else loss).backward()
+            scaler.step(optimizer)
+            scaler.update(4.0)
+        return sparse.masks()
+
+    expected = run([False])
+    assert all(torch.equal(mask, expected[name]) for name, mask in run([True, True, False]).items())
+
+
+@pytest.mark.parametrize("storage", ["masked", "compact"])
+@pytest.mark.parametrize(
+    "method", [set_(every=1), rigl(every=1, stop=9), gmp(start=0, stop=4, every=1)], ids=lambda m: m.name
+)
+def test_the_mask_of_a_frozen_weight_never_moves(method, storage):
+    model = net()
+    model[0].weight.requires_grad_(False)
+    sparse = fxsparse.compile(model, Plan(sparsity=0.7, storage=storage, method=method))
+    optimizer = torch.optim.SGD([p for p in sparse.parameters() if p.requires_grad], lr=0.1)
+    sparse.attach(optimizer)
+    before, weight = sparse.masks()["0.weight"], sparse.dense_state_dict()["0.weight"]
+    train(sparse, optimizer, 6)
+    assert torch.equal(sparse.masks()["0.weight"], before)
+    assert torch.equal(sparse.dense_state_dict()["0.weight"], weight)
