@@ -16,6 +16,22 @@ from fxsparse import methods
 from fxsparse.errors import FxSparseError
 from fxsparse.pattern import NM, Block, ConstantFanIn, Pattern, Unstructured
 from fxsparse.plans import Plan
+from fxsparse.verify import RUN_FAILURES
+
+MODEL_FAILURES = (
+    *RUN_FAILURES,
+    ArithmeticError,
+    EOFError,
+    ImportError,
+    MemoryError,
+    NameError,
+    OSError,
+    SyntaxError,
+)
+"""What importing or calling somebody's factory may raise."""
+SIZE_FAILURES = (RuntimeError, TypeError, ValueError, OverflowError, MemoryError)
+"""What torch raises for sizes that no memory holds, and for dtypes that it cannot fill."""
+QUANTIZED = (torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4)
 
 
 class UsageError(FxSparseError, ValueError):
@@ -28,7 +44,7 @@ def model(text: str) -> nn.Module:
     Modules in the current folder can be named too.
 
     Raises:
-        UsageError: no such module or factory, or the factory returns something else.
+        UsageError: no such module or factory, or one that raises, or the factory returns something else.
     """
     module_name, colon, factory_name = text.partition(":")
     if not colon or not module_name or not factory_name:
@@ -41,6 +57,8 @@ def model(text: str) -> nn.Module:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise UsageError(f"model {text!r}: {module_name!r} does not import here: {error}.") from error
+    except MODEL_FAILURES as error:
+        raise UsageError(f"model {text!r}: importing {module_name!r} raises {_named(error)}.") from error
     factory = getattr(module, factory_name, None)
     if not callable(factory):
         raise UsageError(f"model {text!r}: {module_name!r} has no function {factory_name!r}.")
@@ -48,10 +66,18 @@ def model(text: str) -> nn.Module:
         inspect.signature(factory).bind()
     except TypeError as error:
         raise UsageError(f"model {text!r}: it is called without arguments, and has a {error}.") from error
-    built = factory()
+    try:
+        built = factory()
+    except MODEL_FAILURES as error:
+        raise UsageError(f"model {text!r}: the factory raises {_named(error)}.") from error
     if not isinstance(built, nn.Module):
         raise UsageError(f"model {text!r}: expected an nn.Module, the factory gave {type(built).__name__}.")
     return built
+
+
+def _named(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _torchvision(name: str) -> nn.Module:
@@ -69,16 +95,24 @@ def example(text: str) -> Tensor:
     """A tensor for ``1x3x224x224`` or ``1x128:int64``: normal where the dtype is floating, else zeros.
 
     Raises:
-        UsageError: not sizes joined by x, or an unknown dtype.
+        UsageError: not sizes joined by x, an unknown dtype, or a tensor that cannot be made here.
     """
     sizes, _, dtype_name = text.partition(":")
     if not re.fullmatch(r"\d+(x\d+)*", sizes):
         raise UsageError(f"input {text!r}: expected sizes joined by x and a dtype, such as 1x128:int64.")
-    shape = [int(size) for size in sizes.split("x")]
     dtype = getattr(torch, dtype_name or "float32", None)
     if not isinstance(dtype, torch.dtype):
         raise UsageError(f"input {text!r}: torch has no dtype {dtype_name!r}.")
-    return torch.randn(shape).to(dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
+    if dtype in QUANTIZED:
+        raise UsageError(f"input {text!r}: expected a dtype that is not quantized, such as float32 or int8.")
+    try:
+        shape = [int(size) for size in sizes.split("x")]
+        return torch.randn(shape).to(dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
+    except SIZE_FAILURES as error:
+        raise UsageError(
+            f"input {text!r}: expected a size and dtype that a tensor can have on this machine, got "
+            f"{_named(error)}. Use smaller sizes, or a dtype such as float32 or int64."
+        ) from error
 
 
 def examples(texts: list[str]) -> tuple[Tensor, ...] | None:

@@ -59,6 +59,7 @@ def compile(
         UnsupportedError: in strict mode, a storage that a weight cannot have.
     """
     _check(model, plan, mode)
+    _check_optimizer(optimizer)
     if plan is None:
         return compile_for_inference(model, example_inputs, strict=strict)
     return _train(model, plan, example_inputs, optimizer, strict)
@@ -92,6 +93,8 @@ def count_flops(
         PlanError: an unknown convention, or a model whose shapes the example inputs do not tell.
     """
     _check_model(model)
+    _check_plan(plan, "count_flops")
+    _check_dense(model, "count_flops")
     ctx = PassContext(plan, "train", capture(model, example_inputs), Report(), example_inputs)
     run_passes(counting_pipeline(plan is not None, convention), ctx)
     if ctx.flops is None:
@@ -129,14 +132,28 @@ def _check_model(model: nn.Module) -> None:
         raise PlanError(f"expected the model as an nn.Module, got {type(model).__name__}.")
 
 
+def _check_plan(plan: Plan | None, where: str) -> None:
+    if plan is not None and not isinstance(plan, Plan):
+        raise PlanError(
+            f"{where}: expected a Plan, got {type(plan).__name__}; Plan.load and Plan.from_dict make one."
+        )
+
+
+def _check_dense(model: nn.Module, where: str) -> None:
+    if isinstance(model, SparseModule):
+        raise PlanError(f"{where}: this model is compiled already; use model.to_dense() instead of it.")
+
+
+def _check_optimizer(optimizer: Optimizer | None) -> None:
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        raise PlanError(f"compile: expected a torch.optim.Optimizer, got {type(optimizer).__name__}.")
+
+
 def _check(model: nn.Module, plan: Plan | None, mode: str, *, planning: bool = False) -> None:
     _check_model(model)
     if mode not in MODES:
         raise PlanError(f"compile: expected mode 'train' or 'infer', got {mode!r}.")
-    if plan is not None and not isinstance(plan, Plan):
-        raise PlanError(
-            f"compile: expected a Plan, got {type(plan).__name__}; Plan.load and Plan.from_dict make one."
-        )
+    _check_plan(plan, "compile")
     if mode == "infer" and plan is not None:
         raise PlanError(
             "compile: mode='infer' takes no plan; make zeros with fxsparse.prune(model, plan) first."
@@ -149,10 +166,8 @@ def _check(model: nn.Module, plan: Plan | None, mode: str, *, planning: bool = F
             f"compile: {meta[0]!r} is on the meta device and has no values to train; create the model on a real "
             "device. plan_report and allocate work on meta."
         )
-    if mode == "train" and isinstance(model, SparseModule):
-        raise PlanError(
-            "compile: this model is compiled already; compile model.to_dense() with another plan."
-        )
+    if mode == "train":
+        _check_dense(model, "plan_report and allocate" if planning else "compile")
 
 
 def _train(

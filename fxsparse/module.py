@@ -212,7 +212,10 @@ class SparseModule(nn.Module):
         except RuntimeError as error:
             if isinstance(error, FxSparseError):
                 raise
-            raise CheckpointError(f"this state dict does not fit the model. {error}") from error
+            raise CheckpointError(
+                "this state dict does not fit the model (between masked and compact storage, load the "
+                f"dense_state_dict() of the other one). {error}"
+            ) from error
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SparseModule":
         emitted = self._emitted

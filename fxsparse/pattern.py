@@ -325,14 +325,23 @@ def to_dict(pattern: Pattern) -> dict[str, Any]:
 
 
 def from_dict(fields: Mapping[str, Any]) -> Pattern:
-    """The inverse of `to_dict`; PatternError for an unknown name or field."""
+    """The inverse of `to_dict`; PatternError for an unknown name, or an unknown or missing field."""
     options = dict(fields)
-    cls = PATTERNS.get(options.pop("name", None))
+    name = options.pop("name", None)
+    cls = PATTERNS.get(name) if isinstance(name, str) else None
     if cls is None:
         raise PatternError(
             f"expected a pattern with name= one of {', '.join(PATTERNS)}, got {dict(fields)!r}."
         )
-    known = list(inspect.signature(cls).parameters)
+    parameters = inspect.signature(cls).parameters
+    known = list(parameters)
     if not set(options) <= set(known):
-        raise PatternError(f"pattern {fields['name']!r} takes {known or 'no fields'}, got {sorted(options)}.")
+        raise PatternError(f"pattern {name!r} takes {known or 'no fields'}, got {sorted(options)}.")
+    missing = [
+        key for key in known if key not in options and parameters[key].default is inspect.Parameter.empty
+    ]
+    if missing:
+        raise PatternError(
+            f"pattern {name!r} needs {known}, got {sorted(options)}: give {', '.join(missing)}."
+        )
     return cls(**options)

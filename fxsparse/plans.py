@@ -39,6 +39,7 @@ class Override:
             raise PlanError(f"Override({self.glob!r}) changes nothing: give sparsity= or pattern=.")
         if self.sparsity is not None:
             _check_sparsity(self.sparsity, f"Override({self.glob!r})")
+            _check_agreement(self.sparsity, self.pattern, f"Override({self.glob!r}).sparsity")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ class Plan:
     """
 
     sparsity: float | None = None
-    allocation: str | Mapping[str, float] = "erk"
+    allocation: str | Mapping[str, float] = field(default="erk", hash=False)
     pattern: Pattern = field(default_factory=Unstructured)
     method: Method = field(default_factory=lambda: methods.static("magnitude"))
     storage: str = "auto"
@@ -100,7 +101,7 @@ class Plan:
         """
         row = dict(_table(row, "plan"))
         version = row.pop("version", VERSION)
-        if not isinstance(version, int) or not 1 <= version <= VERSION:
+        if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= VERSION:
             raise PlanError(
                 f"plan version {version!r} is not readable here: expected 1 to {VERSION}; upgrade fxsparse."
             )
@@ -110,15 +111,26 @@ class Plan:
         if "method" in row:
             row["method"] = methods.from_dict(_table(row["method"], "method"))
         if "overrides" in row:
-            row["overrides"] = tuple(_override(o) for o in row["overrides"])
+            row["overrides"] = _overrides(row["overrides"])
         return cls(**row)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write TOML; the file appears whole or not at all."""
+        """Write TOML; the file appears whole or not at all.
+
+        Raises:
+            PlanError: the path cannot be written.
+        """
         path = Path(path)
-        with tempfile.NamedTemporaryFile("wb", dir=path.parent, delete=False) as file:
-            tomli_w.dump(self.to_dict(), file)
-        os.replace(file.name, path)
+        text = tomli_w.dumps(self.to_dict())
+        try:
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                whole = Path(folder, "plan.toml")
+                whole.write_text(text, encoding="utf-8")
+                os.replace(whole, path)
+        except OSError as error:
+            raise PlanError(
+                f"{path}: expected a file in a folder that exists and may be written, got: {error.strerror}."
+            ) from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Plan":
@@ -135,6 +147,8 @@ class Plan:
         Raises:
             PlanError: the name is neither; the message lists the methods.
         """
+        if not isinstance(name, str):
+            raise PlanError(f"Plan.preset: expected a name such as 'rigl-90' or '2:4', got {name!r}.")
         head, _, percent = name.partition("-")
         if name.count(":") == 1 and name.replace(":", "").isdecimal():
             n, m = (int(part) for part in name.split(":"))
@@ -152,6 +166,8 @@ def _check_types(plan: Plan) -> None:
         value = getattr(plan, name)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise PlanError(f"Plan.{name}: expected {kind.__name__}, got {value!r}.")
+    if not 0 <= plan.seed < 2**63:
+        raise PlanError(f"Plan.seed: expected an integer in [0, 2**63), got {plan.seed}.")
     if not hasattr(plan.pattern, "project") or isinstance(plan.pattern, type):
         raise PlanError(
             f"Plan.pattern: expected a pattern such as Unstructured() or NM(2, 4), got {plan.pattern!r}."
@@ -164,7 +180,7 @@ def _check_types(plan: Plan) -> None:
 
 
 def _implied_sparsity(sparsity: float | None, pattern: Pattern) -> float:
-    implied = 1 - pattern.n / pattern.m if isinstance(pattern, NM) else None
+    implied = _sparsity_of(pattern)
     if sparsity is None and implied is None:
         raise PlanError(
             "Plan.sparsity is missing: give the fraction of zeros, for example Plan(sparsity=0.9)."
@@ -172,11 +188,21 @@ def _implied_sparsity(sparsity: float | None, pattern: Pattern) -> float:
     if sparsity is None:
         sparsity = implied
     sparsity = _check_sparsity(sparsity, "Plan.sparsity")
+    _check_agreement(sparsity, pattern, "Plan.sparsity")
+    return sparsity
+
+
+def _sparsity_of(pattern: Pattern | None) -> float | None:
+    """What a pattern says of the sparsity by itself."""
+    return 1 - pattern.n / pattern.m if isinstance(pattern, NM) else None
+
+
+def _check_agreement(sparsity: float, pattern: Pattern | None, where: str) -> None:
+    implied = _sparsity_of(pattern)
     if implied is not None and abs(sparsity - implied) > 1e-9:
         raise PlanError(
-            f"Plan.sparsity={sparsity} disagrees with {pattern}, which is {implied}: leave sparsity out."
+            f"{where}={sparsity} disagrees with {pattern}, which is {implied}: leave sparsity out."
         )
-    return sparsity
 
 
 def _check_sparsity(value: Any, where: str) -> float:
@@ -208,9 +234,17 @@ def _check_fields(cls: type, row: Mapping[str, Any], where: str) -> None:
         )
 
 
+def _overrides(rows: Any) -> tuple[Override, ...]:
+    if not isinstance(rows, list | tuple):
+        raise PlanError(f"overrides: expected a list of tables ([[overrides]] in TOML), got {rows!r}.")
+    return tuple(_override(row) for row in rows)
+
+
 def _override(row: Mapping[str, Any]) -> Override:
     row = dict(_table(row, "override"))
     _check_fields(Override, row, "override")
+    if "glob" not in row:
+        raise PlanError(f"override: expected a glob of weight names as glob=, got only {sorted(row)}.")
     if "pattern" in row:
         row["pattern"] = patterns.from_dict(_table(row["pattern"], "pattern"))
     return Override(**row)

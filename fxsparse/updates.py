@@ -79,10 +79,10 @@ class MaskUpdates:
         Raises:
             PlanError: this is no optimizer, or it does not hold every sparse weight.
         """
-        if optimizer is self._optimizer:
-            return
         if not isinstance(optimizer, Optimizer):
             raise PlanError(f"attach: expected a torch.optim.Optimizer, got {type(optimizer).__name__}.")
+        if optimizer is self._optimizer:
+            return
         self._check_holds_all(optimizer)
         for handle in self._handles:
             handle.remove()

@@ -82,6 +82,8 @@ def _refusal(
         return "tied to an embedding" if found else "embedding"
     if not found:
         return _why_no_site(ctx, name, names, fetch(skeleton, name), graphs)
+    if not fetch(skeleton, name).numel():
+        return "it has no entries"
     if (
         found[0].op.startswith("conv_transpose")
         and ctx.plan

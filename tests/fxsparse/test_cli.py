@@ -79,6 +79,10 @@ def test_output_goes_to_a_file(capsys, tmp_path):
         (["plan", *SMALL, "--sparsity", "0.9", "--exclude", "absent"], "fxsparse: PlanError: "),
         (["plan", *SMALL, "--plan", "absent.toml"], "fxsparse: PlanError: absent.toml: "),
         (["report", *SMALL, "--sparsity", "0.9", "--pattern", "3:7"], "fxsparse: PlanError: "),
+        (
+            ["trace", "fxsparse.demo.models:mlp", "--input", "4x64:qint8"],
+            "fxsparse: UsageError: input '4x64:qint8': expected a dtype that is not quantized",
+        ),
         (["kernels", "-o", "/absent/folder/file"], "fxsparse: FileNotFoundError: "),
     ],
 )
@@ -86,6 +90,43 @@ def test_errors_are_one_line_with_the_errors_name(capsys, words, line):
     code, out, err = run(capsys, *words)
     assert (code, out) == (2, "")
     assert err.startswith(line)
+    assert err.count("\n") == 1
+
+
+@pytest.fixture
+def failing(tmp_path, monkeypatch):
+    """Modules of a user that fail when they are imported or called."""
+    (tmp_path / "broken_at_import.py").write_text("1 / 0\n")
+    (tmp_path / "broken_syntax.py").write_text("def build(:\n")
+    (tmp_path / "broken_factory.py").write_text("def build(): raise KeyError('weights')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            ["broken_at_import:build"],
+            "importing 'broken_at_import' raises ZeroDivisionError: division by zero.",
+        ),
+        (["broken_syntax:build"], "importing 'broken_syntax' raises SyntaxError: "),
+        (["broken_factory:build"], "the factory raises KeyError: 'weights'."),
+    ],
+)
+def test_a_model_that_fails_is_one_line(capsys, failing, words, line):
+    code, out, err = run(capsys, "trace", *words)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"fxsparse: UsageError: model {words[0]!r}: {line}")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["99999999x999999", "9" * 30, "9" * 5000, "9999999999x9999999999"])
+def test_an_input_that_no_tensor_can_be_is_one_line(capsys, text):
+    code, out, err = run(capsys, "trace", "fxsparse.demo.models:mlp", "--input", text)
+    assert (code, out) == (2, "")
+    assert err.startswith(
+        f"fxsparse: UsageError: input {text!r}: expected a size and dtype that a tensor can have"
+    )
     assert err.count("\n") == 1
 
 

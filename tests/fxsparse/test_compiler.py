@@ -167,7 +167,32 @@ BAD = {
     "compiled twice": (
         lambda: fxsparse.compile(fxsparse.compile(linear(), Plan(sparsity=0.5)), Plan(sparsity=0.5)),
         PlanError,
-        r"compiled already; compile model.to_dense\(\)",
+        r"compile: this model is compiled already; use model.to_dense\(\)",
+    ),
+    "flops of a compiled model": (
+        lambda: fxsparse.count_flops(fxsparse.compile(linear(), Plan(sparsity=0.5)), torch.randn(1, 30)),
+        PlanError,
+        r"count_flops: this model is compiled already; use model.to_dense\(\)",
+    ),
+    "plan report of a compiled model": (
+        lambda: fxsparse.plan_report(fxsparse.compile(linear(), Plan(sparsity=0.5)), Plan(sparsity=0.5)),
+        PlanError,
+        r"plan_report and allocate: this model is compiled already; use model.to_dense\(\)",
+    ),
+    "allocate a model compiled for inference": (
+        lambda: fxsparse.allocate(fxsparse.compile(linear(), mode="infer"), Plan(sparsity=0.5)),
+        PlanError,
+        r"plan_report and allocate: this model is compiled already",
+    ),
+    "flops of a plan in a dict": (
+        lambda: fxsparse.count_flops(linear(), torch.randn(1, 30), {"sparsity": 0.9}),
+        PlanError,
+        r"count_flops: expected a Plan, got dict; Plan.load and Plan.from_dict make one",
+    ),
+    "optimizer by name": (
+        lambda: fxsparse.compile(linear(), Plan(sparsity=0.5, storage="compact"), optimizer="sgd"),
+        PlanError,
+        r"compile: expected a torch.optim.Optimizer, got str",
     ),
     "meta": (
         lambda: fxsparse.compile(meta_linear(), Plan(sparsity=0.5)),
@@ -237,6 +262,11 @@ BAD = {
         lambda: fxsparse.compile(linear(), Plan(sparsity=0.5)).attach("adam"),
         PlanError,
         r"attach: expected a torch.optim.Optimizer, got str",
+    ),
+    "attach None": (
+        lambda: fxsparse.compile(linear(), Plan(sparsity=0.5)).attach(None),
+        PlanError,
+        r"attach: expected a torch.optim.Optimizer, got NoneType",
     ),
     "optimizer of another model": (
         lambda: fxsparse.compile(linear(), Plan(sparsity=0.5)).attach(

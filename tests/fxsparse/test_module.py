@@ -168,6 +168,14 @@ def test_a_foreign_state_dict_is_a_checkpoint_error():
             compiled(storage).load_state_dict(wrong)
 
 
+def test_a_state_dict_of_the_other_storage_names_the_one_that_loads():
+    masked, compact = compiled("masked"), compiled("compact")
+    for target, source in ((masked, compact), (compact, masked)):
+        with pytest.raises(CheckpointError, match=r"load the dense_state_dict\(\) of the other one"):
+            target.load_state_dict(source.state_dict())
+        target.load_state_dict(source.dense_state_dict())
+
+
 @pytest.mark.parametrize("storage", STORAGES)
 def test_to_dense_is_the_user_s_class_and_computes_the_same(storage):
     sparse, x = compiled(storage), torch.randn(3, 3, 4, 4)

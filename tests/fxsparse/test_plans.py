@@ -62,6 +62,21 @@ def test_a_hand_written_file_of_version_one_still_loads(tmp_path):
     assert Plan.load(tmp_path / "old.toml") == Plan(sparsity=0.8, exclude=("head",), method=rigl(every=50))
 
 
+def test_equal_plans_hash_the_same_whatever_their_fields():
+    for plan in PLANS:
+        assert hash(Plan.from_dict(plan.to_dict())) == hash(plan)
+    assert len(
+        {*PLANS, Plan(sparsity=0.9, allocation={"*": 0.9}), Plan(sparsity=0.9, allocation={"*": 0.8})}
+    ) == (len(PLANS) + 2)
+
+
+def test_saving_onto_a_folder_leaves_nothing_behind(tmp_path):
+    (tmp_path / "plan.toml").mkdir()
+    with pytest.raises(PlanError, match=r"plan.toml: expected a file"):
+        Plan(sparsity=0.9).save(tmp_path / "plan.toml")
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.toml"]
+
+
 BAD = {
     "no sparsity": (lambda: Plan(), r"Plan.sparsity is missing"),
     "all zeros": (lambda: Plan(sparsity=1.0), r"fraction of zeros in \[0, 1\), got 1.0"),
@@ -73,6 +88,10 @@ BAD = {
     "against n:m": (
         lambda: Plan(sparsity=0.9, pattern=NM(2, 4)),
         r"0.9 disagrees with NM\(n=2, m=4\), which is 0.5",
+    ),
+    "override against n:m": (
+        lambda: Override("0", pattern=NM(2, 4), sparsity=0.9),
+        r"Override\('0'\).sparsity=0.9 disagrees with NM\(n=2, m=4\), which is 0.5: leave sparsity out",
     ),
     "allocation": (lambda: Plan(sparsity=0.9, allocation="erl"), r"expected .*erk.*, got 'erl'"),
     "pattern class": (lambda: Plan(sparsity=0.9, pattern=NM), r"Plan.pattern: expected a pattern"),
@@ -101,6 +120,8 @@ BAD = {
     ),
     "override glob": (lambda: Override("", sparsity=0.5), r"expected a glob of weight names"),
     "seed": (lambda: Plan(sparsity=0.9, seed=1.5), r"Plan.seed: expected int, got 1.5"),
+    "seed too large": (lambda: Plan(sparsity=0.9, seed=2**63), r"Plan.seed: expected .*2\*\*63\), got 9223"),
+    "seed negative": (lambda: Plan(sparsity=0.9, seed=-1), r"Plan.seed: expected .*2\*\*63\), got -1"),
     "counts": (lambda: Plan(sparsity=0.9, keep_dense_counts=1), r"keep_dense_counts: expected bool, got 1"),
     "unknown field": (
         lambda: Plan.from_dict({"sparsity": 0.9, "sparsty": 1}),
@@ -109,6 +130,30 @@ BAD = {
     "future version": (
         lambda: Plan.from_dict({"version": 99, "sparsity": 0.9}),
         r"version 99 is not readable here",
+    ),
+    "version a bool": (
+        lambda: Plan.from_dict({"version": True, "sparsity": 0.9}),
+        r"version True is not readable here",
+    ),
+    "block without cols": (
+        lambda: Plan.from_dict({"sparsity": 0.9, "pattern": {"name": "block", "rows": 4}}),
+        r"pattern 'block' needs \['rows', 'cols'\], got \['rows'\]: give cols",
+    ),
+    "n:m without numbers": (
+        lambda: Plan.from_dict({"pattern": {"name": "nm"}}),
+        r"pattern 'nm' needs \['n', 'm'\], got \[\]: give n, m",
+    ),
+    "pattern name a list": (
+        lambda: Plan.from_dict({"sparsity": 0.9, "pattern": {"name": ["nm"]}}),
+        r"expected a pattern with name=",
+    ),
+    "override without glob": (
+        lambda: Plan.from_dict({"sparsity": 0.9, "overrides": [{"sparsity": 0.5}]}),
+        r"override: expected a glob of weight names as glob=, got only \['sparsity'\]",
+    ),
+    "overrides a number": (
+        lambda: Plan.from_dict({"sparsity": 0.9, "overrides": 3}),
+        r"overrides: expected a list of tables .*, got 3",
     ),
     "unknown method": (
         lambda: Plan.from_dict({"sparsity": 0.9, "method": {"name": "rgl"}}),
@@ -125,9 +170,14 @@ BAD = {
     "method a text": (lambda: Plan.from_dict({"sparsity": 0.9, "method": "rigl"}), r"expected a table"),
     "pattern a text": (lambda: Plan.from_dict({"sparsity": 0.9, "pattern": "nm"}), r"expected a table"),
     "preset": (lambda: Plan.preset("srigol-90"), r"'srigol'. Known"),
+    "preset a number": (lambda: Plan.preset(3), r"Plan.preset: expected a name such as 'rigl-90'.*, got 3"),
     "preset percent": (lambda: Plan.preset("rigl-100"), r"no preset 'rigl-100'"),
     "preset empty": (lambda: Plan.preset(""), r"no preset ''"),
     "not a dict": (lambda: Plan.from_dict([1, 2]), r"expected a table of fields"),
+    "no such folder": (
+        lambda: Plan(sparsity=0.9).save("/nonexist/x.toml"),
+        r"^/nonexist/x.toml: expected a file in a folder that exists.*No such file or directory",
+    ),
     "no such file": (
         lambda: Plan.load("/nowhere/plan.toml"),
         r"/nowhere/plan.toml: expected a TOML plan file",

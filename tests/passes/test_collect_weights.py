@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fxsparse
 from fxsparse.errors import PlanError
 from fxsparse.methods import static
 from fxsparse.passes import CollectWeights, Functionalize
@@ -133,3 +134,13 @@ def test_the_walk_reaches_layers_by_their_type() -> None:
         ctx.untouched["raw"]
         == "not the weight of a plain linear or convolution, as far as the module walk sees"
     )
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_weight_without_entries_is_untouched_in_every_mode():
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 0))
+    sparse = fxsparse.compile(model, Plan(sparsity=0.5), example_inputs=torch.randn(2, 8))
+    inferred = fxsparse.compile(model, mode="infer", example_inputs=torch.randn(2, 8))
+    for report in (sparse.report, inferred.report):
+        assert {row["name"]: row["reason"] for row in report.untouched}["1.weight"] == "it has no entries"
+    assert sparse.report.totals["nnz"] == 16
