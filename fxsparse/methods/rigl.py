@@ -22,8 +22,9 @@ def rigl(
     Updates come at every `every`-th step below `stop` (three quarters of training).  ``variant="paper"``
     begins at step 0 and takes no optimizer step on an update step; ``variant="torch"``, as PyTorch ports do,
     begins at step `every` and lets the optimizer step first, with the same gradient.  Grown weights start at
-    0.  In masked storage ``.grad`` is dense from an update's backward to its ``optimizer.step()``: gradient clipping
-    in between sees the pruned entries too.  `decay` of the drop fraction is "cosine", "constant", "linear" or "cubic" (appendix G).
+    0.  In masked storage ``.grad`` is dense from an update's backward to its ``optimizer.step()``, so gradient
+    clipping in between sees the pruned entries too.  `decay` of the drop fraction is "cosine", "constant",
+    "linear" or "cubic" (appendix G).
     """
     if variant not in ("paper", "torch"):
         raise PlanError(f"expected variant as paper or torch, got {variant!r}.")
