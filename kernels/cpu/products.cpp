@@ -108,35 +108,59 @@ inline V bias_of(const Epilogue& epilogue, int64_t r, int64_t count) {
   return bias;
 }
 
+// A result of this many bytes leaves the caches before anything reads it: streamed, a training step of 768 -> 3,072 at
+// 99 % zeros took 0.8 of the time, 0.9 with the reading of its results after it.
+constexpr int64_t kStreamedBytes = 1 << 20;
+
+inline bool is_streamed(const Matrix& dst) {
+  return kStreams && dst.scalar == Scalar::f32 && dst.features % W == 0 && (uintptr_t)dst.data % sizeof(V) == 0 &&
+         dst.tokens * dst.features * 4 >= kStreamedBytes;
+}
+
+// dst[token + i, r + j] = m[i][j] for i < height, j < count.
+inline void write_block(const V* m, const Matrix& dst, int64_t token, int64_t r, int64_t height, int64_t count,
+                        bool streamed) {
+  const int64_t at = token * dst.features + r;
+  if (height < W || count < W || dst.scalar != Scalar::f32) {
+    for (int i = 0; i < height; i++) write(dst, at + i * dst.features, m[i], count);
+  } else if (streamed) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++) stream((float*)dst.data + at + i * dst.features, m[i]);
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++) store((float*)dst.data + at + i * dst.features, m[i]);
+  }
+}
+
 template <int NV, class Index>
 void multiply_rows(const float* panel, const Sparse& s, int64_t begin, int64_t end, const Epilogue& epilogue,
                    const Matrix& dst, int64_t first) {
-  alignas(64) float block[W * NV * W];
+  constexpr int64_t kRows = 4 * W;  // so that a token gets four vectors in a row: fewer changes of page
+  alignas(64) float block[kRows * NV * W];
   const int64_t tokens = least(NV * W, dst.tokens - first);
-  for (int64_t r = begin; r < end; r += W) {
-    const int64_t count = least(W, end - r);
-    for (int i = 0; i < count; i++)
-      accumulate<NV>(panel, s.values, (const Index*)s.index, row_begin(s, r + i), row_begin(s, r + i + 1),
-                     block + i * NV * W);
-    const V bias = bias_of(epilogue, r, count);
+  const bool streamed = is_streamed(dst);
+  for (int64_t base = begin; base < end; base += kRows) {
+    const int64_t stop = least(base + kRows, end);
+    for (int64_t r = base; r < stop; r++)
+      accumulate<NV>(panel, s.values, (const Index*)s.index, row_begin(s, r), row_begin(s, r + 1),
+                     block + (r - base) * NV * W);
     for (int64_t t = 0; t < tokens; t += W) {
-      V m[W];
+      for (int64_t r = base; r < stop; r += W) {
+        const int64_t count = least(W, stop - r);
+        const V bias = bias_of(epilogue, r, count);
+        V m[W];
 #pragma GCC unroll 16
-      for (int i = 0; i < W; i++) m[i] = load<V>(block + i * NV * W + t);
-      transpose_block(m);
+        for (int i = 0; i < W; i++) m[i] = load<V>(block + (r - base + i) * NV * W + t);
+        transpose_block(m);
 #pragma GCC unroll 16
-      for (int i = 0; i < W; i++) m[i] += bias;
-      if (epilogue.activation)
-        for (int i = 0; i < W; i++) m[i] = activate(m[i], epilogue.activation);
-      const int64_t height = least(W, tokens - t), at = (first + t) * dst.features + r;
-      if (height == W && count == W && dst.scalar == Scalar::f32) {
-#pragma GCC unroll 16
-        for (int i = 0; i < W; i++) store((float*)dst.data + at + i * dst.features, m[i]);
-      } else {
-        for (int i = 0; i < height; i++) write(dst, at + i * dst.features, m[i], count);
+        for (int i = 0; i < W; i++) m[i] += bias;
+        if (epilogue.activation)
+          for (int i = 0; i < W; i++) m[i] = activate(m[i], epilogue.activation);
+        write_block(m, dst, first + t, r, least(W, tokens - t), count, streamed);
       }
     }
   }
+  if (streamed) stream_end();
 }
 
 template <int NV>

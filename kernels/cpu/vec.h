@@ -34,6 +34,18 @@ inline void store(void* p, T v) {
   __builtin_memcpy(p, &v, sizeof(T));
 }
 
+// A whole cache line goes to memory without being read first; p is aligned to it.  Ends with stream_end, before
+// another thread reads.
+#if defined(__AVX512F__)
+constexpr bool kStreams = true;
+inline void stream(float* p, V v) { _mm512_stream_ps(p, (__m512)v); }
+inline void stream_end() { _mm_sfence(); }
+#else
+constexpr bool kStreams = false;
+inline void stream(float* p, V v) { store(p, v); }
+inline void stream_end() {}
+#endif
+
 // x - 0 is x for every x, so the compiler makes one broadcast of it; 0 + x would be computed.
 inline V splat(float x) { return x - V{}; }
 

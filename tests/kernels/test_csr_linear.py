@@ -80,6 +80,19 @@ def test_threads_do_not_change_a_bit():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_results_too_large_for_the_caches_equal_those_of_a_few_tokens(threads):
+    index = csr.from_mask(torch.rand(512, 48) < 0.2)
+    values, x = torch.randn(index.perm.numel()), torch.randn(1024, 48)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    y = csr_linear(x, values, index.crow, index.cols)
+    torch.set_num_threads(before)
+    assert y.nbytes == 2 << 20
+    parts = [csr_linear(part, values, index.crow, index.cols) for part in x.split(64)]
+    assert torch.equal(y, torch.cat(parts))
+
+
 class LargestTensor(TorchDispatchMode):
     """Remembers the largest tensor that any op made."""
 
