@@ -107,6 +107,7 @@ def test_nothing_behind_the_mask_survives_in_weight_or_state(make, storage):
     for name, mask in masks.items():
         assert not weights[name][~mask].any()
         if storage == "masked":
+            assert not sparse.get_parameter(name)[~mask].any()
             states = [
                 s for s in optimizer.state[sparse.get_parameter(name)].values() if s.shape == mask.shape
             ]
@@ -365,3 +366,22 @@ def test_the_mask_of_a_frozen_weight_never_moves(method, storage):
     train(sparse, optimizer, 6)
     assert torch.equal(sparse.masks()["0.weight"], before)
     assert torch.equal(sparse.dense_state_dict()["0.weight"], weight)
+
+
+def test_two_copies_that_train_in_turns_keep_their_probes_apart():
+    plan = Plan(sparsity=0.8, storage="compact", method=rigl(every=1, stop=20, drop_fraction=0.5))
+    first = fxsparse.compile(net(), plan)
+    second = copy.deepcopy(first)
+    alone = copy.deepcopy(first)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (first, second)]
+    for model, optimizer, data in zip((first, second), optimizers, (1, 2), strict=True):
+        model.attach(optimizer)
+        backward(model, data)  # both backwards come before either step
+    for optimizer in optimizers:
+        optimizer.step()
+    optimizer = torch.optim.SGD(alone.parameters(), lr=0.1)
+    alone.attach(optimizer)
+    backward(alone, 1)
+    optimizer.step()
+    assert all(torch.equal(mask, alone.masks()[name]) for name, mask in first.masks().items())
+    assert any(not torch.equal(mask, second.masks()[name]) for name, mask in first.masks().items())
