@@ -12,10 +12,8 @@ from fxsparse.errors import TraceError
 def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """(positional, keyword) arguments of a call.
 
-    A tensor is the only argument; a tuple or list holds the positional arguments, and a dict at its end the
-    keyword
-    arguments; a dict alone is all keyword arguments.  A model that takes a dict by position needs ``(batch,
-    {})``.
+    A tensor is the only argument; a tuple or list holds the positional arguments, and a dict at its end the keyword
+    arguments; a dict alone is all keyword arguments.  A model that takes a dict by position needs ``(batch, {})``.
     """
     if isinstance(example_inputs, Tensor):
         return (example_inputs,), {}

@@ -126,8 +126,7 @@ def run_passes(passes: Sequence[Pass], ctx: PassContext) -> None:
     """Run the passes, ordered by `after`, on every distinct graph of ``ctx.program``, and write their report
     rows.
 
-    Raises PlanError when the order cannot be met, and InvariantError when a pass breaks a graph, changes the
-    function
+    Raises PlanError when the order cannot be met, and InvariantError when a pass breaks a graph, changes the function
     that it claims to preserve, or miscounts its rewrites.
     """
     check = _FunctionCheck(ctx)

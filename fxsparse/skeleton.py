@@ -20,8 +20,7 @@ SHARED_DICTS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_
 def copy_structure(model: nn.Module) -> nn.Module:
     """New module objects of the same classes that hold the very same parameters and buffers.
 
-    Shared submodules stay shared; lists, dicts, bound methods and partials that mention modules of the tree
-    mention
+    Shared submodules stay shared; lists, dicts, bound methods and partials that mention modules of the tree mention
     their copies.  TorchScript modules cannot be copied this way and are shared.
     """
     copies = {
@@ -49,8 +48,7 @@ def bind(graph: Graph, skeleton: nn.Module) -> GraphModule:
 def adopt(graph: Graph, source: nn.Module, skeleton: nn.Module) -> None:
     """Make every name of `graph`, which runs on `source`, a name of the skeleton, in place.
 
-    Parameters get their first name; tensors without a place in the tree become non-persistent buffers of the
-    skeleton
+    Parameters get their first name; tensors without a place in the tree become non-persistent buffers of the skeleton
     (one per value); graph modules become its submodules.
     """
     names = canonical_names(skeleton)

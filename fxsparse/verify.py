@@ -42,8 +42,7 @@ class Observation:
 def observe(root: nn.Module, call: Callable[..., Any], example_inputs: Any, *, training: bool) -> Observation:
     """Run `call` on copies of the inputs with the tree `root` in a mode, seeded; nothing of `root` changes.
 
-    In training also the gradients of a fixed random projection of the float outputs (their plain sum is
-    constant for
+    In training also the gradients of a fixed random projection of the float outputs (their plain sum is constant for
     a softmax), and the buffers after the call.  On meta tensors only shapes are seen.
     """
     with frozen_state(root, training=training, meta=has_meta(root) or has_meta(example_inputs)):

@@ -44,8 +44,7 @@ _CONVOLUTIONS = {
 class Functionalize:
     """Afterwards each such call is ``F.linear`` or ``F.conv*`` on ``get_attr`` nodes.
 
-    A matrix product ``x @ W`` becomes ``F.linear(x, W.t())``.  Norms and dropouts stay modules.  A module
-    that its
+    A matrix product ``x @ W`` becomes ``F.linear(x, W.t())``.  Norms and dropouts stay modules.  A module that its
     functional cannot say (hooks, parametrized weight, padding_mode) stays a call, with a note.
     """
 

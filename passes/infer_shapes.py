@@ -29,12 +29,9 @@ class InferShapes:
     """Put a fake tensor, without memory, into ``node.meta["val"]`` of every node.
 
     The batch is dimension 0 of the inputs; the sequence is dimension 1 of float inputs ``[batch, sequence,
-    features]``
-    and of integer inputs ``[batch, sequence]``.  ``gm.meta["symbols"]`` maps "batch" and "sequence" to their
-    sympy
-    symbols, as far as they stayed free; a dimension that the model fixes has a note.  On the walk tier only
-    sites have
-    shapes, taken from a run of the model itself.  Parameters and buffers are not touched.
+    features]`` and of integer inputs ``[batch, sequence]``.  ``gm.meta["symbols"]`` maps "batch" and "sequence" to
+    their sympy symbols, as far as they stayed free; a dimension that the model fixes has a note.  On the walk tier
+    only sites have shapes, taken from a run of the model itself.  Parameters and buffers are not touched.
     """
 
     name: ClassVar[str] = "infer-shapes"

@@ -37,10 +37,8 @@ def trace_symbolic(
 ) -> tuple[fx.Graph, dict[str, str]]:
     """Trace a module in its present mode; returns its graph and {module path: why it stayed opaque}.
 
-    `arguments`: example values by parameter name of ``forward``; the rest keep their defaults.  Values that
-    are no
-    tensors are fixed: the graph raises when called with another.  `root` may be left with proxies in its
-    attributes,
+    `arguments`: example values by parameter name of ``forward``; the rest keep their defaults.  Values that are no
+    tensors are fixed: the graph raises when called with another.  `root` may be left with proxies in its attributes,
     so pass a copy.  Raises TraceError where the forward of `root` itself cannot be traced.
     """
     if has_hooks(root):
