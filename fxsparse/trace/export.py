@@ -11,18 +11,7 @@ from torch.utils import _pytree as pytree
 from fxsparse.errors import TraceError
 from fxsparse.inputs import has_sequence, split_inputs
 from fxsparse.trace.modules import has_hooks
-
-EXPORT_FAILURES = (
-    RuntimeError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    LookupError,
-    AssertionError,
-    NotImplementedError,
-)
-"""What ``torch.export`` raises on user code; its own errors (Dynamo, guards, constraints) derive from
-these."""
+from fxsparse.verify import RUN_FAILURES
 
 
 def trace_export(root: nn.Module, example_inputs: Any) -> tuple[fx.GraphModule, list[str]]:
@@ -38,13 +27,13 @@ def trace_export(root: nn.Module, example_inputs: Any) -> tuple[fx.GraphModule, 
     args, kwargs = _at_least_two(split_inputs(example_inputs))
     try:
         gm, notes = _export(root, args, kwargs, _free_batch(args, kwargs)), []
-    except EXPORT_FAILURES as error:
+    except RUN_FAILURES as error:  # torch's own errors (Dynamo, guards, constraints) derive from these
         gm, notes = None, [f"the batch size is fixed, as export with a free one fails: {_first_line(error)}"]
     if gm is None:
         args, kwargs = split_inputs(example_inputs)
         try:
             gm = _export(root, args, kwargs, None)
-        except EXPORT_FAILURES as error:
+        except RUN_FAILURES as error:  # torch's own errors (Dynamo, guards, constraints) derive from these
             raise TraceError(f"torch.export failed: {_first_line(error)}") from error
     _drop_checks(gm)
     return gm, notes or _fixed_batches(gm)

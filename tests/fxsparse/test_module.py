@@ -12,7 +12,7 @@ from torch import nn
 import fxsparse
 from fxsparse import Override, Plan
 from fxsparse.errors import CheckpointError, PlanError, TraceError
-from fxsparse.methods import rigl, set_
+from fxsparse.methods import rigl, set_, static
 from fxsparse.pattern import ConstantFanIn
 
 STORAGES = ("masked", "compact")
@@ -155,7 +155,11 @@ def test_a_state_dict_loads_under_a_wrapper_s_prefix(storage):
     wrapped.load_state_dict(
         {f"module.{key}": value for key, value in model().state_dict().items()}, strict=True
     )
-    wrapped.load_state_dict(nn.ModuleDict({"module": compiled(storage, seed=3)}).state_dict(), strict=True)
+    assert torch.equal(wrapped["module"].get_parameter("head.bias"), model().head.bias)
+    other = compiled(storage, seed=3, method=static("random"))
+    wrapped = nn.ModuleDict({"module": compiled(storage, method=static("random"))})
+    wrapped.load_state_dict(nn.ModuleDict({"module": other}).state_dict(), strict=True)
+    assert torch.equal(wrapped["module"].masks()["fc.weight"], other.masks()["fc.weight"])
 
 
 def test_a_foreign_state_dict_is_a_checkpoint_error():
