@@ -17,7 +17,7 @@ def target_of(ctx: PassContext, name: str) -> Target:
     """What the updates of a weight need to know."""
     spec, decision = ctx.weights[name], ctx.decisions[name]
     shape = spec.shape[::-1] if spec.transposed else spec.shape
-    return Target(shape, decision.pattern, decision.nnz, spec.transposed)
+    return Target(shape, decision.pattern, decision.nnz, decision.budget, spec.transposed)
 
 
 @torch.no_grad()

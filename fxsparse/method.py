@@ -58,7 +58,9 @@ class WeightView:
     shape: tuple[int, ...]
     pattern: Pattern
     nnz: int
-    """Entries the weight has to have after this update."""
+    """Entries the weight has to have after this update, unless the method's nnz varies."""
+    budget: int
+    """Entries that the allocation gave the weight; the pattern may have rounded `nnz` below it."""
     step: int
     drop_fraction: float
     active: Tensor
@@ -69,7 +71,8 @@ class WeightView:
     """The dense weight, hidden values included; masked storage only."""
     gradient_tiles: Callable[[], Iterator[tuple[int, Tensor]]]
     """Row tiles of the signed dense gradient with respect to the effective weight, in ascending row order:
-    (first row, [rows, fan_in]); only with Probe.DENSE.  May be read once."""
+    (first row, [rows, fan_in]); only with Probe.DENSE.  Each call reads them again, in row tiles that the rule
+    must not write to."""
     generator: torch.Generator
     """``fxsparse.rng.generator_for(seed, weight name, step)``, so that all ranks draw the same numbers."""
 
@@ -117,6 +120,8 @@ class Method:
     source: str
     rule: UpdateRule | None = None
     schedule: Schedule | None = None
+    varying_nnz: bool = False
+    """An update may leave any number of entries up to the weight's budget; else it leaves exactly nnz."""
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """The keyword arguments it was built from, without those at their default: what ``to_dict`` writes."""
 

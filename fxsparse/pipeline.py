@@ -74,10 +74,13 @@ class Decision:
     pattern: Pattern
     sparsity_target: float
     nnz: int = 0
+    """What the pattern can hold of the budget."""
     storage: str = "masked"
     format: str = "dense"
     kernel: str = ""
     reason: str = ""
+    budget: int = 0
+    """What the allocation gave the weight, before the pattern rounded it down."""
     dense_us: float | None = None
     """Inference: measured time of the best dense kernel at the example inputs, microseconds, over all call sites."""
     sparse_us: float | None = None

@@ -207,7 +207,9 @@ def check_method(method: Method, pattern: Pattern, shape: Sequence[int], nnz: in
         gradient = torch.randn(tuple(shape), generator=random)
         count = pattern.feasible(shape, method.nnz(step, nnz, prod(shape)))
         heights = (None, 1, 3) if index < 20 else (None,)
-        view = [view_of(method, pattern, weight, mask, gradient, count, step, height) for height in heights]
+        view = [
+            view_of(method, pattern, weight, mask, gradient, count, step, height, nnz) for height in heights
+        ]
         mask = _checked_update(method, view, mask)
         weight = weight - 0.1 * gradient
 
@@ -221,8 +223,12 @@ def view_of(
     nnz: int,
     step: int,
     tile_rows: int | None = None,
+    budget: int | None = None,
 ) -> WeightView:
-    """What a rule sees of a weight named "w" at seed 0; the dense gradient in tiles of `tile_rows` (all)."""
+    """What a rule sees of a weight named "w" at seed 0; the dense gradient in tiles of `tile_rows` (all).
+
+    `budget` is `nnz` unless it is given.
+    """
     matrix = gradient.reshape(len(gradient), -1)
     height = tile_rows or len(matrix)
 
@@ -240,6 +246,7 @@ def view_of(
         shape=tuple(weight.shape),
         pattern=pattern,
         nnz=nnz,
+        budget=nnz if budget is None else budget,
         step=step,
         drop_fraction=method.schedule.drop_fraction(step) if method.schedule else 0.0,
         active=to_positions(mask),
@@ -257,7 +264,10 @@ def _checked_update(method: Method, views: Sequence[WeightView], mask: Tensor) -
     where = f"{method.name} at step {first.step}"
     new = method.rule(first)
     check_positions(new, mask.numel(), where)
-    assert len(new) == first.nnz, f"{where}: {len(new)} entries, expected {first.nnz}"
+    if method.varying_nnz:
+        assert len(new) <= first.budget, f"{where}: {len(new)} entries, the budget is {first.budget}"
+    else:
+        assert len(new) == first.nnz, f"{where}: {len(new)} entries, expected {first.nnz}"
     for view in views[1:]:
         assert torch.equal(new, method.rule(view)), f"{where}: the choice depends on the gradient's tiles"
     moved = to_mask(new, mask.shape)

@@ -30,6 +30,8 @@ class Target:
     pattern: Pattern
     nnz: int
     """Entries at the end of training."""
+    budget: int
+    """What the allocation gave the weight; a method with varying nnz has at most so many entries."""
     transposed: bool = False
 
     def nnz_at(self, step: int, method: Method) -> int:
@@ -94,6 +96,7 @@ def _view(
         shape=store.shape,
         pattern=target.pattern,
         nnz=target.nnz_at(step.number, step.method),
+        budget=target.budget,
         step=step.number,
         drop_fraction=schedule.drop_fraction(step.number),
         active=active,

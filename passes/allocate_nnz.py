@@ -17,7 +17,7 @@ from fxsparse.plans import Override, Plan
 
 @dataclass(frozen=True)
 class AllocateNnz:
-    """Fill `ctx.decisions`: pattern, sparsity_target, and nnz = what the pattern can hold of the budget.
+    """Fill `ctx.decisions`: pattern, sparsity_target, budget, and nnz = what the pattern can hold of the budget.
 
     Rewrites nothing.  A weight whose pattern allows one count only (N:M, a given fan-in) is not the
     allocation's to decide.  The first override whose glob names a weight decides for it.
@@ -89,7 +89,7 @@ def _decision(spec: WeightSpec, pattern: Pattern, budget: int, density: float) -
             f"(density {budget / spec.numel:.3g}) and would keep none; its smallest feasible density is "
             f"{least / spec.numel:.3g}. Lower the sparsity, or give this weight an Override or exclude it."
         )
-    return Decision(pattern, 1 - density, nnz)
+    return Decision(pattern, 1 - density, nnz, budget=budget)
 
 
 def _feasible(spec: WeightSpec, pattern: Pattern, nnz: int) -> int:

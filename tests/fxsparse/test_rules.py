@@ -31,6 +31,7 @@ def view(
         shape=tuple(weight.shape),
         pattern=pattern,
         nnz=len(active),
+        budget=len(active),
         step=step,
         drop_fraction=fraction,
         active=positions,

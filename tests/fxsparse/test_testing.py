@@ -58,6 +58,15 @@ def test_a_broken_rule_is_caught(choose, error, message):
 
 
 @pytest.mark.usefixtures("any_round_trip")
+def test_varying_nnz_may_fall_short_of_the_budget_and_not_exceed_it():
+    fewer = replace(broken(lambda view: torch.arange(view.budget - 3)), varying_nnz=True)
+    check_method(fewer, Unstructured(), (6, 10), 20)
+    more = replace(broken(lambda view: torch.arange(view.budget + 1)), varying_nnz=True)
+    with pytest.raises(AssertionError, match="set at step 1: 21 entries, the budget is 20"):
+        check_method(more, Unstructured(), (6, 10), 20)
+
+
+@pytest.mark.usefixtures("any_round_trip")
 def test_a_rule_that_depends_on_tiles_is_caught():
     class Tiled(_Rule):
         probe: ClassVar[Probe] = Probe.DENSE

@@ -1,7 +1,10 @@
 """The update engine: which steps count, what moves with a mask, and that both storages choose the same entries."""
 
 import copy
+import dataclasses
 import itertools
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from torch import nn
 import fxsparse
 from fxsparse import Plan
 from fxsparse.errors import PlanError
+from fxsparse.method import Probe
 from fxsparse.methods import gmp, rigl, set_, sr_ste, static
 from fxsparse.pattern import NM, Block, ConstantFanIn, Unstructured
 
@@ -385,3 +389,31 @@ def test_two_copies_that_train_in_turns_keep_their_probes_apart():
     optimizer.step()
     assert all(torch.equal(mask, alone.masks()[name]) for name, mask in first.masks().items())
     assert any(not torch.equal(mask, second.masks()[name]) for name, mask in first.masks().items())
+
+
+@dataclass(frozen=True)
+class _ReadsTwice:
+    """Keeps its mask, and notes what it was shown."""
+
+    seen: list = field(default_factory=list, hash=False)
+    probe: ClassVar[Probe] = Probe.DENSE
+
+    def __call__(self, view):
+        gradients = [torch.cat([tile for _, tile in view.gradient_tiles()]) for _ in range(2)]
+        self.seen.append((view.budget, *gradients))
+        return view.active
+
+
+@pytest.mark.parametrize("storage", ["masked", "compact"])
+def test_a_rule_sees_the_budget_and_may_read_the_gradient_twice(storage):
+    rule = _ReadsTwice()
+    method = dataclasses.replace(rigl(every=1, stop=10, variant="torch"), rule=rule)
+    plan = Plan(sparsity=0.7, allocation="uniform", pattern=ConstantFanIn(), storage=storage, method=method)
+    sparse = fxsparse.compile(net(), plan)
+    optimizer = torch.optim.SGD(sparse.parameters(), lr=0.1)
+    sparse.attach(optimizer)
+    train(sparse, optimizer, 2)
+    assert [budget for budget, *_ in rule.seen] == [115, 57, 115, 57]  # 0.3 of 24 x 16 and of 8 x 24
+    for _, first, second in rule.seen:
+        assert first.any()
+        assert torch.equal(first, second)

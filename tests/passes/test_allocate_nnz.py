@@ -116,3 +116,13 @@ def test_a_weight_that_would_keep_nothing_names_its_smallest_density():
 def test_a_shape_that_does_not_fit_names_the_weight():
     with pytest.raises(PatternError, match=r"weight '0.weight': "):
         decided(plan(0.5, pattern=NM(2, 4)), spec("0.weight", (20, 10)))
+
+
+def test_the_budget_is_what_the_pattern_rounded_down():
+    decision = decided(plan(0.75, pattern=ConstantFanIn()), spec("a", (20, 10))).decisions["a"]
+    assert (decision.budget, decision.nnz) == (50, 40)
+
+
+def test_a_given_fan_in_is_its_own_budget():
+    decision = decided(plan(0.75, pattern=ConstantFanIn(3)), spec("a", (20, 10))).decisions["a"]
+    assert (decision.budget, decision.nnz) == (60, 60)
