@@ -1,4 +1,6 @@
-"""The masks that training starts from, or goes on with."""
+"""The masks and weights that training starts from, or goes on with."""
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ def target_of(ctx: PassContext, name: str) -> Target:
     """What the updates of a weight need to know."""
     spec, decision = ctx.weights[name], ctx.decisions[name]
     shape = spec.shape[::-1] if spec.transposed else spec.shape
-    return Target(shape, decision.pattern, decision.nnz, decision.budget, spec.transposed)
+    return Target(shape, decision.pattern, decision.nnz, decision.budget, spec.transposed, decision.ablates)
 
 
 @torch.no_grad()
@@ -41,3 +43,31 @@ def initial_positions(ctx: PassContext, name: str) -> Tensor:
         return to_positions(initial_mask(ctx, name))
     rows, cols = ctx.state[f"{name}.indices"].long()
     return rows * ctx.weights[name].shape[1] + cols
+
+
+def initial_values(ctx: PassContext, name: str, positions: Tensor) -> Tensor | None:
+    """Values of the active entries, float32 in the order of `positions`; None where the weights stay as they come."""
+    assert ctx.plan is not None
+    draw = ctx.plan.method.weight_init
+    if draw is None or not _is_drawn(ctx, name):
+        return None
+    shape = target_of(ctx, name).shape
+    rows = positions.cpu() // torch.Size(shape[1:]).numel()
+    fan_in = torch.bincount(rows, minlength=shape[0])[rows].float()
+    return draw(fan_in, generator_for(ctx.plan.seed, f"{name} values", BEFORE_TRAINING)).to(positions.device)
+
+
+def note_drawn(ctx: PassContext, names: Iterable[str]) -> None:
+    """Tell the report of weights whose values the method drew anew."""
+    assert ctx.plan is not None
+    drawn = [name for name in names if _is_drawn(ctx, name)]
+    if ctx.plan.method.weight_init is not None and drawn:
+        ctx.notes.append(
+            f"the values of {len(drawn)} selected weights were drawn anew, as {ctx.plan.method.name} does; "
+            "weight_init='keep' leaves yours"
+        )
+
+
+def _is_drawn(ctx: PassContext, name: str) -> bool:
+    """A module that is built again has its values, and a frozen weight is there for its."""
+    return ctx.state is None and fetch(ctx.program.skeleton, name).requires_grad

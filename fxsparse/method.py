@@ -75,6 +75,8 @@ class WeightView:
     must not write to."""
     generator: torch.Generator
     """``fxsparse.rng.generator_for(seed, weight name, step)``, so that all ranks draw the same numbers."""
+    ablates: bool = False
+    """Whether whole neurons (rows) may go."""
 
 
 class UpdateRule(Protocol):
@@ -110,6 +112,14 @@ class Score(Protocol):
     def __call__(self, weight: Tensor, generator: torch.Generator) -> Tensor: ...
 
 
+class WeightInit(Protocol):
+    """Values that the active entries of a weight start from."""
+
+    def __call__(self, fan_in: Tensor, generator: torch.Generator) -> Tensor:
+        """float32 [nnz]; `fan_in` has for every active entry the number of them in its row, float32 [nnz]."""
+        ...
+
+
 @dataclass(frozen=True)
 class Method:
     """A sparse-training method as a value."""
@@ -120,6 +130,12 @@ class Method:
     source: str
     rule: UpdateRule | None = None
     schedule: Schedule | None = None
+    pattern: Pattern | None = None
+    """What its masks look like: a plan's default, and any other kind is refused.  None: any pattern."""
+    weight_init: WeightInit | None = None
+    """Draws the selected weights anew; None leaves them as they come."""
+    never_ablate: tuple[str, ...] | None = None
+    """The rule ablates neurons, yet none of the weights that these globs name; None: it ablates none at all."""
     varying_nnz: bool = False
     """An update may leave any number of entries up to the weight's budget; else it leaves exactly nnz."""
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -158,6 +174,7 @@ def register(build: Callable[P, Method]) -> Callable[P, Method]:
     @functools.wraps(build)
     def constructor(*args: P.args, **kwargs: P.kwargs) -> Method:
         given = signature.bind(*args, **kwargs).arguments
+        given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
         options = {key: value for key, value in given.items() if value != signature.parameters[key].default}
         return replace(build(*args, **kwargs), name=name, options=options)
 

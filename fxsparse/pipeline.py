@@ -81,6 +81,10 @@ class Decision:
     reason: str = ""
     budget: int = 0
     """What the allocation gave the weight, before the pattern rounded it down."""
+    ablates: bool = False
+    """The method may ablate neurons of this weight."""
+    neurons: str = ""
+    """Whether it may, and why not, as the report says it; empty where the method ablates none at all."""
     dense_us: float | None = None
     """Inference: measured time of the best dense kernel at the example inputs, microseconds, over all call sites."""
     sparse_us: float | None = None

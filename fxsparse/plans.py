@@ -49,7 +49,7 @@ class Plan:
     Args:
         sparsity: fraction of zeros over the selected weights, in [0, 1).  May be left out with an N:M pattern.
         allocation: how the total is shared among weights: a policy name, or ``{glob: sparsity}`` for every weight.
-        pattern: the constraint on each mask.
+        pattern: the constraint on each mask; the method's own where it has one, else unstructured.
         method: what trains the masks.
         storage: "masked" keeps dense weights beside a mask, "compact" stores nonzeros only, "auto" takes what was
             measured faster at the example inputs.
@@ -65,7 +65,7 @@ class Plan:
 
     sparsity: float | None = None
     allocation: str | Mapping[str, float] = field(default="erk", hash=False)
-    pattern: Pattern = field(default_factory=Unstructured)
+    pattern: Pattern = None  # pyright: ignore[reportAssignmentType]  # set by __post_init__
     method: Method = field(default_factory=lambda: methods.static("magnitude"))
     storage: str = "auto"
     exclude: tuple[str, ...] = ()
@@ -78,6 +78,8 @@ class Plan:
         if not isinstance(self.overrides, tuple | list):
             raise PlanError(f"Plan.overrides: expected a tuple of Override values, got {self.overrides!r}.")
         object.__setattr__(self, "overrides", tuple(self.overrides))
+        if self.pattern is None and isinstance(self.method, Method):
+            object.__setattr__(self, "pattern", self.method.pattern or Unstructured())
         _check_types(self)
         object.__setattr__(self, "sparsity", _implied_sparsity(self.sparsity, self.pattern))
         allocations.check(self.allocation)
@@ -177,6 +179,17 @@ def _check_types(plan: Plan) -> None:
     for override in plan.overrides:
         if not isinstance(override, Override):
             raise PlanError(f"Plan.overrides: expected Override values, got {override!r}.")
+    _check_method_pattern(plan)
+
+
+def _check_method_pattern(plan: Plan) -> None:
+    own = plan.method.pattern
+    given = {"Plan": plan.pattern} | {f"Override({o.glob!r})": o.pattern for o in plan.overrides if o.pattern}
+    for where, pattern in given.items():
+        if own is not None and type(pattern) is not type(own):
+            raise PlanError(
+                f"{where}.pattern: {plan.method.name} trains {type(own).__name__} only, got {pattern!r}; leave it out."
+            )
 
 
 def _implied_sparsity(sparsity: float | None, pattern: Pattern) -> float:

@@ -31,11 +31,11 @@ HEADERS = {
 
 PASSES = ("name", "rewrites", "seconds", "notes")
 LAYERS = (
-    *("name", "op", "shape", "pattern", "storage", "kernel", "sparsity_target", "sparsity", "nnz", "numel"),
-    *("flops_dense", "flops_sparse", "flops_executed", "dense_us", "sparse_us", "reason"),
+    *("name", "op", "shape", "pattern", "neurons", "storage", "kernel", "sparsity_target", "sparsity"),
+    *("nnz", "numel", "flops_dense", "flops_sparse", "flops_executed", "dense_us", "sparse_us", "reason"),
 )
-OPTIONAL = ("dense_us", "sparse_us")
-"""Columns shown only where some layer has them: nothing is measured in training."""
+OPTIONAL = ("dense_us", "sparse_us", "neurons")
+"""Columns shown only where some layer has them: nothing is measured in training, and few methods ablate."""
 TOTALS = (
     *("numel", "nnz", "sparsity", "flops_dense", "flops_sparse", "flops_executed", "train_flops_ratio"),
     *("bytes_dense", "bytes_sparse"),

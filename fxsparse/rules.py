@@ -13,15 +13,16 @@ from fxsparse.pattern import Pattern
 from fxsparse.scores import random_tiles
 from fxsparse.selection import to_positions
 
+Tiles = Iterator[tuple[int, Tensor]]
+"""(first row, scores [rows, fan_in]) in ascending row order."""
+
 
 class Growth(Protocol):
     """Scores every entry for growth, larger first."""
 
     probe: ClassVar[Probe]
 
-    def tiles(self, view: WeightView) -> Iterator[tuple[int, Tensor]]:
-        """(first row, scores [rows, fan_in]) in ascending row order."""
-        ...
+    def tiles(self, view: WeightView) -> Tiles: ...
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class GradientMagnitude:
 
     probe: ClassVar[Probe] = Probe.DENSE
 
-    def tiles(self, view: WeightView) -> Iterator[tuple[int, Tensor]]:
+    def tiles(self, view: WeightView) -> Tiles:
         return ((first, gradient.detach().abs()) for first, gradient in view.gradient_tiles())
 
 
@@ -40,7 +41,7 @@ class UniformRandom:
 
     probe: ClassVar[Probe] = Probe.NONE
 
-    def tiles(self, view: WeightView) -> Iterator[tuple[int, Tensor]]:
+    def tiles(self, view: WeightView) -> Tiles:
         return random_tiles(view.shape, view.generator, view.active.device)
 
 
@@ -65,7 +66,7 @@ class PruneGrow:
         if drop == 0 and len(view.active) == view.nnz:
             return view.active
         kept = _largest_active(view, budget - drop)
-        scores = _force(kept, self.grow.tiles(view), prod(view.shape[1:]))
+        scores = put(torch.inf, kept, self.grow.tiles(view), prod(view.shape[1:]))
         return view.pattern.project_tiles(scores, view.shape, view.nnz)
 
 
@@ -94,11 +95,11 @@ def _largest_active(view: WeightView, keep: int) -> Tensor:
     return to_positions(view.pattern.prune(whole, keep))
 
 
-def _force(kept: Tensor, tiles: Iterator[tuple[int, Tensor]], fan_in: int) -> Iterator[tuple[int, Tensor]]:
-    """Tiles with +inf at the kept positions, and nowhere else."""
+def put(value: float, positions: Tensor, tiles: Tiles, fan_in: int) -> Tiles:
+    """Copies of the tiles with `value` at flat positions (ascending), and nowhere else infinite."""
     for first, tile in tiles:
         scores = tile.clamp(max=torch.finfo(tile.dtype).max).contiguous()
-        ends = torch.tensor([first * fan_in, (first + len(tile)) * fan_in], device=kept.device)
-        low, high = torch.searchsorted(kept, ends).tolist()
-        scores.view(-1)[kept[low:high] - first * fan_in] = torch.inf
+        ends = torch.tensor([first * fan_in, (first + len(tile)) * fan_in], device=positions.device)
+        low, high = torch.searchsorted(positions, ends).tolist()
+        scores.view(-1)[positions[low:high] - first * fan_in] = value
         yield first, scores

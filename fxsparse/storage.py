@@ -44,6 +44,11 @@ class MaskedWeight:
         """The weights at `positions`."""
         return self.parameter.detach()[self._entries(positions)]
 
+    @torch.no_grad()
+    def fill(self, positions: Tensor, values: Tensor) -> None:
+        """Write these weights at `positions`, in place."""
+        self.parameter[self._entries(positions)] = values.to(self.parameter.dtype)
+
     def dense(self) -> Tensor:
         """The weight in the logical shape, hidden values included."""
         weight = self.parameter.detach()

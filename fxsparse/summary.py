@@ -60,6 +60,7 @@ def _layer(ctx: PassContext, name: str) -> Row:
         "sparsity": 1 - decision.nnz / spec.numel,
         "nnz": decision.nnz,
         "numel": spec.numel,
+        **({"neurons": decision.neurons} if decision.neurons else {}),
         **dict(zip(("flops_dense", "flops_sparse", "flops_executed"), flops, strict=True)),
     }
 

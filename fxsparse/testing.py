@@ -254,6 +254,7 @@ def view_of(
         weight=whole,
         gradient_tiles=tiles,
         generator=generator_for(0, "w", step),
+        ablates=method.never_ablate is not None,
     )
 
 

@@ -50,7 +50,10 @@ def top_of_tiles(tiles: Iterable[tuple[int, Tensor]], n: int) -> Tensor:
             best, positions = scores[:0], torch.empty(0, dtype=torch.int64, device=scores.device)
         # A later entry loses every tie, so only a score above the lowest held one can still come in.
         floor = best.min() if 0 < n == len(best) else -torch.inf
-        fresh = top_positions(scores.masked_fill(scores <= floor, -torch.inf), n)
+        _refuse_nan(scores)
+        fresh = (scores > floor).nonzero().squeeze(1)
+        if len(fresh) > n:
+            fresh = fresh[top_positions(scores[fresh], n)]
         best, positions = torch.cat([best, scores[fresh]]), torch.cat([positions, fresh + first])
         if len(best) > n:
             chosen = top_positions(best, n)

@@ -33,6 +33,8 @@ class Target:
     budget: int
     """What the allocation gave the weight; a method with varying nnz has at most so many entries."""
     transposed: bool = False
+    ablates: bool = False
+    """Whether whole neurons may go."""
 
     def nnz_at(self, step: int, method: Method) -> int:
         """Entries after the update of this step; -1 asks for the initial mask."""
@@ -104,6 +106,7 @@ def _view(
         weight=store.dense,
         gradient_tiles=lambda: _tiles(store, name, step),
         generator=generator_for(step.seed, name, step.number),
+        ablates=target.ablates,
     )
 
 

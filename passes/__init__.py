@@ -13,13 +13,14 @@ from fxsparse.passes.fuse_epilogue import FuseEpilogue
 from fxsparse.passes.infer_shapes import InferShapes
 from fxsparse.passes.insert_mask_updates import InsertMaskUpdates
 from fxsparse.passes.insert_reparam import InsertReparam
+from fxsparse.passes.keep_neurons import KeepNeurons
 from fxsparse.passes.lower_inference import LowerInference
 from fxsparse.passes.lower_kernels import LowerKernels
 from fxsparse.passes.remove_identities import RemoveIdentities
 from fxsparse.passes.select_kernels import SelectKernels
 from fxsparse.pipeline import Pass
 
-_select = (Functionalize(), InferShapes(), CollectWeights(), AllocateNnz())
+_select = (Functionalize(), InferShapes(), CollectWeights(), AllocateNnz(), KeepNeurons())
 planning_pipeline = (*_select, CountFlops())
 training_pipeline = (
     *_select,
@@ -65,6 +66,7 @@ __all__ = [
     "InferShapes",
     "InsertMaskUpdates",
     "InsertReparam",
+    "KeepNeurons",
     "LowerInference",
     "LowerKernels",
     "RemoveIdentities",

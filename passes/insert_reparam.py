@@ -7,15 +7,17 @@ import torch
 from torch.fx import GraphModule
 
 from fxsparse.graph import attribute_nodes, owner
-from fxsparse.initial import initial_mask
+from fxsparse.initial import initial_mask, initial_values, note_drawn
 from fxsparse.pipeline import PassContext
+from fxsparse.storage import MaskedWeight
 
 
 @dataclass(frozen=True)
 class InsertReparam:
     """w becomes reparam(w, w_mask) for all its users, tied ones too; the mask is drawn and registered beside w.
 
-    Zeroes pruned entries of the user's Parameter in place where the method keeps exact zeros.
+    Zeroes pruned entries of the user's Parameter in place where the method keeps exact zeros, and draws the active ones
+    anew where it says so.
     """
 
     name: ClassVar[str] = "insert-reparam"
@@ -26,6 +28,7 @@ class InsertReparam:
         assert ctx.plan is not None
         function, arguments = ctx.plan.method.reparam.function(dense_grad=False)
         rewrites = 0
+        note_drawn(ctx, [name for name, decision in ctx.decisions.items() if decision.storage == "masked"])
         for name, decision in ctx.decisions.items():
             if decision.storage != "masked":
                 continue
@@ -51,6 +54,13 @@ def register_mask(ctx: PassContext, name: str) -> None:
     assert ctx.plan is not None
     mask = initial_mask(ctx, name)
     module.register_buffer(f"{leaf}_mask", mask)
+    parameter = module._parameters[leaf]
+    assert parameter is not None
+    stored = MaskedWeight(parameter, mask, ctx.weights[name].transposed)
+    positions = stored.active()
+    values = initial_values(ctx, name, positions)
+    if values is not None:
+        stored.fill(positions, values)
     if ctx.plan.method.reparam.exact_zeros:
         with torch.no_grad():
-            module._parameters[leaf].mul_(mask)  # type: ignore[union-attr]
+            parameter.mul_(mask)

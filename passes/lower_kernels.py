@@ -9,7 +9,7 @@ from torch.fx import GraphModule
 
 from fxsparse import kernel
 from fxsparse.graph import argument, attribute_nodes, fetch, insert_get_attr, owner, replace
-from fxsparse.initial import initial_positions
+from fxsparse.initial import initial_positions, initial_values, note_drawn
 from fxsparse.pipeline import PassContext
 from fxsparse.storage import CompactWeight
 
@@ -29,6 +29,9 @@ class LowerKernels:
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         rewrites = 0
+        compact = [name for name, decision in ctx.decisions.items() if decision.storage == "compact"]
+        if not any(isinstance(fetch(ctx.program.skeleton, name), CompactWeight) for name in compact):
+            note_drawn(ctx, compact)
         for name, decision in ctx.decisions.items():
             if decision.storage == "compact":
                 compact_in_tree(ctx, name)
@@ -44,9 +47,11 @@ def compact_in_tree(ctx: PassContext, name: str) -> None:
     if isinstance(fetch(ctx.program.skeleton, name), CompactWeight):
         return
     positions = initial_positions(ctx, name)
+    drawn = initial_values(ctx, name, positions)
     parameter = module._parameters.pop(leaf)
     assert isinstance(parameter, nn.Parameter)
-    compact = CompactWeight(tuple(parameter.shape), positions, parameter.detach().flatten()[positions])
+    values = parameter.detach().flatten()[positions] if drawn is None else drawn.to(parameter.dtype)
+    compact = CompactWeight(tuple(parameter.shape), positions, values)
     compact.values.requires_grad_(parameter.requires_grad)
     module.add_module(leaf, compact.train(module.training))
 
