@@ -1,15 +1,13 @@
 """Which front end captures which model, and how much of it: all torchvision classifiers, HF and timm models.
 
-``python benchmarks/coverage.py --out rows.jsonl`` writes a row per model and skips the models that have one already, so
-an interrupted run goes on; ``--quick`` takes a dozen torchvision representatives.  A row is verified: eval outputs, and
-one train step (outputs, gradients, buffers) where the model has fewer than 100 M parameters.
+``python -m benchmarks.coverage`` goes on where an interrupted run was; ``--quick`` takes a dozen torchvision
+representatives.  A row is verified: eval outputs, and one train step (outputs, gradients, buffers) where the model has
+fewer than 100 M parameters.
 """
 
-import argparse
-import json
 import time
+from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -18,8 +16,8 @@ import torchvision
 import transformers
 from tabulate import tabulate
 from torch import nn
-from tqdm import tqdm
 
+from benchmarks.cells import environments, parser, run_cells
 from fxsparse.passes import Cleanup, CollectWeights, Functionalize
 from fxsparse.pipeline import PassContext, run_passes
 from fxsparse.report import Report
@@ -66,26 +64,18 @@ _SIZES: dict[str, Any] = {
 
 def main() -> None:
     """Run what is missing, then print the table."""
-    parser = argparse.ArgumentParser(description="Coverage of the front ends, model by model.")
-    parser.add_argument("--out", type=Path, default=Path("coverage.jsonl"))
-    parser.add_argument("--quick", action="store_true", help="a dozen torchvision models only")
-    options = parser.parse_args()
-    lines = options.out.read_text().splitlines() if options.out.exists() else []
-    rows = {row["model"]: row for row in map(json.loads, lines)}
-    for name, build in tqdm(list(cells(options.quick).items())):
-        if name in rows:
-            continue
-        rows[name] = {"model": name} | measure(*build())
-        with options.out.open("a") as file:
-            file.write(json.dumps(rows[name]) + "\n")
-    print(tabulate([{k: v for k, v in row.items() if k != "notes"} for row in rows.values()], headers="keys"))
-    tiers = [row["tier"] for row in rows.values()]
-    print(
-        {tier: tiers.count(tier) for tier in sorted(set(tiers))}, f"of {len(rows)}; torch {torch.__version__}"
-    )
+    options = parser(__doc__, output="coverage.json").parse_args()
+    torch.set_num_threads(options.threads)
+    built = models(options.quick)
+    grid = [{"model": name} for name in built]
+    cells = run_cells(grid, lambda settings: measure(*built[settings["model"]]()), options.output)
+    rows = [cell.settings | {k: v for k, v in cell.result.items() if k != "notes"} for cell in cells]
+    print(tabulate(rows, headers="keys"))
+    tiers = Counter(row["tier"] for row in rows)
+    print(f"{dict(sorted(tiers.items()))} of {len(rows)}\n{environments(cells)}")
 
 
-def cells(quick: bool) -> dict[str, Callable[[], tuple[nn.Module, Any]]]:
+def models(quick: bool) -> dict[str, Callable[[], tuple[nn.Module, Any]]]:
     """{name: function that builds the model and its example inputs}."""
     names = QUICK if quick else torchvision.models.list_models(module=torchvision.models)
     made: dict[str, Callable[[], tuple[nn.Module, Any]]] = {

@@ -13,7 +13,7 @@ def environment(dtype: torch.dtype) -> str:
     """One line: processor, threads, dtype, versions, instruction set of the C++ kernels."""
     name = str(dtype).removeprefix("torch.")
     return (
-        f"{_processor()}; {torch.get_num_threads()} thread(s); {name}; torch {torch.__version__}; "
+        f"{processor()}; {torch.get_num_threads()} thread(s); {name}; torch {torch.__version__}; "
         f"kernels: {cpu.instruction_set()}"
     )
 
@@ -35,7 +35,8 @@ def ratio(of: float, to: float | None) -> str:
     return "-" if to is None else f"{of / to:.2f}x"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of the processor."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return platform.processor() or platform.machine()

@@ -27,6 +27,11 @@ class Digits:
     test_images: Tensor
     test_labels: Tensor
 
+    def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """64 training images with their labels, with replacement."""
+        rows = torch.randint(len(self.train_labels), (BATCH,), generator=generator)
+        return self.train_images[rows], self.train_labels[rows]
+
 
 def load_digits() -> Digits:
     """The data set, which scikit-learn carries with it; the split is the same in every run.
@@ -52,7 +57,7 @@ def load_digits() -> Digits:
 
 def train(
     model: nn.Module,
-    digits: Digits,
+    draw: Callable[[torch.Generator], tuple[Tensor, Tensor]],
     *,
     steps: int,
     seed: int = 0,
@@ -60,8 +65,9 @@ def train(
     attach: Callable[[AdamW], object] | None = None,
     title: str = "",
 ) -> None:
-    """Train in place with AdamW and a one-cycle rate, on `steps` batches of 64 images drawn with replacement.
+    """Train in place with AdamW, a one-cycle rate and cross entropy, on `steps` batches that `draw` makes.
 
+    `draw` returns inputs and int64 labels; the model answers with a row of logits for each label.
     `attach` gets the optimizer before the first step: `SparseModule.attach` for a sparse model.
     """
     optimizer = AdamW(model.parameters(), lr=rate, weight_decay=0.05)
@@ -71,8 +77,8 @@ def train(
     model.train()
     generator = torch.Generator().manual_seed(seed)
     for _ in tqdm(range(steps), desc=title, unit="step", leave=False, disable=None):
-        rows = torch.randint(len(digits.train_labels), (BATCH,), generator=generator)
-        loss = F.cross_entropy(model(digits.train_images[rows]), digits.train_labels[rows])
+        inputs, labels = draw(generator)
+        loss = F.cross_entropy(model(inputs).flatten(0, -2), labels.flatten())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

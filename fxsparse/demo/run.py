@@ -80,7 +80,7 @@ def _train(outcome: Outcome, run: str, model: nn.Module, digits: Digits, steps: 
     if isinstance(model, SparseModule):
         settings = {"rate": SPARSE_RATE, "attach": model.attach}
     start = time.perf_counter()
-    train(model, digits, steps=steps, seed=seed, title=f"{outcome.name} {run}", **settings)
+    train(model, digits.draw, steps=steps, seed=seed, title=f"{outcome.name} {run}", **settings)
     outcome.seconds[run] = time.perf_counter() - start
     outcome.accuracy[run] = accuracy(model, digits)
 

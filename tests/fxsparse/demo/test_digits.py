@@ -29,7 +29,7 @@ def test_the_split_is_fixed_normalised_and_keeps_every_image_once():
 def test_training_a_linear_model_learns_the_digits():
     torch.manual_seed(0)
     model, digits = LinearClassifier(), load_digits()
-    train(model, digits, steps=200, rate=1e-2)
+    train(model, digits.draw, steps=200, rate=1e-2)
     assert accuracy(model, digits) > 90  # a tenth is right by chance
 
 
@@ -38,7 +38,7 @@ def test_the_same_seed_gives_the_same_weights():
     for _ in range(2):
         torch.manual_seed(0)
         model = LinearClassifier()
-        train(model, digits, steps=3, seed=1)
+        train(model, digits.draw, steps=3, seed=1)
         weights.append(model.linear.weight)
     assert torch.equal(*weights)
 
@@ -48,7 +48,7 @@ def test_attach_gets_the_optimizer_before_the_first_step():
     before = model.linear.weight.clone()
     train(
         model,
-        load_digits(),
+        load_digits().draw,
         steps=1,
         attach=lambda o: seen.append((o, torch.equal(model.linear.weight, before))),
     )

@@ -1,13 +1,10 @@
-import sys
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+from benchmarks import models
 from fxsparse.allocation import POLICIES, Target, target_densities
 from fxsparse.flops import Stored
 from fxsparse.passes import Functionalize
@@ -18,14 +15,7 @@ from fxsparse.trace import capture
 
 @pytest.fixture(scope="session")
 def paper_models():
-    path = Path(__file__).parents[3] / "benchmarks" / "models.py"
-    spec = spec_from_file_location("paper_models", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    sys.modules["paper_models"] = module
-    spec.loader.exec_module(module)
-    return module
+    return models
 
 
 def shaped(model, *inputs, dynamic=1):
