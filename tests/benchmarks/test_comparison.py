@@ -51,7 +51,7 @@ def test_schedules_end_at_three_quarters_unless_told_otherwise():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("rigel", "expected one of dense, static, set, rigl, gmp"), ("rigl:every", "name:option=value")],
+    [("rigel", "expected one of dense, static, set, rigl"), ("rigl:every", "name:option=value")],
 )
 def test_a_method_that_is_none_is_refused(text, message):
     with pytest.raises(ValueError, match=message):
