@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from fxsparse.formats import csr
 from fxsparse.graph import fetch
 from fxsparse.pipeline import PassContext
 from fxsparse.rng import generator_for
@@ -41,8 +42,15 @@ def initial_positions(ctx: PassContext, name: str) -> Tensor:
     """Flat positions of the entries that compact storage starts with, int64, ascending."""
     if ctx.state is None:
         return to_positions(initial_mask(ctx, name))
-    rows, cols = ctx.state[f"{name}.indices"].long()
-    return rows * ctx.weights[name].shape[1] + cols
+    rows, columns = ctx.weights[name].shape
+    return csr.positions_in(ctx.state[f"{name}.indices"], (rows, columns))
+
+
+def capacity(ctx: PassContext, name: str) -> int:
+    """Entries that compact storage has room for: the budget where updates may change their count, else nnz."""
+    assert ctx.plan is not None
+    decision = ctx.decisions[name]
+    return decision.budget if ctx.plan.method.varying_nnz else decision.nnz
 
 
 def initial_values(ctx: PassContext, name: str, positions: Tensor) -> Tensor | None:

@@ -16,6 +16,7 @@ from fxsparse.graph import owner, set_parameter
 from fxsparse.pipeline import Decision, Program
 from fxsparse.plans import Plan
 from fxsparse.report import Report
+from fxsparse.selection import to_mask
 from fxsparse.skeleton import SHARED_DICTS, bind
 from fxsparse.state_dicts import after_loading, before_loading
 from fxsparse.storage import CompactWeight, MaskedWeight, read_weights
@@ -317,10 +318,7 @@ def _numel(weight: CompactWeight | MaskedWeight) -> int:
 def _mask(weight: CompactWeight | MaskedWeight) -> Tensor:
     if isinstance(weight, MaskedWeight):
         return weight.mask.clone()
-    mask = torch.zeros(weight.shape, dtype=torch.bool, device=weight.values.device)
-    rows, cols = weight.indices.long()
-    mask[rows, cols] = True
-    return mask
+    return to_mask(weight.active(), weight.shape)
 
 
 def _fingerprint(positions: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fxsparse.errors import UnsupportedError
@@ -36,11 +37,17 @@ def reset(optimizer: torch.optim.Optimizer, parameter: Tensor, entries: tuple[Te
 
 @torch.no_grad()
 def rehome(optimizer: torch.optim.Optimizer, old: Tensor, new: Tensor, positions: Tensor) -> None:
-    """Let the optimizer hold `new`, the entries of `old` at flat `positions`, in its place; state is gathered too."""
+    """Let the optimizer hold `new`, the entries of `old` at flat `positions`, in its place; state is gathered too.
+
+    Where `new` has room for more entries than there are positions, their state is 0.
+    """
     for group in optimizer.param_groups:
         group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
     if old not in optimizer.state:
         return
-    moved = {id(state): state.flatten()[positions] for state in per_element(optimizer, old)}
+    unused = new.numel() - positions.numel()
+    moved = {
+        id(state): F.pad(state.flatten()[positions], (0, unused)) for state in per_element(optimizer, old)
+    }
     state = optimizer.state.pop(old)
     optimizer.state[new] = {key: moved.get(id(value), value) for key, value in state.items()}

@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 from fxsparse.errors import CheckpointError, PatternError
+from fxsparse.formats import csr
 from fxsparse.storage import CompactWeight, MaskedWeight
 from fxsparse.updates import MaskUpdates
+
+_ADVICE = "Is it of another plan? Its dense weights load: save dense_state_dict() there."
 
 
 def before_loading(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -26,8 +29,8 @@ def before_loading(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> 
         if dense is not None and isinstance(weight, MaskedWeight):
             state.setdefault(f"{prefix}{name}_mask", weight.mask)
         elif dense is not None and tuple(dense.shape) == tuple(weight.shape):
-            rows, cols = weight.indices.long()
-            state[f"{prefix}{name}.values"] = state.pop(prefix + name).to(weight.values.device)[rows, cols]
+            dense = state.pop(prefix + name).to(weight.values.device)
+            state[f"{prefix}{name}.values"] = csr.values_of(dense, weight.index)
             state.setdefault(f"{prefix}{name}.indices", weight.indices)
         _check(updates, name, weight, state, prefix)
 
@@ -36,7 +39,7 @@ def after_loading(module: Any, incompatible: Any) -> None:
     """Rebuild what is derived, cut dense weights by their masks, and continue at the saved step."""
     for _, weight in module.weights():
         if isinstance(weight, CompactWeight):
-            weight.place(weight.active())
+            weight.reindex()
     updates = module._emitted.updates
     if updates is not None:
         updates.zero_pruned()
@@ -52,26 +55,43 @@ def _check(
         raise CheckpointError(f"fxsparse_step: expected a count of optimizer steps, got {step}.")
     if isinstance(weight, CompactWeight):
         indices = state.get(f"{prefix}{name}.indices")
-        if indices is not None and indices.dtype != torch.int32:
-            raise CheckpointError(f"{name}.indices: expected int32, got {indices.dtype}.")
+        if indices is not None and indices.shape == weight.indices.shape:
+            _check_indices(updates, name, weight, indices, step)
         return
     mask = state.get(f"{prefix}{name}_mask")
     if mask is not None and mask.shape == weight.mask.shape and weight.parameter.requires_grad:
         _check_mask(updates, name, weight, mask, step)
 
 
+def _check_indices(
+    updates: MaskUpdates, name: str, weight: CompactWeight, indices: Tensor, step: int
+) -> None:
+    if indices.dtype != torch.int32:
+        raise CheckpointError(f"{name}.indices: expected int32, got {indices.dtype}.")
+    try:
+        got = len(csr.positions_in(indices, weight.shape))
+    except PatternError as error:
+        raise CheckpointError(f"{name}.indices are broken: {error}. {_ADVICE}") from error
+    if weight.values.requires_grad:
+        _check_count(updates, name, f"{name}.indices", got, step)
+
+
 def _check_mask(updates: MaskUpdates, name: str, weight: MaskedWeight, mask: Tensor, step: int) -> None:
     target = updates.targets[name]
-    expected, got = target.nnz_at(step, updates.method), int(mask.count_nonzero())
-    varies = updates.method.varying_nnz and got <= target.budget
-    advice = "Is it of another plan? Its dense weights load: save dense_state_dict() there."
     if mask.dtype != torch.bool:
         raise CheckpointError(f"{name}_mask: expected bool, got {mask.dtype}.")
-    if got != expected and not varies:
-        raise CheckpointError(
-            f"{name}_mask: expected {expected} active entries, as this plan has after {step} steps, got {got}. {advice}"
-        )
+    _check_count(updates, name, f"{name}_mask", int(mask.count_nonzero()), step)
     try:
         target.pattern.check(mask.t() if target.transposed else mask)
     except PatternError as error:
-        raise CheckpointError(f"{name}_mask does not fit {target.pattern}: {error} {advice}") from error
+        raise CheckpointError(f"{name}_mask does not fit {target.pattern}: {error} {_ADVICE}") from error
+
+
+def _check_count(updates: MaskUpdates, name: str, where: str, got: int, step: int) -> None:
+    target = updates.targets[name]
+    expected = target.nnz_at(step, updates.method)
+    if got == expected or (updates.method.varying_nnz and got <= target.budget):
+        return
+    raise CheckpointError(
+        f"{where}: expected {expected} active entries, as this plan has after {step} steps, got {got}. {_ADVICE}"
+    )

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxsparse import optimizer_state
@@ -94,9 +95,12 @@ _PROBE_KEYS = itertools.count()
 class CompactWeight(nn.Module):
     """A linear weight as its nonzeros: takes the place of the dense parameter in the module that owned it.
 
+    There is room for `capacity` entries, and a move may use less of it.  Unused slots follow the last entry: 0 in
+    `values` and in its gradient, -1 in the indices.
+
     Attributes:
-        values: nn.Parameter [nnz], row-major order.
-        indices: int32 [2, nnz], rows and columns; with `values` all that a checkpoint holds.
+        values: nn.Parameter [capacity], row-major order.
+        indices: int32 [2, capacity], rows and columns; with `values` all that a checkpoint holds.
         crow, ccol, rows_t, perm: the row pointers and the transposed index, derived and not saved.
     """
 
@@ -111,12 +115,15 @@ class CompactWeight(nn.Module):
     probe_key: int
     """Where a probe step's backward leaves inputs and output gradients; no two weights share one."""
 
-    def __init__(self, shape: tuple[int, int], positions: Tensor, values: Tensor) -> None:
+    def __init__(
+        self, shape: tuple[int, int], positions: Tensor, values: Tensor, capacity: int | None = None
+    ) -> None:
+        """The entries `values` [nnz] at flat `positions` [nnz], with room for `capacity`, by default for no more."""
         super().__init__()
         self.shape = shape
         self.renew_probe_key()
-        self.values = nn.Parameter(values)
-        index = csr.from_flat(positions, shape)
+        index = csr.from_flat(positions, shape, capacity)
+        self.values = nn.Parameter(F.pad(values, (0, index.capacity - len(values))))
         self.register_buffer("indices", index.indices)
         for name in ("crow", "ccol", "rows_t", "perm"):
             self.register_buffer(name, getattr(index, name), persistent=False)
@@ -135,29 +142,35 @@ class CompactWeight(nn.Module):
         return csr.flat_of(self.index)
 
     def values_at(self, positions: Tensor) -> Tensor:
-        """The stored values; `positions` are all of `active`."""
-        del positions
-        return self.values.detach()
+        """The stored values, [nnz]; `positions` are all of `active`."""
+        return self.values.detach()[: len(positions)]
 
     @torch.no_grad()
     def move(self, change: MaskChange, optimizer: torch.optim.Optimizer | None) -> None:
-        """Apply the change in place at constant nnz; values and optimizer state travel with their coordinates."""
-        states = () if optimizer is None else optimizer_state.per_element(optimizer, self.values)
+        """Apply the change in place within the capacity; values and optimizer state travel with their coordinates."""
+        states = () if optimizer is None else tuple(optimizer_state.per_element(optimizer, self.values))
+        csr.move_(self.index, change.after())
         for tensor in (self.values, *states):
-            tensor.copy_(change.carry(tensor))
-        self.place(change.after())
+            carried = change.carry(tensor)
+            tensor[: len(carried)] = carried
+            tensor[len(carried) :] = 0
 
     @torch.no_grad()
-    def place(self, positions: Tensor) -> None:
-        """Rewrite every index buffer in place for the stored positions [nnz]; the values stay where they are."""
-        csr.move_(self.index, positions)
+    def reindex(self) -> None:
+        """Rebuild in place what is derived from `indices`, after something else was loaded into them."""
+        csr.move_(self.index, csr.positions_in(self.indices, self.shape))
+
+    @torch.no_grad()
+    def zero_unused(self) -> None:
+        """Keep the slots that hold no entry at exactly 0."""
+        self.values[self.index.nnz :] = 0
 
     def dense(self) -> Tensor:
         """The dense weight, zeros filled in."""
         return csr.to_dense(self.values.detach(), self.index)
 
     def extra_repr(self) -> str:
-        return f"{self.shape[0]}x{self.shape[1]}, nnz={self.values.numel()}"
+        return f"{self.shape[0]}x{self.shape[1]}, nnz={self.index.nnz}, capacity={self.index.capacity}"
 
 
 def read_weights(

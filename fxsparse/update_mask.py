@@ -12,6 +12,7 @@ from torch.fx import Graph
 from torch.optim import Optimizer
 
 from fxsparse import kernel
+from fxsparse.errors import InvariantError
 from fxsparse.graph import fetch
 from fxsparse.kernels.csr import probe
 from fxsparse.method import Method, Probe, Reparam, WeightView, WholeRule
@@ -73,12 +74,24 @@ def update_mask(step: UpdateStep, weight: Any, mask: Tensor | None, name: str) -
     if rule.probe is Probe.DENSE and not _was_probed(store, name, step):
         return False
     view = _view(store, active, target, name, step)
-    change = MaskChange.between(active, rule(view))
+    chosen = rule(view)
+    _check_count(len(chosen), view, step.method)
+    change = MaskChange.between(active, chosen)
     if isinstance(store, CompactWeight):
         store.move(change, step.optimizer)
     else:
         store.move(change, step.optimizer, step.method.reparam.exact_zeros)
     return len(change.pruned) + len(change.grown) > 0
+
+
+def _check_count(got: int, view: WeightView, method: Method) -> None:
+    if got == view.nnz or (method.varying_nnz and got <= view.budget):
+        return
+    expected = f"at most {view.budget}" if method.varying_nnz else view.nnz
+    raise InvariantError(
+        f"{view.name}: {method.name}'s rule chose {got} entries at step {view.step}, expected {expected}. A rule whose "
+        "count varies below the budget needs Method(varying_nnz=True); fxsparse.testing.check_method tests a rule."
+    )
 
 
 def _was_probed(store: MaskedWeight | CompactWeight, name: str, step: UpdateStep) -> bool:

@@ -159,12 +159,14 @@ class MaskUpdates:
 
     @torch.no_grad()
     def zero_pruned(self) -> None:
-        """Keep pruned entries at exactly 0, whatever the optimizer did (Muon's step is dense)."""
+        """Keep pruned entries and unused slots at exactly 0, whatever the optimizer did (Muon's step is dense)."""
         if not self.method.reparam.exact_zeros:
             return
         for _, weight in self.weights():
             if isinstance(weight, MaskedWeight):
                 weight.parameter.mul_(weight.mask)
+            elif self.method.varying_nnz:
+                weight.zero_unused()
 
     @torch.no_grad()
     def _reset_pruned_state(self, optimizer: Optimizer) -> None:

@@ -9,7 +9,7 @@ from torch.fx import GraphModule
 
 from fxsparse import kernel
 from fxsparse.graph import argument, attribute_nodes, fetch, insert_get_attr, owner, replace
-from fxsparse.initial import initial_positions, initial_values, note_drawn
+from fxsparse.initial import capacity, initial_positions, initial_values, note_drawn
 from fxsparse.pipeline import PassContext
 from fxsparse.storage import CompactWeight
 
@@ -51,7 +51,7 @@ def compact_in_tree(ctx: PassContext, name: str) -> None:
     parameter = module._parameters.pop(leaf)
     assert isinstance(parameter, nn.Parameter)
     values = parameter.detach().flatten()[positions] if drawn is None else drawn.to(parameter.dtype)
-    compact = CompactWeight(tuple(parameter.shape), positions, values)
+    compact = CompactWeight(tuple(parameter.shape), positions, values, capacity(ctx, name))
     compact.values.requires_grad_(parameter.requires_grad)
     module.add_module(leaf, compact.train(module.training))
 

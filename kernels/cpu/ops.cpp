@@ -1,7 +1,7 @@
 // The CPU implementations of the fxsparse ops, on torch's stable ABI: checks, panels, threads.
 //
 // Scratch memory, per thread: one panel of 64 tokens of x and (backward) of grad_y in fp32; per call (backward): two
-// fp32 arrays of nnz.  Nothing has the size of the dense weight.
+// fp32 arrays of capacity.  Nothing has the size of the dense weight.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -252,12 +252,14 @@ void check_same_type(const Tensor& x, const Tensor& values) {
                   "fxsparse: expected x [..., in] and contiguous values of one dtype");
 }
 
+// The entries end where crow does; what `values` and `cols` hold after them is never read.
 Sparse csr(const Tensor& values, const Tensor& crow, const Tensor& cols, std::vector<Buffer>& owned) {
-  const int64_t nnz = values.numel();
+  const int64_t capacity = values.numel();
   const int32_t* start = index32(crow, crow.numel(), "crow");
-  STD_TORCH_CHECK(crow.numel() > 0 && start[crow.numel() - 1] == nnz, "fxsparse: expected crow to end with ", nnz);
-  const bool index16 = cols.scalar_type() == ScalarType::Short && cols.is_contiguous() && cols.numel() == nnz;
-  const void* index = index16 ? cols.const_data_ptr() : index32(cols, nnz, "cols");
+  STD_TORCH_CHECK(crow.numel() > 0 && start[crow.numel() - 1] >= 0 && start[crow.numel() - 1] <= capacity,
+                  "fxsparse: expected crow to end with at most ", capacity);
+  const bool index16 = cols.scalar_type() == ScalarType::Short && cols.is_contiguous() && cols.numel() == capacity;
+  const void* index = index16 ? cols.const_data_ptr() : index32(cols, capacity, "cols");
   return {as_floats(values, owned), start, index, index16, 0};
 }
 
@@ -266,7 +268,8 @@ Tensor csr_forward(const Tensor& x, const Tensor& values, const Tensor& crow, co
   check_same_type(x, values);
   std::vector<Buffer> owned;
   const Sparse s = csr(values, crow, cols, owned);
-  return forward(x, s, crow.numel() - 1, values.numel(), bias, activation, owned);
+  const int64_t rows = crow.numel() - 1;
+  return forward(x, s, rows, s.start[rows], bias, activation, owned);
 }
 
 Tensor condensed_forward(const Tensor& x, const Tensor& values, const Tensor& indices, std::optional<Tensor> bias,
@@ -333,15 +336,17 @@ std::tuple<Tensor, Tensor, Tensor> csr_backward(const Tensor& grad_any, const Te
                                                 bool need_values, bool need_bias) {
   check_same_type(x_any, values);
   const Tensor grad = in_order(grad_any), x = in_order(x_any);
-  const int64_t nnz = values.numel(), rows = crow.numel() - 1, columns = ccol.numel() - 1;
+  const int64_t capacity = values.numel(), rows = crow.numel() - 1, columns = ccol.numel() - 1;
   STD_TORCH_CHECK(x.size(-1) == columns && grad.size(-1) == rows && tokens_of(x) == tokens_of(grad) &&
                       grad.scalar_type() == x.scalar_type(),
                   "fxsparse: expected x [..., ", columns, "] and grad [..., ", rows, "] of one dtype");
   std::vector<Buffer> owned;
   const Sparse by_row = csr(values, crow, cols, owned);
   STD_TORCH_CHECK(!by_row.index16, "fxsparse: expected cols int32 in training");
-  const int32_t* place = index32(perm, nnz, "perm");
-  Sparse by_column{nullptr, index32(ccol, columns + 1, "ccol"), index32(rows_t, nnz, "rows_t"), false, 0};
+  const int64_t nnz = by_row.start[rows];
+  const int32_t* place = index32(perm, capacity, "perm");
+  Sparse by_column{nullptr, index32(ccol, columns + 1, "ccol"), index32(rows_t, capacity, "rows_t"), false, 0};
+  STD_TORCH_CHECK(by_column.start[columns] == nnz, "fxsparse: expected ccol to end with ", nnz, " as crow does");
   Buffer values_t(need_x ? nnz : 0);
   if (need_x) {
     share(threads_for(nnz), [&](int64_t part, int64_t parts) {
@@ -352,12 +357,12 @@ std::tuple<Tensor, Tensor, Tensor> csr_backward(const Tensor& grad_any, const Te
   // Gather from the smaller panel, which fits nearer caches; but rows of few entries cost more than that saves.
   const bool short_rows = nnz < 64 * std::max(rows, columns);
   const bool transposed = short_rows ? columns < rows : rows < columns;
-  Buffer sums(need_values ? nnz : 0), bias_sums(need_bias ? rows : 0);
-  if (need_values) std::fill_n(sums.data, nnz, 0.0f);
+  Buffer sums(need_values ? capacity : 0), bias_sums(need_bias ? rows : 0);
+  if (need_values) std::fill_n(sums.data, capacity, 0.0f);
   if (need_bias) std::fill_n(bias_sums.data, rows, 0.0f);
 
   Tensor grad_x = need_x ? like(x, columns) : empty(x, {0});
-  Tensor grad_values = empty(values, {need_values ? nnz : 0}), grad_bias = empty(grad, {need_bias ? rows : 0});
+  Tensor grad_values = empty(values, {need_values ? capacity : 0}), grad_bias = empty(grad, {need_bias ? rows : 0});
   Matrix grad_matrix{grad.mutable_data_ptr(), scalar_of(grad, "grad"), tokens_of(grad), rows};
   Matrix x_matrix{x.mutable_data_ptr(), grad_matrix.scalar, grad_matrix.tokens, columns};
   backward(grad_matrix, x_matrix, by_row, by_column, nnz, {need_x, need_values, need_bias},
@@ -366,7 +371,8 @@ std::tuple<Tensor, Tensor, Tensor> csr_backward(const Tensor& grad_any, const Te
            bias_sums.data);
 
   if (need_values && transposed) {
-    Buffer ordered(nnz);
+    Buffer ordered(capacity);
+    std::fill(ordered.data + nnz, ordered.data + capacity, 0.0f);
     for (int64_t e = 0; e < nnz; e++) ordered.data[place[e]] = sums.data[e];
     put_floats(ordered.data, grad_values);
   } else if (need_values) {

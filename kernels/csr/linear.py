@@ -33,9 +33,10 @@ def csr_linear(
 ) -> Tensor:
     """``activation(x @ W^T + bias)`` with W [out, in] in CSR; sums in fp32 (fp64 for fp64).
 
-    x [..., in] and values [nnz] are of one floating dtype; every index is int32: crow [out + 1], cols [nnz]
-    (without gradients also int16; ascending in every row).
-    With the transposed index (ccol [in + 1], rows_t [nnz], perm [nnz]; ``formats.csr.CsrIndex``) the result
+    x [..., in] and values [capacity] are of one floating dtype; every index is int32: crow [out + 1],
+    cols [capacity] (without gradients also int16; ascending in every row).  Only the first ``crow[-1]`` entries
+    are read; the rest gets the gradient 0.
+    With the transposed index (ccol [in + 1], rows_t, perm [capacity]; ``formats.csr.CsrIndex``) the result
     is differentiable in x, values and bias, and no tensor of W's size is made.  Without it there is no
     gradient.  With ``probe_key >= 0`` backward leaves copies of x and the output gradient in
     ``probe.PROBES[probe_key]``.  An activation goes with inference only.
@@ -105,6 +106,7 @@ define(
 define("csr_backward" + _BACKWARD_ARGUMENTS, reference.linear_backward, _backward_fake)
 
 
+# Formulas see shapes only, so they count every slot of the capacity.
 @register_flop_formula(torch.ops.fxsparse.csr_forward)
 def _forward_flops(x_shape, values_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * values_shape[0] * torch.Size(x_shape[:-1]).numel()

@@ -14,10 +14,12 @@ def linear(
 ) -> Tensor:
     """``activation(x @ W^T + bias)`` for W in CSR; differentiable; sums in at least fp32."""
     flat = _accumulating(x.reshape(-1, x.shape[-1]))
-    rows, cols = entry_rows(crow, cols), cols.long()
-    weight = values.to(flat.dtype)
+    rows, cols, unused = entries(crow, cols)
+    weight = values.to(flat.dtype).masked_fill(unused, 0)
     parts = [
-        flat.new_zeros(len(part), crow.numel() - 1).index_add(1, rows, part[:, cols] * weight)
+        flat.new_zeros(len(part), crow.numel() - 1).index_add(
+            1, rows, part[:, cols].masked_fill(unused, 0) * weight
+        )
         for part in flat.split(tokens_per_step(values))
     ]
     y = torch.cat(parts)
@@ -41,34 +43,37 @@ def linear_backward(
     need_values: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, values (at the stored coordinates) and bias; empty where one is not needed."""
+    """Gradients of x, values (at the stored coordinates, else 0) and bias; empty where one is not needed."""
     flat_grad = _accumulating(grad.reshape(-1, grad.shape[-1]))
     flat = _accumulating(x.reshape(-1, x.shape[-1]))
-    rows = entry_rows(crow, cols)
+    rows, cols, unused = entries(crow, cols)
     step = tokens_per_step(values)
     grad_x, grad_values, grad_bias = x.new_empty(0), values.new_empty(0), values.new_empty(0)
     if need_x:
-        weight = values.to(flat.dtype)
+        weight = values.to(flat.dtype).masked_fill(unused, 0)
         total = torch.zeros_like(flat)
         for into, part in zip(total.split(step), flat_grad.split(step), strict=True):
-            into.index_add_(1, cols, part[:, rows] * weight)
+            into.index_add_(1, cols, part[:, rows].masked_fill(unused, 0) * weight)
         grad_x = total.to(x.dtype).reshape(x.shape)
     if need_values:
         sums = flat.new_zeros(values.numel())
         for part_grad, part in zip(flat_grad.split(step), flat.split(step), strict=True):
             sums += (part_grad[:, rows] * part[:, cols]).sum(0)
-        grad_values = sums.to(values.dtype)
+        grad_values = sums.masked_fill(unused, 0).to(values.dtype)
     if need_bias:
         grad_bias = flat_grad.sum(0).to(grad.dtype)
     return grad_x, grad_values, grad_bias
 
 
-def entry_rows(crow: Tensor, cols: Tensor) -> Tensor:
-    """Row of every entry, int64 [nnz]."""
-    counts = crow.diff().long()
-    return torch.repeat_interleave(
-        torch.arange(counts.numel(), device=crow.device), counts, output_size=cols.numel()
-    )
+def entries(crow: Tensor, cols: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Row and column of every slot, int64 [capacity], and whether it holds no entry; then both are 0.
+
+    Every shape is known before `crow` is read, so that compilers trace this.
+    """
+    slots = torch.arange(cols.numel(), device=crow.device)
+    unused = slots >= crow[-1]
+    rows = torch.searchsorted(crow.long(), slots, right=True) - 1
+    return rows.masked_fill(unused, 0), cols.long().masked_fill(unused, 0), unused
 
 
 def tokens_per_step(values: Tensor) -> int:

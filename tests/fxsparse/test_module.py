@@ -315,7 +315,9 @@ def test_the_walk_tier_trains_behind_masks_and_has_no_forward_graph():
 
 def test_packed_attention_projections_are_sparse():
     vit = torchvision.models.VisionTransformer(16, 8, 1, 2, 16, 32, num_classes=3)
-    sparse = fxsparse.compile(vit, Plan(sparsity=0.9, storage="masked"), example_inputs=(torch.randn(2, 3, 16, 16),))
+    sparse = fxsparse.compile(
+        vit, Plan(sparsity=0.9, storage="masked"), example_inputs=(torch.randn(2, 3, 16, 16),)
+    )
     name = "encoder.layers.encoder_layer_0.self_attention.in_proj_weight"
     assert name in sparse.masks()
     with torch.no_grad():

@@ -36,6 +36,17 @@ def test_reset_zeroes_every_per_element_state_at_the_entries_only(optimizer_clas
         assert torch.equal(old, new)
 
 
+def test_an_optimizer_takes_over_the_entries_that_became_compact():
+    weight, optimizer = stepped(torch.optim.AdamW)
+    optimizer.state[weight]["exp_avg"].copy_(torch.arange(12.0).reshape(3, 4))
+    values = torch.nn.Parameter(torch.zeros(5))
+    optimizer_state.rehome(optimizer, weight, values, torch.tensor([1, 6, 11]))
+    assert optimizer.param_groups[0]["params"] == [values]
+    assert optimizer.state[values]["exp_avg"].tolist() == [1, 6, 11, 0, 0]
+    assert optimizer.state[values]["step"] == 1
+    assert weight not in optimizer.state
+
+
 def test_state_that_is_not_per_element_is_refused_by_name():
     weight, optimizer = stepped(torch.optim.Adafactor)
     with pytest.raises(

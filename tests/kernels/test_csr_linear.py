@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
@@ -6,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from fxsparse import testing
 from fxsparse.formats import csr
 from fxsparse.kernels import cpu, csr_linear
 from fxsparse.kernels.csr import probe, reference
@@ -35,6 +38,51 @@ def leaves(dtype=torch.float32):
 def test_gradients_are_right_by_finite_differences():
     x, values, bias, index = leaves(torch.float64)
     assert torch.autograd.gradcheck(lambda x, v, b: csr_linear(x, v, *indices(index), b), (x, values, bias))
+
+
+def with_spare(index, values, spare):
+    """The same entries with room for `spare` more, and NaN where no kernel may read."""
+    roomy = csr.from_flat(csr.flat_of(index), index.shape, len(values) + spare)
+    return roomy, torch.cat([values, values.new_full((spare,), torch.nan)])
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 70])
+@pytest.mark.parametrize("density", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("shape", [SHAPE, (53, 37), (300, 6), (6, 300)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_unused_slots_change_nothing_and_get_gradient_zero(dtype, shape, density, tokens):
+    _, values, index = layer(density, dtype, shape)
+    x, upstream = (torch.randn(tokens, n).to(dtype) for n in reversed(shape))
+    x[0, 0] = torch.inf  # of which 0 times is NaN
+    results = []
+    for spare in (0, 9):
+        roomy, filled = with_spare(index, values, spare)
+        leaves = x.clone().requires_grad_(), filled.requires_grad_()
+        with testing.poisoned_memory():
+            y = csr_linear(leaves[0], leaves[1], *indices(roomy))
+            results.append((y, *torch.autograd.grad(y, leaves, upstream), roomy))
+    (y, grad_x, grad, _), (y_roomy, grad_x_roomy, grad_roomy, roomy) = results
+    # The reference, which takes fp64, sums in an order that depends on the number of slots.
+    allowed = 1e-12 if dtype == torch.float64 else 0
+    for got, expected in ((y_roomy, y), (grad_x_roomy, grad_x), (grad_roomy[: len(values)], grad)):
+        torch.testing.assert_close(got, expected, rtol=allowed, atol=allowed, equal_nan=True)
+    assert grad_roomy[len(values) :].tolist() == [0.0] * 9
+    inference = csr_linear(x, filled.detach(), roomy.crow, roomy.cols.to(torch.int16))
+    assert torch.equal(inference.nan_to_num(), y.nan_to_num())
+
+
+def test_the_references_leave_unused_slots_alone():
+    _, values, index = layer()
+    roomy, filled = with_spare(index, values, 9)
+    x, upstream = torch.randn(5, 53), torch.randn(5, 37)
+    expected = reference.linear_backward(upstream, x, values, *indices(index), True, True, True)
+    got = reference.linear_backward(upstream, x, filled, *indices(roomy), True, True, True)
+    assert torch.equal(got[0], expected[0])
+    assert got[1].tolist() == [*expected[1].tolist(), *[0.0] * 9]
+    filled.requires_grad_()
+    reference.linear(x, filled, roomy.crow, roomy.cols, None, 0).backward(upstream)
+    assert filled.grad[len(values) :].tolist() == [0.0] * 9
+    torch.testing.assert_close(filled.grad[: len(values)], expected[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -153,14 +201,15 @@ def test_compiles_whole_with_the_same_numbers(backend, probe_key):
         torch.testing.assert_close(a, b)
 
 
-def test_moving_the_topology_needs_no_new_frame():
-    _, values, index = layer()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_moving_the_topology_needs_no_new_frame_at_any_nnz(dtype):
+    _, values, index = layer(dtype=dtype)
     frames = CompileCounter()
     compiled = torch.compile(lambda x: csr_linear(x, values, *indices(index)), backend=frames, fullgraph=True)
-    x = torch.randn(4, 53)
+    x = torch.randn(4, 53, dtype=dtype)
     generator = torch.Generator().manual_seed(5)
-    for _ in range(3):
-        flat = torch.randperm(37 * 53, generator=generator)[: values.numel()].sort().values
+    for nnz in (len(values), len(values) // 2, 0, len(values) - 1):
+        flat = torch.randperm(37 * 53, generator=generator)[:nnz].sort().values
         csr.move_(index, flat)
         torch.testing.assert_close(compiled(x), x @ csr.to_dense(values, index).t())
     assert frames.frame_count == 1
@@ -211,8 +260,13 @@ def test_refuses_inputs_of_another_width_and_broken_indices():
         csr_linear(torch.randn(4, 20), values, index.crow, index.cols)
     with pytest.raises(RuntimeError, match="columns past those of x, which has 20"):
         csr_linear(torch.randn(20), values, index.crow, index.cols)
-    with pytest.raises(RuntimeError, match="crow to end with"):
-        csr_linear(torch.randn(4, 53), values, index.crow[:-1].contiguous(), index.cols)
+    with pytest.raises(RuntimeError, match="crow to end with at most"):
+        csr_linear(torch.randn(4, 53), values[:-1], index.crow, index.cols[:-1])
+    y = csr_linear(
+        torch.randn(4, 53, requires_grad=True), values, *indices(replace(index, ccol=index.ccol * 0))
+    )
+    with pytest.raises(RuntimeError, match="ccol to end with"):
+        y.sum().backward()
     with pytest.raises(RuntimeError, match="of one dtype"):
         csr_linear(torch.randn(4, 53).bfloat16(), values, index.crow, index.cols)
     with pytest.raises(RuntimeError, match="cols int32"):
