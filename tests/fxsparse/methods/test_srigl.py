@@ -356,7 +356,7 @@ def test_on_digits_neurons_go_and_come_back_and_the_model_learns(width, sparsity
         sparse.attach(optimizer)
         optimizer.register_step_post_hook(note)
 
-    train_on_digits(sparse, digits, steps=200, rate=3e-3, attach=attach)
+    train_on_digits(sparse, digits.draw, steps=200, rate=3e-3, attach=attach)
     left = {name: int(neurons.sum()) for name, neurons in alive[-1].items()}
     assert left["5.weight"] == 10
     assert left["1.weight"] + left["3.weight"] <= 2 * width - gone
