@@ -93,6 +93,16 @@ class UpdateRule(Protocol):
 
 
 @runtime_checkable
+class SampledRule(UpdateRule, Protocol):
+    """A rule with ``Probe.SAMPLED``: it asks for the gradient at pairs that it draws."""
+
+    @property
+    def candidates(self) -> float:
+        """Pairs drawn per active entry (gamma of GSE, arXiv:2401.06898); FLOPs are counted by it."""
+        ...
+
+
+@runtime_checkable
 class WholeRule(UpdateRule, Protocol):
     """A rule that reads nothing but the whole weight, so that it needs no positions and no view.
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
-from fxsparse.method import Method, Probe
+from fxsparse.errors import PlanError
+from fxsparse.method import Method, Probe, SampledRule
 
 Forward = Callable[[Mapping[str, float]], float]
 """{weight: nonzeros} -> FLOPs of one forward."""
@@ -32,15 +33,25 @@ def probe_flops(method: Method, sparse: Any, dense: Any) -> Any:
 
     `sparse` and `dense` are the FLOPs of a weight gradient, numbers or sympy.  A dense gradient at every step
     (SNFS, straight-through) adds ``dense - sparse``: ``2 f_S + f_D`` in all.  One at each update (RigL) adds
-    the same, spread over the steps: ``(3 f_S dT + 2 f_S + f_D) / (dT + 1)`` in all.  A sampled one with as
-    many candidates as active entries (GSE, arXiv:2401.06898) adds ``sparse``, spread likewise.
+    the same, spread over the steps: ``(3 f_S dT + 2 f_S + f_D) / (dT + 1)`` in all.  A sampled one (GSE,
+    arXiv:2401.06898) adds ``gamma sparse`` for gamma candidates per active entry, spread likewise:
+    ``(3 f_S dT + 2 f_S + (1 + gamma) f_S) / (dT + 1)`` in all.
+
+    Raises:
+        PlanError: a rule with Probe.SAMPLED that does not say how many candidates it has.
     """
     if method.reparam.probe is Probe.DENSE:
         return dense - sparse
     if method.rule is None or method.rule.probe is Probe.NONE:
         return 0 * sparse
-    extra = dense - sparse if method.rule.probe is Probe.DENSE else sparse
-    return extra * update_share(method)
+    if method.rule.probe is Probe.DENSE:
+        return (dense - sparse) * update_share(method)
+    if not isinstance(method.rule, SampledRule):
+        raise PlanError(
+            f"method {method.name!r}: a rule with Probe.SAMPLED needs `candidates`, the sampled pairs per active "
+            f"entry, and {type(method.rule).__name__} has none."
+        )
+    return method.rule.candidates * sparse * update_share(method)
 
 
 def update_share(method: Method) -> Fraction:

@@ -1,10 +1,13 @@
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import pytest
 import torchvision
 
+from fxsparse.errors import PlanError
 from fxsparse.flops import Stored, count_program
 from fxsparse.flops.training import average_counts, probe_flops, train_flops, update_share
+from fxsparse.method import Probe
 from fxsparse.methods import gmp, rigl, set_, sr_ste, static
 
 
@@ -28,6 +31,36 @@ COUNTS, NUMELS = {"w": 20}, {"w": 100}  # f_S = 200, f_D = 1000
 )
 def test_training_flops_follow_from_what_a_method_declares(method, expected):
     assert train_flops(method, forward, COUNTS, NUMELS) == pytest.approx(expected, rel=1e-12)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """As much of GSE's rule as FLOPs depend on."""
+
+    candidates: float
+    probe: Probe = Probe.SAMPLED
+
+    def __call__(self, view):
+        return view.active
+
+
+class SilentRule:
+    probe = Probe.SAMPLED
+
+
+def gse(gamma, every=100):
+    return replace(rigl(every=every), name="gse", rule=Sampled(gamma))
+
+
+@pytest.mark.parametrize("gamma", [0, 0.5, 1, 2])
+def test_sampled_gradients_cost_by_the_candidates(gamma):
+    expected = (3 * 200 * 9 + 2 * 200 + (1 + gamma) * 200) / 10
+    assert train_flops(gse(gamma, every=9), forward, COUNTS, NUMELS) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_sampling_rule_says_how_many_candidates_it_has():
+    with pytest.raises(PlanError, match="SilentRule has none"):
+        train_flops(replace(rigl(), rule=SilentRule()), forward, COUNTS, NUMELS)
 
 
 def test_a_ramp_is_averaged_over_its_steps():
@@ -69,3 +102,28 @@ def test_resnet50_average_of_gradual_pruning(traced_on_meta, stored, sparsity, r
     }
     count = count_program(graph, average, convention="rigl")
     assert round(count.total / count.dense, 4) == ratio
+
+
+@pytest.mark.parametrize(
+    ("policy", "gamma", "savings"),
+    [
+        ("er_unrolled", 1, {0.90: 0.7, 0.95: 1.9, 0.98: 5.6, 0.99: 11.2, 0.999: 56.8}),
+        ("erk", 1, {0.90: 0.7, 0.95: 2.0, 0.98: 5.8, 0.99: 11.4, 0.999: 57.4}),
+        ("uniform", 1, {0.90: 2.6, 0.95: 5.6, 0.98: 13.6, 0.99: 24.4, 0.999: 76.7}),
+        ("er_unrolled", 0, {0.99: 11.4}),
+        ("erk", 0, {0.99: 11.7}),
+    ],
+)
+def test_what_gse_saves_against_rigl_on_resnet50(traced_on_meta, stored, policy, gamma, savings):
+    graph, specs = traced_on_meta(torchvision.models.resnet50, 2, 3, 224, 224)
+    for sparsity, percent in savings.items():
+        held = stored(specs, policy, sparsity)
+        ratios = [count_program(graph, held, m).train_ratio for m in (gse(gamma), rigl(every=100))]
+        assert round(100 * (1 - ratios[0] / ratios[1]), 1) == percent
+
+
+def test_with_updates_as_rare_as_in_its_experiments_gse_saves_little(traced_on_meta, stored):
+    graph, specs = traced_on_meta(torchvision.models.resnet50, 2, 3, 224, 224)
+    held = stored(specs, "er_unrolled", 0.99)
+    ratios = [count_program(graph, held, m).train_ratio for m in (gse(1, every=1000), rigl(every=1000))]
+    assert round(100 * (1 - ratios[0] / ratios[1]), 1) == 1.3
