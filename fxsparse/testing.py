@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxsparse.formats import condensed
 from fxsparse.kernel import Kernel, Problem, tolerance
 from fxsparse.kernels.library import ACTIVATIONS, activate
 from fxsparse.method import Method, Probe, WeightView, from_dict
@@ -25,6 +26,11 @@ DENSITIES = (0.0, 0.2, 1.0)
 BATCHES = ((), (0,), (2,), (3, 7), (70,))
 """Leading dimensions of the input: none, empty, few, whole and broken panels."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+_ROWS = (
+    {"constant_fan_in": False, "empty_rows": True},
+    {"constant_fan_in": True, "empty_rows": False},
+    {"constant_fan_in": True, "empty_rows": True},
+)
 
 
 def assert_close(actual: Tensor, expected: Tensor, allowed: float, scale: float | None = None) -> None:
@@ -57,27 +63,28 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def sparse_weight(shape: tuple[int, int], density: float, *, constant_fan_in: bool = False) -> Tensor:
+def sparse_weight(
+    shape: tuple[int, int], density: float, *, constant_fan_in: bool = False, empty_rows: bool = True
+) -> Tensor:
     """A dense fp64 weight with zeros in it, the same for the same arguments.
 
-    With `constant_fan_in` every row has as many nonzeros, else the first and others are empty below
+    With `constant_fan_in` every row has as many nonzeros; with `empty_rows` the first and others have none below
     density 1.
     """
     generator = torch.Generator().manual_seed(0)
     score = torch.rand(shape, generator=generator, dtype=torch.float64)
-    if constant_fan_in:
-        mask = score.argsort(1).argsort(1) < round(density * shape[1])
-    else:
-        mask = score < density
+    lowest = score.argsort(1).argsort(1) < round(density * shape[1])
+    mask = lowest if constant_fan_in else score < density
+    if empty_rows:
         mask[:: max(2, shape[0] // 3)] &= density == 1
     return torch.randn(shape, generator=generator, dtype=torch.float64) * mask
 
 
 def problem_of(kernel: Kernel, weight: Tensor, batch: int, dtype: torch.dtype, training: bool) -> Problem:
     """The problem of applying `weight` to `batch` rows on the CPU."""
-    counts = (weight != 0).sum(1)
-    fan_in = int(counts[0]) if bool((counts == counts[0]).all()) else None
-    shape, nnz = tuple(weight.shape), int(counts.sum())
+    mask = weight != 0
+    fan_in = condensed.fan_in(mask)
+    shape, nnz = tuple(weight.shape), int(mask.sum())
     return Problem(kernel.op, shape, batch, nnz, dtype, torch.device("cpu"), training, fan_in)
 
 
@@ -90,8 +97,8 @@ def check_kernel(kernel: Kernel) -> int:
     was refused.
     """
     ran = 0
-    for shape, density, batch, constant in itertools.product(SHAPES, DENSITIES, BATCHES, (False, True)):
-        weight = sparse_weight(shape, density, constant_fan_in=constant)
+    for shape, density, batch, rows in itertools.product(SHAPES, DENSITIES, BATCHES, _ROWS):
+        weight = sparse_weight(shape, density, **rows)
         for dtype, training in itertools.product(DTYPES, (False, True)):
             problem = problem_of(kernel, weight, torch.Size(batch).numel(), dtype, training)
             reasons = kernel.refuses(problem)

@@ -27,6 +27,16 @@ def activate(y: Tensor, activation: str) -> Tensor:
     return getattr(F, activation)(y)
 
 
+def scattered(
+    y: Tensor, active_rows: Tensor, empty_rows: Tensor, bias: Tensor | None, activation: int
+) -> Tensor:
+    """[..., out] with the columns of `y` [..., active] at active_rows and ``activation(bias)`` at empty_rows."""
+    idle = y.new_zeros(len(empty_rows)) if bias is None else bias[empty_rows.long()]
+    idle = activate(idle, ACTIVATIONS[activation]).to(y.dtype).expand(*y.shape[:-1], -1)
+    order = torch.argsort(torch.cat([active_rows, empty_rows]))
+    return torch.cat([y, idle], -1)[..., order]
+
+
 def activation_code(activation: str) -> int:
     """Position of `activation` in ACTIVATIONS; ValueError with the allowed names otherwise."""
     if activation not in ACTIVATIONS:

@@ -11,33 +11,64 @@ _INT16_MAX = 32767
 
 
 def fan_in(mask: Tensor) -> int | None:
-    """Nonzeros of every row of `mask` [out, in] where that is one number, else None."""
+    """Entries of every nonempty row of `mask` [out, in] where that is one number, else None; 0 without entries."""
     counts = mask.sum(1)
-    if counts.numel() == 0 or not bool((counts == counts[0]).all()):
+    counts = counts[counts > 0]
+    if not bool((counts == counts[:1]).all()):
         return None
-    return int(counts[0])
+    return int(counts[0]) if counts.numel() else 0
 
 
 def pack(weight: Tensor, mask: Tensor | None = None) -> Mapping[str, Tensor]:
-    """``values`` [out, k] and ascending column ``indices`` [out, k] of a `weight` [out, in].
+    """``values`` [active, k] and ascending column ``indices`` [active, k] of the nonempty rows of a `weight` [out, in].
 
-    Indices are int16 up to 32,767 inputs, else int32.  The entries are those of `mask`, else the nonzero
-    ones; PatternError names the first row whose count differs.
+    Indices are int16 up to 32,767 inputs, else int32.  Where some rows are empty (ablated neurons), ``active_rows`` and
+    ``empty_rows`` (int32, ascending) name both kinds.  The entries are those of `mask`, whatever their value, else the
+    nonzero ones; PatternError names the first row whose count differs.
     """
     mask = weight != 0 if mask is None else mask
     k = fan_in(mask)
     if k is None:
-        counts = mask.sum(1).tolist()
-        row = next((r for r, count in enumerate(counts) if count != counts[0]), 0)
+        counts = mask.sum(1)
+        first, row = (int(rows[0]) for rows in _two_counts(counts))
         raise PatternError(
-            f"condensed needs one fan-in for all rows; row 0 has {counts[:1]} nonzeros, row {row} has "
-            f"{counts[row : row + 1]}. Use CSR, or the ConstantFanIn pattern"
+            f"condensed needs one fan-in for all rows that are not empty; row {first} has {int(counts[first])} "
+            f"nonzeros, row {row} has {int(counts[row])}. Use CSR, or the ConstantFanIn pattern"
         )
-    columns = mask.nonzero()[:, 1].reshape(mask.shape[0], k)
+    active = mask.any(1)
+    columns = mask.nonzero()[:, 1].reshape(int(active.sum()), k)
     dtype = torch.int16 if mask.shape[1] <= _INT16_MAX else torch.int32
-    return {"values": weight.gather(1, columns), "indices": columns.to(dtype)}
+    packed = {"values": weight[active].gather(1, columns), "indices": columns.to(dtype)}
+    if bool(active.all()):
+        return packed
+    return packed | {"active_rows": rows_of(active), "empty_rows": rows_of(~active)}
 
 
-def to_dense(values: Tensor, indices: Tensor, in_features: int) -> Tensor:
+def to_dense(
+    values: Tensor,
+    indices: Tensor,
+    active_rows: Tensor | None = None,
+    empty_rows: Tensor | None = None,
+    *,
+    in_features: int,
+) -> Tensor:
     """The dense weight [out, in_features] with zeros filled in."""
-    return values.new_zeros(values.shape[0], in_features).scatter_(1, indices.long(), values)
+    active = values.new_zeros(values.shape[0], in_features).scatter_(1, indices.long(), values)
+    if active_rows is None or empty_rows is None:
+        return active
+    dense = values.new_zeros(len(active_rows) + len(empty_rows), in_features)
+    return dense.index_copy_(0, active_rows.long(), active)
+
+
+def rows_of(mask: Tensor) -> Tensor:
+    """Positions of the true entries of `mask` [out], int32."""
+    return mask.nonzero().squeeze(1).to(torch.int32)
+
+
+def _two_counts(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """The nonempty rows with the first count, and those with another."""
+    filled = counts[counts > 0]
+    return (
+        (counts == filled[0]).nonzero().squeeze(1),
+        ((counts > 0) & (counts != filled[0])).nonzero().squeeze(1),
+    )

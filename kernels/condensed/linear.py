@@ -1,6 +1,4 @@
-"""Inference of linear layers with constant fan-in, in the condensed layout."""
-
-from collections.abc import Mapping
+"""Inference of linear layers with constant fan-in, in the condensed layout; rows may be empty (ablated neurons)."""
 
 import torch
 from torch import Tensor
@@ -10,37 +8,66 @@ from fxsparse.formats import condensed
 from fxsparse.kernel import Cost, Kernel, Problem, register
 from fxsparse.kernels import cpu
 from fxsparse.kernels.csr import reference as csr_reference
-from fxsparse.kernels.library import ACTIVATIONS, COMPILED, activation_code, autocast, define, refuse_gradient
+from fxsparse.kernels.library import (
+    ACTIVATIONS,
+    COMPILED,
+    activation_code,
+    autocast,
+    define,
+    refuse_gradient,
+    scattered,
+)
 
 
 def condensed_linear(
-    x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None = None, activation: str = "none"
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    active_rows: Tensor | None = None,
+    empty_rows: Tensor | None = None,
 ) -> Tensor:
-    """``activation(x @ W^T + bias)`` for W [out, in] with k nonzeros in every row; inference only.
+    """``activation(x @ W^T + bias)`` for W [out, in] with k nonzeros in every row that has any; inference only.
 
-    x [..., in] and values [out, k] are of one floating dtype; indices [out, k] are columns, int16 or int32.
+    x [..., in] and values [active, k] are of one floating dtype; indices [active, k] are columns, int16 or int32.
+    With active_rows int32 [active] and empty_rows int32 [out - active] the result is [..., out], ``activation(bias)``
+    where W has no entries; without them it is [..., active].
     """
     x, values, bias = autocast(x, values, bias)
     code = activation_code(activation)
     refuse_gradient(x)
-    if x.dtype not in COMPILED:
-        return reference(x, values, indices, bias, code)
-    return torch.ops.fxsparse.condensed_forward.default(x, values, indices, bias, code)
+    run = reference if x.dtype not in COMPILED else torch.ops.fxsparse.condensed_forward.default
+    return run(x, values, indices, active_rows, empty_rows, bias, code)
 
 
-def reference(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, activation: int) -> Tensor:
+def reference(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    active_rows: Tensor | None,
+    empty_rows: Tensor | None,
+    bias: Tensor | None,
+    activation: int,
+) -> Tensor:
     """The same in plain PyTorch, differentiable."""
-    out_features, k = values.shape
-    crow = torch.arange(out_features + 1, device=values.device) * k
-    return csr_reference.linear(x, values.reshape(-1), crow, indices.reshape(-1).long(), bias, activation)
+    active, k = values.shape
+    crow = torch.arange(active + 1, device=values.device) * k
+    weight = values.reshape(-1), crow, indices.reshape(-1).long()
+    if active_rows is None or empty_rows is None:
+        return csr_reference.linear(x, *weight, bias, activation)
+    y = csr_reference.linear(x, *weight, None if bias is None else bias[active_rows.long()], activation)
+    return scattered(y, active_rows, empty_rows, bias, activation)
 
 
-def _fake(x, values, indices, bias, activation):
-    return x.new_empty(*x.shape[:-1], values.shape[0])
+def _fake(x, values, indices, active_rows, empty_rows, bias, activation):
+    empty = 0 if empty_rows is None else empty_rows.shape[0]
+    return x.new_empty(*x.shape[:-1], values.shape[0] + empty)
 
 
 define(
-    "condensed_forward(Tensor x, Tensor values, Tensor indices, Tensor? bias, int activation) -> Tensor",
+    "condensed_forward(Tensor x, Tensor values, Tensor indices, Tensor? active_rows, Tensor? empty_rows, Tensor? bias, "
+    "int activation) -> Tensor",
     reference,
     _fake,
 )
@@ -51,16 +78,14 @@ def _flops(x_shape, values_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * values_shape.numel() * torch.Size(x_shape[:-1]).numel()
 
 
-def _pack(weight: Tensor) -> Mapping[str, Tensor]:
-    return condensed.pack(weight)
+def _run(x, bias, values, indices, active_rows=None, empty_rows=None, activation: str = "none") -> Tensor:
+    return condensed_linear(x, values, indices, bias, activation, active_rows, empty_rows)
 
 
-def _run(x, bias, values, indices, activation: str = "none") -> Tensor:
-    return condensed_linear(x, values, indices, bias, activation)
-
-
-def _reference(x, bias, values, indices, activation: str = "none") -> Tensor:
-    return reference(x, values, indices, bias, ACTIVATIONS.index(activation))
+def _reference(
+    x, bias, values, indices, active_rows=None, empty_rows=None, activation: str = "none"
+) -> Tensor:
+    return reference(x, values, indices, active_rows, empty_rows, bias, ACTIVATIONS.index(activation))
 
 
 def _refuses(problem: Problem) -> list[str]:
@@ -77,4 +102,6 @@ def _cost(problem: Problem) -> Cost:
     return Cost(2 * problem.batch * problem.nnz, problem.nnz * (problem.dtype.itemsize + index_bytes))
 
 
-CONDENSED = register(Kernel("cpu-condensed", "linear", "condensed", _pack, _run, _reference, _refuses, _cost))
+CONDENSED = register(
+    Kernel("cpu-condensed", "linear", "condensed", condensed.pack, _run, _reference, _refuses, _cost)
+)

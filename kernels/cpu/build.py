@@ -14,11 +14,12 @@ import torch
 
 from fxsparse.kernel import Problem
 
-INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512vbmi")
 """What the kernels are compiled for; the best one that the CPU has is used."""
 
-_OPS = ("csr_forward", "csr_backward", "condensed_forward")
+_OPS = ("csr_forward", "csr_backward", "condensed_forward", "lookup_forward")
 _FOLDER = Path(__file__).parent
+_SOURCES = ("table.h", "vec.h", "rows.h", "products.cpp", "lookup.cpp", "ops.cpp")
 _FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
 _TABLES = {
@@ -26,6 +27,7 @@ _TABLES = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma"],
 }
+_LOOKUP = ["lookup.cpp", *_TABLES["avx512"], "-mavx512vbmi"]
 
 
 class _NoKernelsError(Exception):
@@ -89,8 +91,8 @@ def _built() -> Path:
     """The shared library for these sources, compiler and architecture; built where it is not cached."""
     compiler = _compiler()
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    sources = [(_FOLDER / name).read_bytes() for name in ("table.h", "vec.h", "products.cpp", "ops.cpp")]
-    stamp = repr((compiler, version, _FLAGS, _TABLES, platform.machine(), sources)).encode()
+    sources = [(_FOLDER / name).read_bytes() for name in _SOURCES]
+    stamp = repr((compiler, version, _FLAGS, _TABLES, _LOOKUP, platform.machine(), sources)).encode()
     library = _cache_folder() / f"fxsparse_cpu_{hashlib.sha256(stamp).hexdigest()[:16]}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
@@ -128,6 +130,8 @@ def _compile(compiler: list[str], folder: Path) -> None:
     for name, flags in _TABLES.items():
         if _X86 or not flags:
             units[name] = ["products.cpp", f"-DFXSPARSE_TABLE=table_{name}", *flags]
+    if _X86:
+        units["lookup"] = _LOOKUP
     objects = [str(folder / f"{name}.o") for name in units]
     commands = [
         [*compiler, *_FLAGS, "-c", str(_FOLDER / source), *flags, "-o", target]

@@ -25,13 +25,13 @@ using namespace fxsparse;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-enum Level : int64_t { kPortable, kAvx2, kAvx512 };
+enum Level : int64_t { kPortable, kAvx2, kAvx512, kVbmi };
 
 int64_t best_level() {
 #if defined(FXSPARSE_X86)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq"))
-    return kAvx512;
+    return __builtin_cpu_supports("avx512vbmi") ? kVbmi : kAvx512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
 #endif
   return kPortable;
@@ -47,7 +47,7 @@ int64_t cpu_level(int64_t level) {
 
 const Table& table() {
 #if defined(FXSPARSE_X86)
-  if (chosen_level == kAvx512) return table_avx512();
+  if (chosen_level >= kAvx512) return table_avx512();
   if (chosen_level == kAvx2) return table_avx2();
 #endif
   return table_portable();
@@ -178,31 +178,35 @@ std::vector<Panel> panels_of(int64_t tokens, const Table& table) {
   return panels;
 }
 
-// y = epilogue(x W^T) for W with `rows` rows; the panels are the units, or parts of them where there are few.
-void multiply_all(const Matrix& x, const Sparse& s, int64_t rows, const Epilogue& epilogue, const Matrix& y,
-                  int64_t nnz) {
+// multiply(panel, vectors, begin, end, first token) for all panels of x, with begin = share_begin(part, parts) of the rows;
+// the panels are the units, or parts of them where there are few.  Each ends with a row of zeros.
+template <class Multiply, class ShareBegin>
+void multiply_all(const Matrix& x, int64_t work, const Multiply& multiply, const ShareBegin& share_begin) {
   const Table& t = table();
   const auto panels = panels_of(x.tokens, t);
-  const int64_t count = panels.size(), threads = threads_for(x.tokens * (nnz + x.features + rows));
-  const int64_t panel_floats = x.features * t.most_vectors * t.lanes;
+  const int64_t count = panels.size(), threads = threads_for(work);
+  const int64_t panel_floats = (x.features + 1) * t.most_vectors * t.lanes;
+  const auto fill = [&](const Panel& p, float* panel) {
+    t.transpose(x, p.first, p.vectors, panel);
+    const int64_t width = p.vectors * t.lanes;
+    std::fill_n(panel + x.features * width, width, 0.0f);
+  };
   if (count >= threads) {
     return share(threads, [&](int64_t part, int64_t parts) {
       Buffer panel(panel_floats);
       for (int64_t p = count * part / parts; p < count * (part + 1) / parts; p++) {
-        t.transpose(x, panels[p].first, panels[p].vectors, panel.data);
-        t.multiply(panel.data, panels[p].vectors, s, 0, rows, epilogue, y, panels[p].first);
+        fill(panels[p], panel.data);
+        multiply(panel.data, panels[p].vectors, share_begin(0, 1), share_begin(1, 1), panels[p].first);
       }
     });
   }
   Buffer transposed(count * panel_floats);
-  share(count, [&](int64_t p, int64_t) {
-    t.transpose(x, panels[p].first, panels[p].vectors, transposed.data + p * panel_floats);
-  });
+  share(count, [&](int64_t p, int64_t) { fill(panels[p], transposed.data + p * panel_floats); });
   const int64_t splits = (threads + count - 1) / count;
   share(count * splits, [&](int64_t part, int64_t) {
     const int64_t p = part / splits, split = part % splits;
-    t.multiply(transposed.data + p * panel_floats, panels[p].vectors, s, share_begin(s, rows, split, splits),
-               share_begin(s, rows, split + 1, splits), epilogue, y, panels[p].first);
+    multiply(transposed.data + p * panel_floats, panels[p].vectors, share_begin(split, splits),
+             share_begin(split + 1, splits), panels[p].first);
   });
 }
 
@@ -219,19 +223,45 @@ void check_columns(const Sparse& s, int64_t rows, int64_t features) {
   }
 }
 
-Tensor forward(const Tensor& x_any, const Sparse& s, int64_t rows, int64_t nnz, const std::optional<Tensor>& bias,
-               int64_t activation, std::vector<Buffer>& owned) {
+// Output rows that the product does not write: activation(bias).  `rows` are those that it writes.
+struct Scatter {
+  const int32_t* rows = nullptr;
+  const int32_t* empty_rows = nullptr;
+  int64_t empty = 0;
+};
+
+Scatter scatter_of(const Tensor& active_rows, int64_t active, const Tensor& empty_rows) {
+  const int64_t empty = empty_rows.numel();
+  return {index32(active_rows, active, "active_rows"), index32(empty_rows, empty, "empty_rows"), empty};
+}
+
+// An empty y [..., out] and the epilogue that goes into it.
+Tensor output(const Tensor& x, int64_t rows, const Scatter& scatter, const std::optional<Tensor>& bias,
+              int64_t activation, std::vector<Buffer>& owned, Epilogue& epilogue) {
+  const int64_t out = rows + scatter.empty;
+  STD_TORCH_CHECK(!bias || bias->numel() == out, "fxsparse: expected bias [", out, "]");
+  epilogue = {bias ? as_floats(in_order(*bias), owned) : nullptr, activation, scatter.rows};
+  return like(x, out);
+}
+
+Tensor forward(const Tensor& x_any, const Sparse& s, int64_t rows, int64_t nnz, const Scatter& scatter,
+               const std::optional<Tensor>& bias, int64_t activation, std::vector<Buffer>& owned) {
   const Tensor x = in_order(x_any);
-  Tensor y = like(x, rows);
+  Epilogue epilogue;
+  Tensor y = output(x, rows, scatter, bias, activation, owned, epilogue);
   if (y.numel() == 0) return y;
-  STD_TORCH_CHECK(!bias || bias->numel() == rows, "fxsparse: expected bias [", rows, "]");
-  const Epilogue epilogue{bias ? as_floats(in_order(*bias), owned) : nullptr, activation};
   Matrix from = matrix(x, "x");
   const Matrix to = matrix(y, "y");
   from.tokens = to.tokens;  // also where there are no input features
+  if (scatter.empty) table().fill(epilogue, scatter.empty_rows, scatter.empty, to);
   if (to.tokens > kFewTokens) {
     check_columns(s, rows, from.features);
-    multiply_all(from, s, rows, epilogue, to, nnz);
+    multiply_all(
+        from, to.tokens * (nnz + from.features + to.features),
+        [&](const float* panel, int64_t vectors, int64_t begin, int64_t end, int64_t first) {
+          table().multiply(panel, vectors, s, begin, end, epilogue, to, first);
+        },
+        [&](int64_t part, int64_t parts) { return share_begin(s, rows, part, parts); });
     return y;
   }
   const float* floats = as_floats(x, owned);
@@ -269,11 +299,12 @@ Tensor csr_forward(const Tensor& x, const Tensor& values, const Tensor& crow, co
   std::vector<Buffer> owned;
   const Sparse s = csr(values, crow, cols, owned);
   const int64_t rows = crow.numel() - 1;
-  return forward(x, s, rows, s.start[rows], bias, activation, owned);
+  return forward(x, s, rows, s.start[rows], {}, bias, activation, owned);
 }
 
-Tensor condensed_forward(const Tensor& x, const Tensor& values, const Tensor& indices, std::optional<Tensor> bias,
-                         int64_t activation) {
+Tensor condensed_forward(const Tensor& x, const Tensor& values, const Tensor& indices,
+                         std::optional<Tensor> active_rows, std::optional<Tensor> empty_rows,
+                         std::optional<Tensor> bias, int64_t activation) {
   check_same_type(x, values);
   const bool index16 = indices.scalar_type() == ScalarType::Short;
   STD_TORCH_CHECK(values.dim() == 2 && indices.numel() == values.numel() && indices.is_contiguous() &&
@@ -281,7 +312,90 @@ Tensor condensed_forward(const Tensor& x, const Tensor& values, const Tensor& in
                   "fxsparse: expected values [out, k] and contiguous indices [out, k] in int16 or int32");
   std::vector<Buffer> owned;
   const Sparse s{as_floats(values, owned), nullptr, indices.const_data_ptr(), index16, values.size(1)};
-  return forward(x, s, values.size(0), values.numel(), bias, activation, owned);
+  STD_TORCH_CHECK(active_rows.has_value() == empty_rows.has_value(),
+                  "fxsparse: expected both active_rows and empty_rows, or neither");
+  const int64_t active = values.size(0);
+  const Scatter scatter = active_rows ? scatter_of(*active_rows, active, *empty_rows) : Scatter{};
+  return forward(x, s, active, values.numel(), scatter, bias, activation, owned);
+}
+
+const uint8_t* bytes(const Tensor& t, int64_t count, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Byte && t.is_contiguous() && t.numel() == count,
+                  "fxsparse: expected ", name, " uint8, contiguous, with ", count, " elements, got ", t.numel());
+  return static_cast<const uint8_t*>(t.const_data_ptr());
+}
+
+// Where x is narrower than its windows, the entries of the last one may lie outside.
+void check_lookup_columns(const Lookup& s, int64_t groups, int64_t features) {
+  STD_TORCH_CHECK((features + kWindow - 1) / kWindow == s.windows, "fxsparse: the weight has ", s.windows,
+                  " windows of ", kWindow, " columns, but x has ", features, " features");
+  if (features % kWindow == 0) return;
+  bool inside = true;
+  for (int64_t g = 0; g < groups; g++) {
+    const uint8_t* last = s.columns + s.starts[g + 1] * int64_t(64);
+    int64_t bundles = s.counts[(g + 1) * s.windows - 1] + (s.windows > 1 ? s.counts[(g + 1) * s.windows - 2] : 0);
+    for (const uint8_t* column = last - 64 * bundles; column < last; column++) {
+      const bool in_last_block = *column / kWindow % 2 == (s.windows - 1) % 2;
+      inside &= *column < 128 || !in_last_block || *column % kWindow < features % kWindow;
+    }
+  }
+  STD_TORCH_CHECK(inside, kTooNarrow, features, " features");
+}
+
+void multiply_lookup(const Matrix& x, const Lookup& s, int64_t groups, const Epilogue& epilogue, const Matrix& y) {
+  const int64_t slots = s.starts[groups] * int64_t(64);
+  const auto share_begin = [&](int64_t part, int64_t parts) {
+    const int64_t target = s.starts[groups] * part / parts;
+    return part >= parts ? groups : std::lower_bound(s.starts, s.starts + groups, target) - s.starts;
+  };
+#if defined(FXSPARSE_X86)
+  if (y.tokens <= kLookupTokens && chosen_level >= kVbmi) {
+    Buffer planes(y.tokens * plane_bytes(s.windows));
+    const auto plane = [&](int64_t token) { return reinterpret_cast<uint8_t*>(planes.data + token * plane_bytes(s.windows)); };
+    for (int64_t token = 0; token < y.tokens; token++) split(x, token, s.windows, plane(token));
+    return share(threads_for(y.tokens * slots * 2), [&](int64_t part, int64_t parts) {
+      const int64_t begin = share_begin(part, parts), end = share_begin(part + 1, parts);
+      for (int64_t token = 0; token < y.tokens; token++) look_up(plane(token), s, begin, end, epilogue, y, token);
+    });
+  }
+#endif
+  multiply_all(
+      x, y.tokens * (slots + x.features + y.features),
+      [&](const float* panel, int64_t vectors, int64_t begin, int64_t end, int64_t first) {
+        table().multiply_lookup(panel, x.features, vectors, s, begin, end, epilogue, y, first);
+      },
+      share_begin);
+}
+
+Tensor lookup_forward(const Tensor& x_any, const Tensor& values, const Tensor& columns, const Tensor& counts,
+                      const Tensor& starts, const Tensor& active_rows, const Tensor& empty_rows,
+                      std::optional<Tensor> bias, int64_t activation) {
+  check_same_type(x_any, values);
+  STD_TORCH_CHECK(counts.dim() == 2, "fxsparse: expected counts [groups, windows]");
+  const int64_t groups = counts.size(0), active = active_rows.numel();
+  STD_TORCH_CHECK((active + kGroup - 1) / kGroup == groups, "fxsparse: expected a group for every ", kGroup, " rows");
+  const Lookup s{values.const_data_ptr(),
+                 scalar_of(values, "values"),
+                 bytes(columns, values.numel(), "columns"),
+                 bytes(counts, counts.numel(), "counts"),
+                 index32(starts, groups + 1, "starts"),
+                 counts.size(1),
+                 active};
+  STD_TORCH_CHECK(s.starts[groups] * int64_t(64) == values.numel(), "fxsparse: expected starts to end with ",
+                  values.numel() / 64);
+  std::vector<Buffer> owned;
+  const Tensor x = in_order(x_any);
+  const Scatter scatter = scatter_of(active_rows, active, empty_rows);
+  Epilogue epilogue;
+  Tensor y = output(x, active, scatter, bias, activation, owned, epilogue);
+  if (y.numel() == 0) return y;
+  Matrix from = matrix(x, "x");
+  const Matrix to = matrix(y, "y");
+  from.tokens = to.tokens;
+  check_lookup_columns(s, groups, from.features);
+  if (scatter.empty) table().fill(epilogue, scatter.empty_rows, scatter.empty, to);
+  if (groups) multiply_lookup(from, s, groups, epilogue, to);
+  return y;
 }
 
 struct Needs {
@@ -310,7 +424,7 @@ void backward(const Matrix& grad, const Matrix& x, const Sparse& by_row, const S
         const int64_t i = part / splits, split = part % splits;
         t.multiply(grad_panels.data + i * rows * width, panels[base + i].vectors, by_column,
                    share_begin(by_column, columns, split, splits), share_begin(by_column, columns, split + 1, splits),
-                   {nullptr, 0}, grad_x, panels[base + i].first);
+                   {nullptr, 0, nullptr}, grad_x, panels[base + i].first);
       });
     }
     share(threads, [&](int64_t part, int64_t parts) {
@@ -392,4 +506,5 @@ STABLE_TORCH_LIBRARY_IMPL(fxsparse, CPU, m) {
   m.impl("csr_forward", TORCH_BOX(&csr_forward));
   m.impl("csr_backward", TORCH_BOX(&csr_backward));
   m.impl("condensed_forward", TORCH_BOX(&condensed_forward));
+  m.impl("lookup_forward", TORCH_BOX(&lookup_forward));
 }

@@ -2,6 +2,7 @@
 //
 // Tokens are the vector dimension: activations are transposed into panels [features, vectors * W] that fit the L2
 // cache, every nonzero is one broadcast against a panel row, and results are transposed back W rows at a time.
+#include "rows.h"
 #include "table.h"
 #include "vec.h"
 
@@ -10,38 +11,6 @@ namespace {
 
 // 64 tokens: 768 features of them are 192 KiB, 3,072 are 768 KiB.
 constexpr int64_t kMostVectors = W == 16 ? 4 : 8;
-
-inline V read(const Matrix& m, int64_t offset) {
-  if (m.scalar == Scalar::f32) return load<V>((const float*)m.data + offset);
-  return from_bf16(load<VH>((const uint16_t*)m.data + offset));
-}
-
-inline void write(const Matrix& m, int64_t offset, V v, int64_t count) {
-  if (count >= W) {
-    if (m.scalar == Scalar::f32) return store((float*)m.data + offset, v);
-    return store((uint16_t*)m.data + offset, to_bf16(v));
-  }
-  if (m.scalar == Scalar::f32) {
-    __builtin_memcpy((float*)m.data + offset, &v, count * 4);
-  } else {
-    VH half = to_bf16(v);
-    __builtin_memcpy((uint16_t*)m.data + offset, &half, count * 2);
-  }
-}
-
-inline V read_some(const Matrix& m, int64_t offset, int64_t count) {
-  if (count >= W) return read(m, offset);
-  V v{};
-  if (m.scalar == Scalar::f32) {
-    __builtin_memcpy(&v, (const float*)m.data + offset, count * 4);
-    return v;
-  }
-  VH half{};
-  __builtin_memcpy(&half, (const uint16_t*)m.data + offset, count * 2);
-  return from_bf16(half);
-}
-
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 void transpose(const Matrix& src, int64_t first, int64_t vectors, float* dst) {
   const int64_t stride = vectors * W;
@@ -100,29 +69,21 @@ inline void accumulate(const float* panel, const float* values, const Index* ind
   for (int j = 0; j < NV; j++) store(sums + j * W, sum[0][j]);
 }
 
-inline V bias_of(const Epilogue& epilogue, int64_t r, int64_t count) {
-  if (!epilogue.bias) return V{};
-  if (count >= W) return load<V>(epilogue.bias + r);
-  V bias{};
-  for (int64_t i = 0; i < count; i++) bias[i] = epilogue.bias[r + i];
-  return bias;
-}
-
 // A result of this many bytes leaves the caches before anything reads it: streamed, a training step of 768 -> 3,072 at
 // 99 % zeros took 0.8 of the time, 0.9 with the reading of its results after it.
 constexpr int64_t kStreamedBytes = 1 << 20;
 
-inline bool is_streamed(const Matrix& dst) {
-  return kStreams && dst.scalar == Scalar::f32 && dst.features % W == 0 && (uintptr_t)dst.data % sizeof(V) == 0 &&
+inline bool is_streamed(const Matrix& dst, const int32_t* rows) {
+  return kStreams && !rows && dst.scalar == Scalar::f32 && dst.features % W == 0 && (uintptr_t)dst.data % sizeof(V) == 0 &&
          dst.tokens * dst.features * 4 >= kStreamedBytes;
 }
 
-// dst[token + i, r + j] = m[i][j] for i < height, j < count.
+// dst[token + i, column of row r + j] = m[i][j] for i < height, j < count.
 inline void write_block(const V* m, const Matrix& dst, int64_t token, int64_t r, int64_t height, int64_t count,
-                        bool streamed) {
+                        const int32_t* rows, bool streamed) {
   const int64_t at = token * dst.features + r;
-  if (height < W || count < W || dst.scalar != Scalar::f32) {
-    for (int i = 0; i < height; i++) write(dst, at + i * dst.features, m[i], count);
+  if (rows || height < W || count < W || dst.scalar != Scalar::f32) {
+    for (int i = 0; i < height; i++) write_rows(dst, token + i, r, m[i], count, rows);
   } else if (streamed) {
 #pragma GCC unroll 16
     for (int i = 0; i < W; i++) stream((float*)dst.data + at + i * dst.features, m[i]);
@@ -132,33 +93,40 @@ inline void write_block(const V* m, const Matrix& dst, int64_t token, int64_t r,
   }
 }
 
+// Rows base <= r < stop of the product from `block` [rows, NV * W] to dst, transposed, with the epilogue.
+template <int NV>
+inline void finish_rows(const float* block, int64_t base, int64_t stop, const Epilogue& epilogue, const Matrix& dst,
+                        int64_t first, bool streamed) {
+  const int64_t tokens = least(NV * W, dst.tokens - first);
+  for (int64_t t = 0; t < tokens; t += W) {
+    for (int64_t r = base; r < stop; r += W) {
+      const int64_t count = least(W, stop - r);
+      const V bias = bias_of(epilogue, r, count);
+      V m[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; i++) m[i] = load<V>(block + (r - base + i) * NV * W + t);
+      transpose_block(m);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; i++) m[i] += bias;
+      if (epilogue.activation)
+        for (int i = 0; i < W; i++) m[i] = activate(m[i], epilogue.activation);
+      write_block(m, dst, first + t, r, least(W, tokens - t), count, epilogue.rows, streamed);
+    }
+  }
+}
+
 template <int NV, class Index>
 void multiply_rows(const float* panel, const Sparse& s, int64_t begin, int64_t end, const Epilogue& epilogue,
                    const Matrix& dst, int64_t first) {
   constexpr int64_t kRows = 4 * W;  // so that a token gets four vectors in a row: fewer changes of page
   alignas(64) float block[kRows * NV * W];
-  const int64_t tokens = least(NV * W, dst.tokens - first);
-  const bool streamed = is_streamed(dst);
+  const bool streamed = is_streamed(dst, epilogue.rows);
   for (int64_t base = begin; base < end; base += kRows) {
     const int64_t stop = least(base + kRows, end);
     for (int64_t r = base; r < stop; r++)
       accumulate<NV>(panel, s.values, (const Index*)s.index, row_begin(s, r), row_begin(s, r + 1),
                      block + (r - base) * NV * W);
-    for (int64_t t = 0; t < tokens; t += W) {
-      for (int64_t r = base; r < stop; r += W) {
-        const int64_t count = least(W, stop - r);
-        const V bias = bias_of(epilogue, r, count);
-        V m[W];
-#pragma GCC unroll 16
-        for (int i = 0; i < W; i++) m[i] = load<V>(block + (r - base + i) * NV * W + t);
-        transpose_block(m);
-#pragma GCC unroll 16
-        for (int i = 0; i < W; i++) m[i] += bias;
-        if (epilogue.activation)
-          for (int i = 0; i < W; i++) m[i] = activate(m[i], epilogue.activation);
-        write_block(m, dst, first + t, r, least(W, tokens - t), count, streamed);
-      }
-    }
+    finish_rows<NV>(block, base, stop, epilogue, dst, first, streamed);
   }
   if (streamed) stream_end();
 }
@@ -312,7 +280,7 @@ bool few_rows(const float* x, int64_t width, const Sparse& s, int64_t begin, int
     const V bias = bias_of(epilogue, r, count);
 #pragma GCC unroll 2
     for (int t = 0; t < T; t++)
-      write(dst, t * dst.features + r, activate(sum_each(sum[t]) + bias, epilogue.activation), count);
+      write_rows(dst, t, r, activate(sum_each(sum[t]) + bias, epilogue.activation), count, epilogue.rows);
   }
   return true;
 }
@@ -341,10 +309,96 @@ void add_rows(const float* panel, int64_t vectors, int64_t begin, int64_t end, f
   }
 }
 
+inline float value_at(const float* values, int64_t i) { return values[i]; }
+inline float value_at(const uint16_t* values, int64_t i) {
+  const uint32_t bits = uint32_t(values[i]) << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, 4);
+  return value;
+}
+
+// The panel row of each of 16 slots; an empty one reads the row of zeros after the features.
+inline void panel_rows(const uint8_t* column, int64_t window, int32_t features, int32_t* row) {
+  typedef uint8_t VB __attribute__((vector_size(W)));
+  const int32_t base = window * kWindow, flip = window % 2 * kWindow;
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += W) {
+    const VI byte = __builtin_convertvector(load<VB>(column + i), VI);
+    store(row + i, (VI)(byte > 127 ? ((byte ^ flip) & 127) + base : VI{} + features));
+  }
+}
+
+// sums [LANES, NV * W] of the lanes `lane` onwards (LANES of one quarter of the group) over all bundles of a group.
+template <int NV, int LANES, class Value>
+inline void accumulate_lanes(const float* panel, int64_t features, const Lookup& s, int64_t group, int lane,
+                             float* sums) {
+  V sum[LANES][NV] = {};
+  // Within a bundle the bytes of four lanes lie together, step by step: 16 of them.
+  const uint8_t* column = s.columns + s.starts[group] * int64_t(64) + lane / 4 * 16;
+  const Value* values = (const Value*)s.values + s.starts[group] * int64_t(64) + lane;
+  for (int64_t window = 0; window < s.windows; window++) {
+    for (int n = s.counts[group * s.windows + window]; n > 0; n--, column += 64, values += 64) {
+      alignas(64) int32_t row[16];
+      panel_rows(column, window, (int32_t)features, row);
+#pragma GCC unroll 4
+      for (int step = 0; step < 4; step++)
+#pragma GCC unroll 4
+        for (int l = 0; l < LANES; l++) {
+          const V value = splat(value_at(values, step * kGroup + l));
+#pragma GCC unroll 8
+          for (int j = 0; j < NV; j++)
+            sum[l][j] += value * load<V>(panel + int64_t(row[step * 4 + lane % 4 + l]) * (NV * W) + j * W);
+        }
+    }
+  }
+#pragma GCC unroll 4
+  for (int l = 0; l < LANES; l++)
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; j++) store(sums + (l * NV + j) * W, sum[l][j]);
+}
+
+template <int NV, class Value>
+void multiply_groups(const float* panel, int64_t features, const Lookup& s, int64_t begin, int64_t end,
+                     const Epilogue& epilogue, const Matrix& dst, int64_t first) {
+  constexpr int kLanes = NV * 4 <= W ? 4 : 1;  // their sums stay in registers, of which there are 2 W
+  alignas(64) float block[kGroup * NV * W];
+  for (int64_t g = begin; g < end; g++) {
+    for (int lane = 0; lane < kGroup; lane += kLanes)
+      accumulate_lanes<NV, kLanes, Value>(panel, features, s, g, lane, block + lane * NV * W);
+    finish_rows<NV>(block, g * kGroup, least((g + 1) * kGroup, s.rows), epilogue, dst, first, false);
+  }
+}
+
+template <int NV>
+void multiply_lookup_panel(const float* panel, int64_t features, const Lookup& s, int64_t begin, int64_t end,
+                           const Epilogue& epilogue, const Matrix& dst, int64_t first) {
+  if (s.scalar == Scalar::f32) return multiply_groups<NV, float>(panel, features, s, begin, end, epilogue, dst, first);
+  multiply_groups<NV, uint16_t>(panel, features, s, begin, end, epilogue, dst, first);
+}
+
+void multiply_lookup(const float* panel, int64_t features, int64_t vectors, const Lookup& s, int64_t begin,
+                     int64_t end, const Epilogue& epilogue, const Matrix& dst, int64_t first) {
+  switch (vectors) {
+    case 1: return multiply_lookup_panel<1>(panel, features, s, begin, end, epilogue, dst, first);
+    case 2: return multiply_lookup_panel<2>(panel, features, s, begin, end, epilogue, dst, first);
+    case 4: return multiply_lookup_panel<4>(panel, features, s, begin, end, epilogue, dst, first);
+    default: return multiply_lookup_panel<8>(panel, features, s, begin, end, epilogue, dst, first);
+  }
+}
+
+void fill(const Epilogue& epilogue, const int32_t* rows, int64_t count, const Matrix& dst) {
+  for (int64_t r = 0; r < count; r += W) {
+    const int64_t lanes = least(W, count - r);
+    const V value = activate(bias_of({epilogue.bias, 0, rows}, r, lanes), epilogue.activation);
+    for (int64_t t = 0; t < dst.tokens; t++) write_rows(dst, t, r, value, lanes, rows);
+  }
+}
+
 }  // namespace
 
 const Table& FXSPARSE_TABLE() {
-  static const Table table = {W, kMostVectors, transpose, multiply, sample, multiply_few, add_rows};
+  static const Table table = {W,            kMostVectors, transpose,       multiply, sample,
+                              multiply_few, add_rows,     multiply_lookup, fill};
   return table;
 }
 

@@ -24,10 +24,24 @@ struct Matrix {
   int64_t features;
 };
 
-// Added to and applied to the rows of a product; bias may be null.
+// The same weight for table lookups (formats/lookup.py says how): 16 rows are a group, and a group has bundles of 64
+// entries, counts[group, window] of them for each window of columns, from bundle starts[group] on.
+struct Lookup {
+  const void* values;  // [bundles, 64]: 4 steps of 16 lanes
+  Scalar scalar;
+  const uint8_t* columns;  // [bundles, 64]
+  const uint8_t* counts;
+  const int32_t* starts;
+  int64_t windows;
+  int64_t rows;
+};
+
+// Added to and applied to the rows of a product; bias may be null.  Row r of the product goes to column rows[r] of the
+// output (and takes its bias), or r where rows is null.
 struct Epilogue {
   const float* bias;
   int64_t activation;
+  const int32_t* rows;
 };
 
 struct Table {
@@ -47,9 +61,27 @@ struct Table {
                        const Matrix& dst);
   // sums[r] += the sum of panel row r, for rows begin <= r < end.
   void (*add_rows)(const float* panel, int64_t vectors, int64_t begin, int64_t end, float* sums);
+  // multiply for groups begin <= g < end; the panel has a row of zeros at position `features`.
+  void (*multiply_lookup)(const float* panel, int64_t features, int64_t vectors, const Lookup&, int64_t begin,
+                          int64_t end, const Epilogue&, const Matrix& dst, int64_t first);
+  // dst[:, rows[i]] = activation(bias) for i < count.
+  void (*fill)(const Epilogue&, const int32_t* rows, int64_t count, const Matrix& dst);
 };
 
 constexpr int64_t kFewTokens = 2;  // from 3 on, a panel of one vector is faster than gathering for each
+
+constexpr int64_t kGroup = 16;        // rows of a group in Lookup
+constexpr int64_t kWindow = 64;       // columns from one window to the next
+constexpr int64_t kLookupTokens = 12;  // up to here looking up for each token is faster than a panel
+
+// Bytes between the four planes that `split` writes for an x of `windows` windows.
+constexpr int64_t plane_bytes(int64_t windows) { return (windows + 2) * kWindow; }
+
+// Lookups with AVX-512 VBMI.  planes[j] = byte j of every fp32 element of the token of x, zeros past the last.
+void split(const Matrix& x, int64_t token, int64_t windows, uint8_t* planes);
+// dst[token] = activation(product + bias) for groups begin <= g < end.
+void look_up(const uint8_t* planes, const Lookup&, int64_t begin, int64_t end, const Epilogue&, const Matrix& dst,
+             int64_t token);
 
 const Table& table_portable();
 const Table& table_avx2();

@@ -9,7 +9,7 @@ from fxsparse.testing import sparse_weight
 
 
 def packed(shape=(37, 53), dtype=torch.float32):
-    weight = sparse_weight(shape, 0.2, constant_fan_in=True).to(dtype)
+    weight = sparse_weight(shape, 0.2, constant_fan_in=True, empty_rows=False).to(dtype)
     return weight, *condensed.pack(weight).values()
 
 
@@ -25,7 +25,20 @@ def test_both_index_widths_give_the_same_bits(index_dtype):
 def test_op_passes_opcheck():
     _, values, indices = packed()
     x, bias = torch.randn(3, 53), torch.randn(37)
-    opcheck(torch.ops.fxsparse.condensed_forward.default, (x, values, indices, bias, 1))
+    opcheck(torch.ops.fxsparse.condensed_forward.default, (x, values, indices, None, None, bias, 1))
+
+
+def test_empty_rows_give_the_activated_bias_and_the_rest_goes_to_its_rows():
+    weight = sparse_weight((37, 53), 0.2, constant_fan_in=True).float()
+    buffers = list(condensed.pack(weight).values())
+    x, bias = torch.randn(20, 53), torch.randn(37)
+    y = condensed_linear(x, *buffers[:2], bias, "relu", *buffers[2:])
+    torch.testing.assert_close(y, torch.relu(x @ weight.t() + bias))
+    empty = ~weight.any(1)
+    assert torch.equal(y[:, empty], bias[empty].relu().expand(20, -1))
+    active = condensed_linear(x, *buffers[:2], bias[~empty], "relu")  # without the scatter
+    assert torch.equal(active, y[:, ~empty])
+    opcheck(torch.ops.fxsparse.condensed_forward.default, (x, *buffers, bias, 1))
 
 
 def test_counted_flops_are_two_per_stored_entry_and_token():

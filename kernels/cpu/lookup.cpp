@@ -1,0 +1,111 @@
+// The product of one token by table lookups, for AVX-512 VBMI.
+//
+// vpermi2b reads 64 bytes of a table of 128 at once: with x split into the four bytes of its floats, four of them fetch
+// x for 64 entries of a window of 128 columns, and two rounds of interleaving put the bytes together.  A window moves by
+// 64 columns: a column's byte in the table is column % 128, so half the table stays.
+#include "rows.h"
+#include "table.h"
+#include "vec.h"
+
+namespace fxsparse {
+namespace {
+
+// Four vectors of x, one for each step of a bundle; 0 for an empty slot, whatever x holds.
+struct Found {
+  V step[4];
+};
+
+// The bytes of a bundle are in the order in which interleaving within 128-bit lanes puts them back.
+template <bool kHalf>
+inline Found find(const __m512i* even, const __m512i* odd, const uint8_t* columns) {
+  const __m512i index = _mm512_loadu_si512(columns);
+  const __mmask64 used = _mm512_movepi8_mask(index);
+  const __m512i b2 = _mm512_maskz_permutex2var_epi8(used, even[2], index, odd[2]);
+  const __m512i b3 = _mm512_maskz_permutex2var_epi8(used, even[3], index, odd[3]);
+  __m512i low_a = _mm512_setzero_si512(), low_b = low_a;
+  if constexpr (!kHalf) {  // the lower half of a widened bfloat16 is 0
+    const __m512i b0 = _mm512_maskz_permutex2var_epi8(used, even[0], index, odd[0]);
+    const __m512i b1 = _mm512_maskz_permutex2var_epi8(used, even[1], index, odd[1]);
+    low_a = _mm512_unpacklo_epi8(b0, b1);
+    low_b = _mm512_unpackhi_epi8(b0, b1);
+  }
+  const __m512i high_a = _mm512_unpacklo_epi8(b2, b3), high_b = _mm512_unpackhi_epi8(b2, b3);
+  return {{(V)_mm512_unpacklo_epi16(low_a, high_a), (V)_mm512_unpackhi_epi16(low_a, high_a),
+           (V)_mm512_unpacklo_epi16(low_b, high_b), (V)_mm512_unpackhi_epi16(low_b, high_b)}};
+}
+
+inline V value_of(const float* values) { return load<V>(values); }
+inline V value_of(const uint16_t* values) { return from_bf16(load<VH>(values)); }
+
+template <bool kHalf>
+inline void load_half(const uint8_t* planes, int64_t stride, int64_t window, __m512i* half) {
+#pragma GCC unroll 4
+  for (int j = kHalf ? 2 : 0; j < 4; j++) half[j] = _mm512_loadu_si512(planes + j * stride + window * kWindow);
+}
+
+template <class Value>
+void look_up_groups(const uint8_t* planes, const Lookup& s, int64_t begin, int64_t end, const Epilogue& epilogue,
+                    const Matrix& dst, int64_t token) {
+  constexpr bool kHalf = sizeof(Value) == 2;
+  const int64_t stride = plane_bytes(s.windows);
+  const Value* values = (const Value*)s.values + s.starts[begin] * int64_t(64);
+  const uint8_t* columns = s.columns + s.starts[begin] * int64_t(64);
+  for (int64_t g = begin; g < end; g++) {
+    V sum[4] = {};
+    __m512i even[4], odd[4];
+    const auto bundles = [&](int count) {
+      for (; count > 0; count--, columns += 64, values += 64) {
+        const Found x = find<kHalf>(even, odd, columns);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) sum[j] += value_of(values + j * W) * x.step[j];
+      }
+    };
+    const uint8_t* counts = s.counts + g * s.windows;
+    load_half<kHalf>(planes, stride, 0, even);
+    for (int64_t window = 0; window < s.windows; window += 2) {
+      load_half<kHalf>(planes, stride, window + 1, odd);
+      bundles(counts[window]);
+      if (window + 1 == s.windows) break;
+      load_half<kHalf>(planes, stride, window + 2, even);
+      bundles(counts[window + 1]);
+    }
+    const int64_t r = g * kGroup, count = least(kGroup, s.rows - r);
+    const V total = (sum[0] + sum[1]) + (sum[2] + sum[3]) + bias_of(epilogue, r, count);
+    write_rows(dst, token, r, activate(total, epilogue.activation), count, epilogue.rows);
+  }
+}
+
+struct Bytes {
+  alignas(64) uint8_t at[64];
+};
+
+// Position i + 16 j holds that of byte j of float i.
+constexpr Bytes byte_order() {
+  Bytes order{};
+  for (int i = 0; i < 64; i++) order.at[i] = uint8_t(i % 16 * 4 + i / 16);
+  return order;
+}
+
+}  // namespace
+
+void split(const Matrix& x, int64_t token, int64_t windows, uint8_t* planes) {
+  static constexpr Bytes kOrder = byte_order();
+  const __m512i order = _mm512_load_si512(kOrder.at);
+  const int64_t stride = plane_bytes(windows);
+  for (int64_t f = 0; f < stride; f += W) {
+    const int64_t count = x.features - f;
+    const V v = count > 0 ? read_some(x, token * x.features + f, count) : V{};
+    const __m512i bytes = _mm512_permutexvar_epi8(order, (__m512i)v);
+    alignas(64) uint8_t parts[64];
+    _mm512_store_si512(parts, bytes);
+    for (int j = 0; j < 4; j++) __builtin_memcpy(planes + j * stride + f, parts + 16 * j, 16);
+  }
+}
+
+void look_up(const uint8_t* planes, const Lookup& s, int64_t begin, int64_t end, const Epilogue& epilogue,
+             const Matrix& dst, int64_t token) {
+  if (s.scalar == Scalar::f32) return look_up_groups<float>(planes, s, begin, end, epilogue, dst, token);
+  look_up_groups<uint16_t>(planes, s, begin, end, epilogue, dst, token);
+}
+
+}  // namespace fxsparse

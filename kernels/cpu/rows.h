@@ -1,0 +1,63 @@
+// Reading and writing rows of activations in their dtype, one vector at a time.
+#pragma once
+#include "table.h"
+#include "vec.h"
+
+namespace fxsparse {
+namespace {
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline V read(const Matrix& m, int64_t offset) {
+  if (m.scalar == Scalar::f32) return load<V>((const float*)m.data + offset);
+  return from_bf16(load<VH>((const uint16_t*)m.data + offset));
+}
+
+inline void write(const Matrix& m, int64_t offset, V v, int64_t count) {
+  if (count >= W) {
+    if (m.scalar == Scalar::f32) return store((float*)m.data + offset, v);
+    return store((uint16_t*)m.data + offset, to_bf16(v));
+  }
+  if (m.scalar == Scalar::f32) {
+    __builtin_memcpy((float*)m.data + offset, &v, count * 4);
+  } else {
+    VH half = to_bf16(v);
+    __builtin_memcpy((uint16_t*)m.data + offset, &half, count * 2);
+  }
+}
+
+inline V read_some(const Matrix& m, int64_t offset, int64_t count) {
+  if (count >= W) return read(m, offset);
+  V v{};
+  if (m.scalar == Scalar::f32) {
+    __builtin_memcpy(&v, (const float*)m.data + offset, count * 4);
+    return v;
+  }
+  VH half{};
+  __builtin_memcpy(&half, (const uint16_t*)m.data + offset, count * 2);
+  return from_bf16(half);
+}
+
+inline V bias_of(const Epilogue& epilogue, int64_t r, int64_t count) {
+  V bias{};
+  if (!epilogue.bias) return bias;
+  if (!epilogue.rows && count >= W) return load<V>(epilogue.bias + r);
+  for (int64_t i = 0; i < least(W, count); i++) bias[i] = epilogue.bias[epilogue.rows ? epilogue.rows[r + i] : r + i];
+  return bias;
+}
+
+// dst[token, column of row r + j] = v[j] for j < count.
+inline void write_rows(const Matrix& dst, int64_t token, int64_t r, V v, int64_t count, const int32_t* rows) {
+  const int64_t at = token * dst.features;
+  if (!rows) return write(dst, at + r, v, count);
+  const int64_t lanes = least(W, count);
+  if (dst.scalar == Scalar::f32) {
+    for (int64_t j = 0; j < lanes; j++) ((float*)dst.data)[at + rows[r + j]] = v[j];
+  } else {
+    const VH half = to_bf16(v);
+    for (int64_t j = 0; j < lanes; j++) ((uint16_t*)dst.data)[at + rows[r + j]] = half[j];
+  }
+}
+
+}  // namespace
+}  // namespace fxsparse

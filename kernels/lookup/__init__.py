@@ -1,0 +1,1 @@
+"""Small batches by table lookups in registers."""

@@ -1,0 +1,101 @@
+"""Inference of linear layers by table lookups (AVX-512 VBMI), for any pattern; fastest for up to four tokens or so."""
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from fxsparse.formats import lookup
+from fxsparse.kernel import Cost, Kernel, Problem, register
+from fxsparse.kernels import cpu
+from fxsparse.kernels.csr import reference as csr_reference
+from fxsparse.kernels.library import (
+    ACTIVATIONS,
+    COMPILED,
+    activation_code,
+    autocast,
+    define,
+    refuse_gradient,
+)
+
+
+def lookup_linear(
+    x: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    counts: Tensor,
+    starts: Tensor,
+    active_rows: Tensor,
+    empty_rows: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """``activation(x @ W^T + bias)`` [..., out] for W packed by ``formats.lookup.pack``; inference only.
+
+    x [..., in] and values are of one floating dtype.  Rows without entries give ``activation(bias)``.
+    """
+    x, values, bias = autocast(x, values, bias)
+    code = activation_code(activation)
+    refuse_gradient(x)
+    run = reference if x.dtype not in COMPILED else torch.ops.fxsparse.lookup_forward.default
+    return run(x, values, columns, counts, starts, active_rows, empty_rows, bias, code)
+
+
+def reference(
+    x: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    counts: Tensor,
+    starts: Tensor,
+    active_rows: Tensor,
+    empty_rows: Tensor,
+    bias: Tensor | None,
+    activation: int,
+) -> Tensor:
+    """The same in plain PyTorch, differentiable."""
+    entries = lookup.unpack(values, columns, counts, starts, active_rows, empty_rows)
+    out_features = len(active_rows) + len(empty_rows)
+    lengths = torch.bincount(entries.rows, minlength=out_features)
+    crow = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    return csr_reference.linear(x, entries.values, crow, entries.columns, bias, activation)
+
+
+def _fake(x, values, columns, counts, starts, active_rows, empty_rows, bias, activation):
+    return x.new_empty(*x.shape[:-1], active_rows.shape[0] + empty_rows.shape[0])
+
+
+define(
+    "lookup_forward(Tensor x, Tensor values, Tensor columns, Tensor counts, Tensor starts, Tensor active_rows, "
+    "Tensor empty_rows, Tensor? bias, int activation) -> Tensor",
+    reference,
+    _fake,
+)
+
+
+@register_flop_formula(torch.ops.fxsparse.lookup_forward)
+def _flops(x_shape, values_shape, *args, out_shape=None, **kwargs) -> int:
+    """Of all slots, the empty ones too: shapes are all that a formula sees."""
+    return 2 * values_shape.numel() * torch.Size(x_shape[:-1]).numel()
+
+
+def _run(x, bias, *packed, activation: str = "none") -> Tensor:
+    return lookup_linear(x, *packed, bias, activation)
+
+
+def _reference(x, bias, *packed, activation: str = "none") -> Tensor:
+    return reference(x, *packed, bias, ACTIVATIONS.index(activation))
+
+
+def _refuses(problem: Problem) -> list[str]:
+    reasons = cpu.refuses(problem)
+    if problem.training:
+        reasons.append("it has no gradient")
+    if not reasons and cpu.instruction_set() != "avx512vbmi":
+        reasons.append("it needs AVX-512 VBMI")
+    return reasons
+
+
+def _cost(problem: Problem) -> Cost:
+    return Cost(2 * problem.batch * problem.nnz, problem.nnz * (problem.dtype.itemsize + 1))
+
+
+LOOKUP = register(Kernel("cpu-lookup", "linear", "lookup", lookup.pack, _run, _reference, _refuses, _cost))
