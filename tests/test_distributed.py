@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fxsparse
 from fxsparse import Plan
 from fxsparse.errors import InvariantError
-from fxsparse.methods import rigl, set_
+from fxsparse.methods import rigl, set_, srigl
 
 
 def train(rank, world, directory, storage, method):
@@ -62,3 +62,36 @@ def test_masks_and_weights_stay_identical_and_a_broken_rank_is_found(storage, me
     for rank in range(2):
         message = torch.load(tmp_path / f"error{rank}.pt", weights_only=True)
         assert "ranks hold different masks of '0.weight'" in message
+
+
+def train_on_shares(storage, rank=0, world=1):
+    """Masks after 12 steps with SRigL, of which this rank saw every `world`-th row of the batches."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).double()
+    method = moving(srigl, gamma_sal=0.95)
+    sparse = fxsparse.compile(model, Plan(sparsity=0.8, storage=storage, method=method))
+    wrapped = DistributedDataParallel(sparse) if world > 1 else sparse
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+    sparse.attach(optimizer)
+    for step in range(12):
+        optimizer.zero_grad()
+        x = torch.randn(12, 16, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        wrapped(x[rank::world]).square().mean().backward()
+        optimizer.step()
+    return sparse.masks()
+
+
+def save_masks(rank, world, directory, storage):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world)
+    torch.save(train_on_shares(storage, rank, world), f"{directory}/masks{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("storage", ["masked", "compact"])
+def test_gradients_are_summed_over_ranks_before_their_sign_is_dropped(storage, tmp_path):
+    mp.spawn(save_masks, (2, str(tmp_path), storage), nprocs=2)
+    alone = train_on_shares(storage)
+    for rank in range(2):
+        masks = torch.load(tmp_path / f"masks{rank}.pt", weights_only=True)
+        assert all(torch.equal(mask, masks[name]) for name, mask in alone.items())

@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fxsparse
 from fxsparse import Plan
-from fxsparse.methods import rigl
+from fxsparse.methods import rigl, srigl
 
 
 def net():
@@ -15,10 +15,13 @@ def net():
     return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
 
 
-def run(storage, steps, compiled, backend="aot_eager"):
+RIGL = rigl(every=2, stop=10_000, drop_fraction=0.3, decay="constant", variant="torch")
+SRIGL = srigl(every=2, stop=10_000, drop_fraction=0.3, decay="constant", gamma_sal=0.95)
+
+
+def run(storage, steps, compiled, backend="aot_eager", method=RIGL):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
-    method = rigl(every=2, stop=10_000, drop_fraction=0.3, decay="constant", variant="torch")
     sparse = fxsparse.compile(net(), Plan(sparsity=0.8, storage=storage, method=method))
     call = torch.compile(sparse, backend=counter, fullgraph=True) if compiled else sparse
     optimizer = torch.optim.SGD(sparse.parameters(), lr=0.05, momentum=0.9)
@@ -35,10 +38,11 @@ def run(storage, steps, compiled, backend="aot_eager"):
     return losses, sparse.masks(), counter.frame_count, moved
 
 
+@pytest.mark.parametrize("method", [RIGL, SRIGL], ids=["rigl", "srigl"])
 @pytest.mark.parametrize("storage", ["masked", "compact"])
-def test_two_frames_and_the_same_numbers_over_two_hundred_mask_updates(storage):
-    losses, masks, frames, moved = run(storage, 400, compiled=True)
-    expected, expected_masks, _, _ = run(storage, 400, compiled=False)
+def test_two_frames_and_the_same_numbers_over_two_hundred_mask_updates(storage, method):
+    losses, masks, frames, moved = run(storage, 400, compiled=True, method=method)
+    expected, expected_masks, _, _ = run(storage, 400, compiled=False, method=method)
     assert frames <= 2
     assert moved >= 199
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-4, atol=1e-5)
