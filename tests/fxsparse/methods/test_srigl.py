@@ -92,7 +92,7 @@ def test_a_preset_by_its_name():
 
 def test_plans_survive_their_file(tmp_path):
     method = srigl(
-        gamma_sal=0.95, never_ablate=["head", "blocks.0.*"], preset="srigl_repo", weight_init="keep"
+        gamma_sal=0.95, never_ablate=("head", "blocks.0.*"), preset="srigl_repo", weight_init="keep"
     )
     plan = Plan(sparsity=0.9, method=method)
     plan.save(tmp_path / "plan.toml")
@@ -169,6 +169,10 @@ def train(sparse, optimizer, steps, batch=images):
         optimizer.step()
         history.append(sparse.masks())
     return history
+
+
+def storages(sparse):
+    return {row["storage"] for row in sparse.report.to_dict()["layers"]}
 
 
 def fan_ins(mask):
@@ -319,22 +323,60 @@ def test_a_frozen_weight_keeps_its_values():
     assert torch.equal(sparse.get_parameter("0.weight"), given * sparse.masks()["0.weight"])
 
 
-def test_a_resumed_run_continues_bit_for_bit():
-    straight = trained(fast(gamma_sal=0.95), steps=24)[2][-1]
-    half, held, _ = trained(fast(gamma_sal=0.95), steps=12)
+@pytest.mark.parametrize("storage", ["masked", "compact"])
+def test_a_resumed_run_continues_bit_for_bit(storage):
+    straight, _, history = trained(fast(gamma_sal=0.95), steps=24, storage=storage)
+    half, held, _ = trained(fast(gamma_sal=0.95), steps=12, storage=storage)
+    assert storages(half) >= {storage}
     saved = io.BytesIO()
     torch.save((half.state_dict(), held.state_dict()), saved)
     saved.seek(0)
     state, moments = torch.load(saved, weights_only=True)
     assert any((fan_ins(mask) == 0).any() for mask in half.masks().values())
     torch.manual_seed(1)  # other weights and another start
-    sparse = fxsparse.compile(Mixed(), Plan(sparsity=0.9, method=fast(gamma_sal=0.95), storage="masked"))
+    sparse = fxsparse.compile(Mixed(), Plan(sparsity=0.9, method=fast(gamma_sal=0.95), storage=storage))
     sparse.load_state_dict(state)
     optimizer = torch.optim.AdamW(sparse.parameters(), **ADAMW)
     optimizer.load_state_dict(moments)
     sparse.attach(optimizer)
     resumed = train(sparse, optimizer, range(12, 24))[-1]
-    assert all(torch.equal(mask, resumed[name]) for name, mask in straight.items())
+    assert all(torch.equal(mask, resumed[name]) for name, mask in history[-1].items())
+    now = sparse.state_dict()
+    assert all(torch.equal(value, now[key]) for key, value in straight.state_dict().items())
+
+
+def vectors(step):
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(12, 16, generator=generator, dtype=torch.float64)
+    return x, torch.randint(8, (12,), generator=generator)
+
+
+@pytest.mark.parametrize("preset", ["srigl_paper", "srigl_repo"])
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_compact_storage_picks_exactly_what_masked_storage_picks(micro_batches, preset):
+    histories = []
+    for storage in ("masked", "compact"):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Linear(16, 48), nn.ReLU(), nn.Linear(48, 24), nn.ReLU(), nn.Linear(24, 8)
+        ).double()
+        method = fast(gamma_sal=0.95, preset=preset)
+        sparse = fxsparse.compile(model, Plan(sparsity=0.8, method=method, storage=storage))
+        assert storages(sparse) == {storage}
+        optimizer = torch.optim.AdamW(sparse.parameters(), **ADAMW)
+        sparse.attach(optimizer)
+        histories.append([])
+        for step in range(70):
+            optimizer.zero_grad()
+            for x, y in zip(*(part.chunk(micro_batches) for part in vectors(step)), strict=True):
+                nn.functional.cross_entropy(sparse(x), y).backward()
+            optimizer.step()
+            histories[-1].append(sparse.masks())
+    for masked, compact in zip(*histories, strict=True):
+        assert all(torch.equal(mask, compact[name]) for name, mask in masked.items())
+    counts = {int(masks["0.weight"].sum()) for masks in histories[0]}
+    assert len(counts) > 3  # the count of nonzeros really varies
+    assert (fan_ins(histories[0][-1]["0.weight"]) == 0).any()
 
 
 @pytest.mark.parametrize(
