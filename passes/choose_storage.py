@@ -87,8 +87,6 @@ def _refusals(gm: GraphModule, spec: WeightSpec, decision: Decision, ctx: PassCo
         f"{method.name} keeps weights behind its zeros": not method.reparam.exact_zeros,
         f"{method.name} changes its count of nonzeros": method.schedule is not None
         and method.schedule.ramp is not None,
-        f"{method.name} ablates neurons, so that its count of nonzeros varies": method.never_ablate
-        is not None,
         f"{decision.pattern} chooses over the whole weight": not decision.pattern.streams,
     }
     return [reason for reason, applies in tests.items() if applies]
