@@ -109,7 +109,8 @@ def plan_of(settings: Settings) -> Plan:
     """The plan of a sparse run."""
     name, options = read_method(settings["method"])
     plan = {key: options.pop(key, default) for key, default in PLAN_FIELDS.items()}
-    stop = 3 * settings["steps"] // 4 // EVERY * EVERY  # a multiple, so that GMP's ramp ends on an update
+    # A multiple, so that GMP's ramp ends on an update.
+    stop = max(EVERY, 3 * settings["steps"] // 4 // EVERY * EVERY)
     scheduled = {"every": EVERY, "stop": stop} | ({"start": 0} if name == "gmp" else {})
     known = inspect.signature(_METHODS[name]).parameters
     fields = {key: value for key, value in scheduled.items() if key in known} | options
