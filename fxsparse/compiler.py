@@ -37,19 +37,22 @@ def compile(
     mode: str = "train",
     example_inputs: Any = None,
     optimizer: Optimizer | None = None,
+    device: torch.device | str | None = None,
     strict: bool = False,
 ) -> SparseModule:
     """Compile `model` for sparse training with a `plan`, or for inference of the zeros it has.
 
     Args:
         model: any nn.Module.  For training in masked storage its Parameters are shared and pruned entries zeroed in
-            place; in compact storage and for inference it is left untouched.
+            place; in compact storage and for inference it is left untouched.  Parameters on the meta device are
+            created, in the module that is returned alone: compact weights at the size of their nonzeros, never dense.
         plan: what is wanted; required for training, refused for inference (use `fxsparse.prune` first).
         mode: "train" or "infer".
         example_inputs: a tensor, or a tuple of positional inputs whose last item may be a dict of keyword inputs.
             With them the captured graphs are run against the model before anything is changed, and storage and
             kernels are chosen by measurement.
         optimizer: attached, and in compact storage made to hold the stored values instead of the dense Parameters.
+        device: where parameters on meta are created; the CPU by default.
         strict: raise where the default is a row in the report.
 
     Raises:
@@ -60,9 +63,10 @@ def compile(
     """
     _check(model, plan, mode)
     _check_optimizer(optimizer)
+    _check_device(model, device, optimizer)
     if plan is None:
         return compile_for_inference(model, example_inputs, strict=strict)
-    return _train(model, plan, example_inputs, optimizer, strict)
+    return _train(model, plan, example_inputs, optimizer, torch.device(device or "cpu"), strict)
 
 
 def plan_report(model: nn.Module, plan: Plan, example_inputs: Any = None) -> Report:
@@ -149,6 +153,26 @@ def _check_optimizer(optimizer: Optimizer | None) -> None:
         raise PlanError(f"compile: expected a torch.optim.Optimizer, got {type(optimizer).__name__}.")
 
 
+def _check_device(model: nn.Module, device: torch.device | str | None, optimizer: Optimizer | None) -> None:
+    meta = _on_meta(model)
+    if device is not None and not meta:
+        raise PlanError(
+            f"compile: device={str(device)!r} says where parameters on meta are created, and this model has none; "
+            "move the model with model.to(device) instead."
+        )
+    if torch.device(device or "cpu").type == "meta":
+        raise PlanError("compile: expected a device with memory, got 'meta'; plan_report works without any.")
+    if meta and optimizer is not None:
+        raise PlanError(
+            f"compile: {meta[0]!r} is on meta, so no optimizer can hold what will be created for it; make the "
+            "optimizer from sparse.parameters() afterwards and call sparse.attach(optimizer)."
+        )
+
+
+def _on_meta(model: nn.Module) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.is_meta]
+
+
 def _check(model: nn.Module, plan: Plan | None, mode: str, *, planning: bool = False) -> None:
     _check_model(model)
     if mode not in MODES:
@@ -160,21 +184,25 @@ def _check(model: nn.Module, plan: Plan | None, mode: str, *, planning: bool = F
         )
     if mode == "train" and plan is None:
         raise PlanError("compile: training needs a plan, for example fxsparse.Plan(sparsity=0.9).")
-    meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if meta and not planning:
+    meta = _on_meta(model)
+    if meta and mode == "infer":
         raise PlanError(
-            f"compile: {meta[0]!r} is on the meta device and has no values to train; create the model on a real "
-            "device. plan_report and allocate work on meta."
+            f"compile: {meta[0]!r} is on the meta device and has no values to compile for inference; load them first."
         )
     if mode == "train":
         _check_dense(model, "plan_report and allocate" if planning else "compile")
 
 
 def _train(
-    model: nn.Module, plan: Plan, example_inputs: Any, optimizer: Optimizer | None, strict: bool
+    model: nn.Module,
+    plan: Plan,
+    example_inputs: Any,
+    optimizer: Optimizer | None,
+    device: torch.device,
+    strict: bool,
 ) -> SparseModule:
-    program = capture(model, example_inputs, strict=strict)
-    ctx = PassContext(plan, "train", program, Report(), example_inputs, strict=strict)
+    program = capture(model, example_inputs, strict=strict, device=device)
+    ctx = PassContext(plan, "train", program, Report(), example_inputs, strict=strict, device=device)
     run_passes(training_pipeline, ctx)
     sparse = _emit(model, ctx)
     if optimizer is not None:
@@ -218,16 +246,27 @@ def _emit(model: nn.Module, ctx: PassContext) -> SparseModule:
     summarize(ctx)
     weights = read_weights(program.skeleton, updates.transposed)
     ctx.report.totals["bytes_sparse"] = stored_bytes(weight for _, weight in weights)
-    shell = _shell(model, [name for name, decision in ctx.decisions.items() if decision.storage == "compact"])
+    shell = _shell(
+        model,
+        program.skeleton,
+        [name for name, decision in ctx.decisions.items() if decision.storage == "compact"],
+    )
     recipe = Recipe(shell, plan, ctx.example_inputs, ctx.decisions)
     return SparseModule(
         Emitted(program, ctx.report, tuple(model.state_dict()), targets, recipe, rebuild, updates)
     )
 
 
-def _shell(model: nn.Module, compact: Iterable[str]) -> nn.Module:
-    """The user's model over the same tensors, without the dense values of compact weights."""
+def _shell(model: nn.Module, skeleton: nn.Module, compact: Iterable[str]) -> nn.Module:
+    """The user's model over the same tensors (those created for meta ones too), without dense compact weights."""
     shell = copy_structure(model)
+    for path, module in shell.named_modules():
+        created = skeleton.get_submodule(path)
+        for held, new in ((module._parameters, created._parameters), (module._buffers, created._buffers)):
+            for name in [
+                n for n, tensor in held.items() if tensor is not None and tensor.is_meta and n in new
+            ]:
+                setattr(module, name, new[name])
     for name in compact:
         set_parameter(shell, name, shell.get_parameter(name).detach().to("meta"))
     return shell

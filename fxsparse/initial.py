@@ -5,11 +5,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from fxsparse.creation import AT_CREATION
 from fxsparse.formats import csr
 from fxsparse.graph import fetch
+from fxsparse.pattern import Unstructured
 from fxsparse.pipeline import PassContext
 from fxsparse.rng import generator_for
-from fxsparse.selection import to_positions
+from fxsparse.scores import random_tiles
+from fxsparse.selection import random_positions, to_positions
 from fxsparse.update_mask import Target
 
 BEFORE_TRAINING = -1
@@ -41,7 +44,8 @@ def initial_mask(ctx: PassContext, name: str) -> Tensor:
 def initial_positions(ctx: PassContext, name: str) -> Tensor:
     """Flat positions of the entries that compact storage starts with, int64, ascending."""
     if ctx.state is None:
-        return to_positions(initial_mask(ctx, name))
+        on_meta = fetch(ctx.program.skeleton, name).is_meta
+        return _random_positions(ctx, name) if on_meta else to_positions(initial_mask(ctx, name))
     rows, columns = ctx.weights[name].shape
     return csr.positions_in(ctx.state[f"{name}.indices"], (rows, columns))
 
@@ -79,3 +83,37 @@ def note_drawn(ctx: PassContext, names: Iterable[str]) -> None:
 def _is_drawn(ctx: PassContext, name: str) -> bool:
     """A module that is built again has its values, and a frozen weight is there for its."""
     return ctx.state is None and fetch(ctx.program.skeleton, name).requires_grad
+
+
+@torch.no_grad()
+def stored_values(ctx: PassContext, name: str, positions: Tensor) -> Tensor:
+    """What the entries at `positions` start with, [nnz]: a checkpoint's values, the method's, else the weight's.
+
+    A weight on meta has none; they are drawn as its module would draw them.
+    """
+    if ctx.state is not None:
+        return ctx.state[f"{name}.values"][: len(positions)].clone()
+    weight, drawn = fetch(ctx.program.skeleton, name), initial_values(ctx, name, positions)
+    if drawn is not None:
+        return drawn.to(weight.dtype)
+    if not weight.is_meta:
+        return weight.detach().flatten()[positions]
+    assert ctx.plan is not None
+    generator = generator_for(ctx.plan.seed, name, AT_CREATION)
+    return ctx.draws[name].values(len(positions), weight.dtype, ctx.device, generator)
+
+
+def _random_positions(ctx: PassContext, name: str) -> Tensor:
+    """Entries of a weight that exists on meta only, each mask of the pattern as likely as any other.
+
+    An unstructured mask takes time and memory in proportion to its nnz; other patterns draw a score for every entry,
+    in row tiles.
+    """
+    assert ctx.plan is not None
+    target = target_of(ctx, name)
+    nnz, numel = target.nnz_at(BEFORE_TRAINING, ctx.plan.method), torch.Size(target.shape).numel()
+    generator = generator_for(ctx.plan.seed, name, BEFORE_TRAINING)
+    if isinstance(target.pattern, Unstructured) and 2 * nnz <= numel:
+        return random_positions(nnz, numel, generator).to(ctx.device)
+    tiles = random_tiles(target.shape, generator, ctx.device)
+    return target.pattern.project_tiles(tiles, target.shape, nnz)

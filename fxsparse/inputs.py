@@ -3,10 +3,15 @@
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from fxsparse.errors import TraceError
+
+CPU = torch.device("cpu")
+"""Where tensors on meta are created unless a device is named."""
 
 
 def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -49,6 +54,23 @@ def has_meta(value: Any) -> bool:
     if isinstance(value, nn.Module):
         return any(t.is_meta for t in (*value.parameters(), *value.buffers()))
     return any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in pytree.tree_leaves(value))
+
+
+def on_device(root: nn.Module, default: torch.device) -> torch.device:
+    """Where tensors on meta are taken to be: with the module's other parameters, else at the default."""
+    return next((p.device for p in root.parameters() if not p.is_meta), default)
+
+
+def stand_in(tensor: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
+    """A fake tensor, or Parameter, of the same shape and strides without memory; on `device` for one on meta."""
+    with mode, torch.no_grad():
+        fake = torch.empty_strided(
+            tensor.shape,
+            tensor.stride(),
+            dtype=tensor.dtype,
+            device=device if tensor.is_meta else tensor.device,
+        )
+        return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
 
 def has_sequence(tensor: Tensor) -> bool:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from fxsparse.creation import Draw
 from fxsparse.errors import InvariantError, PlanError
 from fxsparse.flops.count import FlopCount
-from fxsparse.inputs import has_meta
+from fxsparse.inputs import CPU, has_meta
 from fxsparse.pattern import Pattern
 from fxsparse.plans import Plan
 from fxsparse.report import Report
@@ -107,6 +108,10 @@ class PassContext:
     """Eligible weights that the plan excluded; they are in `untouched` too."""
     untouched: dict[str, str] = field(default_factory=dict)
     """{parameter name: reason} for every parameter that is not in `weights`."""
+    device: torch.device = CPU
+    """Where parameters on meta are created."""
+    draws: dict[str, Draw] = field(default_factory=dict)
+    """How the values of compact weights are drawn that were on meta."""
     strict: bool = False
     """Raise where the default is a row in the report."""
     state: Mapping[str, Tensor] | None = None

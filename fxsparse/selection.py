@@ -21,6 +21,19 @@ def to_mask(positions: Tensor, shape: Sequence[int]) -> Tensor:
     return mask
 
 
+def random_positions(count: int, numel: int, generator: torch.Generator) -> Tensor:
+    """`count` different flat positions below `numel` on the generator's device, int64, ascending.
+
+    Every set of so many positions is as likely as any other: what was drawn before is drawn again.  Time and memory
+    grow with `count` and not with `numel`, for counts of up to about half of it.
+    """
+    found = torch.empty(0, dtype=torch.int64, device=generator.device)
+    while len(found) < count:
+        more = torch.randint(numel, (count - len(found),), generator=generator, device=generator.device)
+        found = torch.cat([found, more]).unique()
+    return found
+
+
 def check_positions(positions: Tensor, numel: int, where: str) -> None:
     """Raise InvariantError unless `positions` are int64 [n], ascending without repeats, in ``[0, numel)``."""
     if positions.dtype != torch.int64 or positions.dim() != 1:

@@ -83,6 +83,7 @@ def substituted(
         for module, parameters, buffers in saved:
             module._parameters.update({name: through(parameter, p) for name, p in parameters.items()})
             module._buffers.update({name: through(buffer, b) for name, b in buffers.items()})
+            _refresh_list(module)
         yield
     finally:
         for module, parameters, buffers in saved:
@@ -90,6 +91,15 @@ def substituted(
             module._parameters.update(parameters)
             module._buffers.clear()
             module._buffers.update(buffers)
+            _refresh_list(module)
+
+
+def _refresh_list(module: nn.Module) -> None:
+    """RNNs keep a second list of their weights, and compute with that."""
+    if isinstance(module, nn.RNNBase):
+        module.__dict__["_flat_weights"] = [
+            module._parameters.get(name) for name in module._flat_weights_names
+        ]
 
 
 def _copied_dict(module: nn.Module, copies: dict[int, Any]) -> dict[str, Any]:

@@ -4,14 +4,15 @@ by tensor.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from fxsparse.inputs import has_meta, split_inputs
+from fxsparse.inputs import CPU, has_meta, on_device, split_inputs, stand_in
 from fxsparse.skeleton import substituted
 
 RUN_FAILURES = (
@@ -39,14 +40,24 @@ class Observation:
     tensors: dict[str, Tensor]
 
 
-def observe(root: nn.Module, call: Callable[..., Any], example_inputs: Any, *, training: bool) -> Observation:
+def observe(
+    root: nn.Module,
+    call: Callable[..., Any],
+    example_inputs: Any,
+    *,
+    training: bool,
+    device: torch.device = CPU,
+) -> Observation:
     """Run `call` on copies of the inputs with the tree `root` in a mode, seeded; nothing of `root` changes.
 
     In training also the gradients of a fixed random projection of the float outputs (their plain sum is constant for
-    a softmax), and the buffers after the call.  On meta tensors only shapes are seen.
+    a softmax), and the buffers after the call.  Where a tensor is on meta only shapes are seen, of fake tensors that
+    stand on `device` for those on meta.
     """
-    with frozen_state(root, training=training, meta=has_meta(root) or has_meta(example_inputs)):
-        args, kwargs = copied_inputs(example_inputs, meta=has_meta(root))
+    fake = FakeTensorMode(allow_non_fake_inputs=True) if has_meta(root) or has_meta(example_inputs) else None
+    device = on_device(root, device)
+    with frozen_state(root, training=training, fake=fake, device=device):
+        args, kwargs = copied_inputs(example_inputs, fake=fake, device=device)
         with torch.set_grad_enabled(training):
             output = call(*args, **kwargs)
         leaves, structure = pytree.tree_flatten(output)
@@ -80,16 +91,24 @@ def first_difference(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) 
 
 
 @contextmanager
-def frozen_state(root: nn.Module, *, training: bool, meta: bool = False) -> Iterator[None]:
+def frozen_state(
+    root: nn.Module,
+    *,
+    training: bool,
+    fake: FakeTensorMode | None = None,
+    device: torch.device = CPU,
+) -> Iterator[None]:
     """Inside the block `root` is in a mode, with copies of its buffers and seeded random numbers.
 
-    Afterwards mode, buffers and the random state are as before.  With `meta`, its tensors are on meta inside.
+    Afterwards mode, buffers and the random state are as before.  With `fake`, that mode is on inside and fake tensors
+    stand in for those of `root`.
     """
     modes = [(module, module.training) for module in root.modules()]
-    buffer = (lambda b: b.detach().to("meta")) if meta else (lambda b: b.detach().clone())
-    parameter = (lambda p: nn.Parameter(p.to("meta"), p.requires_grad)) if meta else None
+    parameter, buffer = None, lambda b: b.detach().clone()
+    if fake is not None:
+        parameter, buffer = (lambda t: stand_in(t, fake, device),) * 2
     try:
-        with substituted(root, parameter, buffer), torch.random.fork_rng():
+        with substituted(root, parameter, buffer), torch.random.fork_rng(), fake or nullcontext():
             torch.manual_seed(0)
             root.train(training)
             yield
@@ -98,13 +117,15 @@ def frozen_state(root: nn.Module, *, training: bool, meta: bool = False) -> Iter
             module.training = mode
 
 
-def copied_inputs(example_inputs: Any, *, meta: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments with every tensor cloned, so that in-place ops do no harm."""
+def copied_inputs(
+    example_inputs: Any, *, fake: FakeTensorMode | None = None, device: torch.device = CPU
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments with every tensor cloned, so that in-place ops do no harm, or faked."""
 
     def copy(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        return leaf.detach().to("meta") if meta else leaf.detach().clone()
+        return leaf.detach().clone() if fake is None else stand_in(leaf, fake, device)
 
     return pytree.tree_map(copy, split_inputs(example_inputs))
 
@@ -126,7 +147,7 @@ def _projection(out: Tensor) -> Tensor:
 def _difference(want: Tensor, have: Tensor, scale: float) -> str | None:
     if want.shape != have.shape or want.dtype != have.dtype:
         return f"should be {want.dtype} {tuple(want.shape)}, got {have.dtype} {tuple(have.shape)}"
-    if want.is_meta or have.is_meta or not want.numel():
+    if isinstance(want, FakeTensor) or isinstance(have, FakeTensor) or not want.numel():
         return None
     if not want.is_floating_point():
         return (
@@ -144,7 +165,7 @@ def _difference(want: Tensor, have: Tensor, scale: float) -> str | None:
 
 
 def _largest(tensor: Tensor) -> float:
-    if tensor.is_meta or not tensor.numel() or not tensor.is_floating_point():
+    if isinstance(tensor, FakeTensor) or not tensor.numel() or not tensor.is_floating_point():
         return 0.0
     return torch.nan_to_num(tensor.float(), posinf=0.0, neginf=0.0).abs().max().item()
 

@@ -5,6 +5,7 @@ from fxsparse.passes.choose_storage import ChooseStorage
 from fxsparse.passes.cleanup import Cleanup
 from fxsparse.passes.collect_weights import CollectWeights
 from fxsparse.passes.count_flops import CountFlops
+from fxsparse.passes.create_parameters import CreateParameters
 from fxsparse.passes.detect_pattern import DetectPattern
 from fxsparse.passes.fold_batch_norm import FoldBatchNorm
 from fxsparse.passes.fold_masks import FoldMasks
@@ -25,6 +26,7 @@ planning_pipeline = (*_select, CountFlops())
 training_pipeline = (
     *_select,
     ChooseStorage(),
+    CreateParameters(),
     CountFlops(),
     InsertReparam(),
     LowerKernels(),
@@ -58,6 +60,7 @@ __all__ = [
     "Cleanup",
     "CollectWeights",
     "CountFlops",
+    "CreateParameters",
     "DetectPattern",
     "FoldBatchNorm",
     "FoldMasks",

@@ -8,10 +8,12 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxsparse import kernel
-from fxsparse.errors import UnsupportedError
+from fxsparse.errors import PlanError, UnsupportedError
 from fxsparse.graph import Site, argument, attribute_nodes, fetch, sites
 from fxsparse.kernel import Problem
+from fxsparse.method import Method
 from fxsparse.pipeline import Decision, PassContext, WeightSpec
+from fxsparse.scores import random
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,9 @@ def _decide(gm: GraphModule, name: str, decision: Decision, ctx: PassContext) ->
         decision.reason = "the plan asks for masked storage"
         return
     reasons = _refusals(gm, ctx.weights[name], decision, ctx)
-    slow = [] if reasons else _kernel_refusals(gm, ctx.weights[name], decision)
-    if ctx.plan.storage == "auto":
+    slow = [] if reasons else _kernel_refusals(gm, ctx.weights[name], decision, ctx)
+    created = fetch(gm, name).is_meta and not reasons
+    if ctx.plan.storage == "auto" and not created:
         choice = None if reasons or slow else _measure(gm, name, decision, ctx)
         decision.reason = _why(reasons or slow, choice)
         if choice is None or choice.kernel.format == "dense":
@@ -58,10 +61,22 @@ def _decide(gm: GraphModule, name: str, decision: Decision, ctx: PassContext) ->
             )
         return
     else:
-        decision.reason = "the plan asks for compact storage" + (
-            f"; in plain PyTorch: {slow[0]}" if slow else ""
-        )
+        asked = "the plan asks for compact storage"
+        if fetch(gm, name).is_meta:
+            _check_score(name, ctx.plan.method)
+        if ctx.plan.storage == "auto":
+            asked = "created compact: on meta there is no dense weight to measure against"
+        decision.reason = asked + (f"; in plain PyTorch: {slow[0]}" if slow else "")
     decision.storage, decision.format, decision.kernel = "compact", "csr", kernel.TRAINING
+
+
+def _check_score(name: str, method: Method) -> None:
+    if method.init is not random:
+        raise PlanError(
+            f"weight {name!r} is on meta and would be created compact, but {method.name} draws its first mask by "
+            f"{getattr(method.init, '__name__', method.init)}, which reads a dense weight. Use a random first mask "
+            f"({method.name} with score or init 'random'), storage='masked', or create the model on a real device."
+        )
 
 
 def _why(refusals: list[str], choice: kernel.Choice | None) -> str:
@@ -92,9 +107,10 @@ def _refusals(gm: GraphModule, spec: WeightSpec, decision: Decision, ctx: PassCo
     return [reason for reason, applies in tests.items() if applies]
 
 
-def _kernel_refusals(gm: GraphModule, spec: WeightSpec, decision: Decision) -> list[str]:
+def _kernel_refusals(gm: GraphModule, spec: WeightSpec, decision: Decision, ctx: PassContext) -> list[str]:
     """Why only the kernel's PyTorch reference could run."""
-    device = fetch(gm, spec.name).device
+    weight = fetch(gm, spec.name)
+    device = ctx.device if weight.is_meta else weight.device
     problem = Problem("linear", spec.shape, 1, decision.nnz, spec.dtype, device, training=True)
     return kernel.registered()[kernel.TRAINING].refuses(problem)
 

@@ -18,7 +18,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from fxsparse.graph import fetch
-from fxsparse.inputs import has_meta, has_sequence, split_inputs
+from fxsparse.inputs import has_sequence, on_device, split_inputs, stand_in
 from fxsparse.pipeline import PassContext
 from fxsparse.skeleton import substituted
 from fxsparse.verify import RUN_FAILURES, frozen_state
@@ -83,7 +83,13 @@ class _Symbols:
         symbol, stands_for = self.sizes[name]
         return symbol if value == stands_for else value
 
-    def input(self, tensor: Tensor, device: torch.device | None) -> Tensor:
+    def fake(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """A fake of a parameter or buffer; on `device` for one on meta."""
+        if tensor.is_meta:
+            return stand_in(tensor, self.mode, device)
+        return self.mode.from_tensor(tensor, static_shapes=True)
+
+    def input(self, tensor: Tensor, device: torch.device) -> Tensor:
         """A fake of an input."""
         shape: list[Any] = list(tensor.shape)
         if shape:
@@ -91,7 +97,7 @@ class _Symbols:
         if has_sequence(tensor):
             shape[1] = self.size("sequence", shape[1])
         with self.mode:
-            return torch.empty(shape, dtype=tensor.dtype, device=device or tensor.device)
+            return torch.empty(shape, dtype=tensor.dtype, device=device if tensor.is_meta else tensor.device)
 
     def free(self) -> dict[str, Any]:
         """{name: sympy symbol} of the sizes that stayed symbolic."""
@@ -107,13 +113,12 @@ class _Symbols:
 
 def _annotate(gm: GraphModule, ctx: PassContext, symbols: _Symbols) -> None:
     skeleton = ctx.program.skeleton
-    mixed = has_meta(skeleton) != has_meta(ctx.example_inputs)
-    device = next((p.device for p in skeleton.parameters()), None) if mixed else None
+    device = on_device(skeleton, ctx.device)
     args, kwargs = pytree.tree_map_only(
         Tensor, lambda tensor: symbols.input(tensor, device), split_inputs(ctx.example_inputs)
     )
     training = gm is not ctx.program.graphs.get("eval")
-    fake = partial(symbols.mode.from_tensor, static_shapes=True)
+    fake = partial(symbols.fake, device=device)
     with (
         frozen_state(skeleton, training=training),
         substituted(skeleton, fake, fake),

@@ -9,7 +9,7 @@ from torch.fx import GraphModule
 
 from fxsparse import kernel
 from fxsparse.graph import argument, attribute_nodes, fetch, insert_get_attr, owner, replace
-from fxsparse.initial import capacity, initial_positions, initial_values, note_drawn
+from fxsparse.initial import capacity, initial_positions, note_drawn, stored_values
 from fxsparse.pipeline import PassContext
 from fxsparse.storage import CompactWeight
 
@@ -47,12 +47,12 @@ def compact_in_tree(ctx: PassContext, name: str) -> None:
     if isinstance(fetch(ctx.program.skeleton, name), CompactWeight):
         return
     positions = initial_positions(ctx, name)
-    drawn = initial_values(ctx, name, positions)
-    parameter = module._parameters.pop(leaf)
+    parameter = module._parameters[leaf]
     assert isinstance(parameter, nn.Parameter)
-    values = parameter.detach().flatten()[positions] if drawn is None else drawn.to(parameter.dtype)
+    values = stored_values(ctx, name, positions)
     compact = CompactWeight(tuple(parameter.shape), positions, values, capacity(ctx, name))
     compact.values.requires_grad_(parameter.requires_grad)
+    del module._parameters[leaf]
     module.add_module(leaf, compact.train(module.training))
 
 

@@ -5,12 +5,13 @@ down.
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import GraphModule
 from torch.nn.parameter import is_lazy
 
 from fxsparse.errors import TraceError
-from fxsparse.inputs import has_meta, named_arguments
+from fxsparse.inputs import CPU, has_meta, named_arguments
 from fxsparse.pipeline import Program
 from fxsparse.skeleton import adopt, bind, copy_structure
 from fxsparse.trace.export import trace_export
@@ -30,13 +31,14 @@ def capture(
     *,
     modes: Sequence[str] = ("train", "eval"),
     strict: bool = False,
+    device: torch.device = CPU,
 ) -> Program:
     """Trace a model once per mode; its modules, buffers, gradients and mode stay as they are.
 
     Tried in order: symbolic tracing; with example inputs ``torch.export``; the walk over its layers, which always
     works.  With example inputs a program is taken only if it computes what the model computes, in eval mode and in
     one seeded train step; ``Program.notes`` says why each other was left.  `example_inputs`: see
-    :func:`fxsparse.inputs.split_inputs`.
+    :func:`fxsparse.inputs.split_inputs`.  Tensors on meta are taken to be on `device`; then only shapes are compared.
 
     Raises:
         TraceError: a lazy module without shapes, inputs that the model does not take, or with `strict` a model that
@@ -45,15 +47,15 @@ def capture(
     _check(model)
     arguments = None if example_inputs is None else named_arguments(model, example_inputs)
     notes: list[str] = []
-    expected = _expected(model, example_inputs, modes, notes)
+    expected = _expected(model, example_inputs, modes, notes, device)
     for front_end in (_symbolic, _export):
         try:
             with recomputation_refused():
-                program = front_end(model, example_inputs, arguments, modes)
+                program = front_end(model, example_inputs, arguments, modes, device)
         except TraceError as error:
             notes.append(f"{front_end.__name__[1:]}: {error}")
             continue
-        difference = _difference(program, expected, example_inputs)
+        difference = _difference(program, expected, example_inputs, device)
         if difference is None:
             notes += program.notes
             return Program(program.tier, program.skeleton, program.graphs, notes, program.hidden)
@@ -68,7 +70,9 @@ def capture(
     return Program("walk", skeleton, dict.fromkeys(modes, gm), notes)
 
 
-def _symbolic(model: nn.Module, example_inputs: Any, arguments: Any, modes: Sequence[str]) -> Program:
+def _symbolic(
+    model: nn.Module, example_inputs: Any, arguments: Any, modes: Sequence[str], device: torch.device
+) -> Program:
     skeleton = copy_structure(model)
     graphs: dict[str, GraphModule] = {}
     opaque: dict[str, str] = {}
@@ -88,7 +92,9 @@ def _symbolic(model: nn.Module, example_inputs: Any, arguments: Any, modes: Sequ
     return Program("symbolic", skeleton, _merged(graphs), notes, hidden)
 
 
-def _export(model: nn.Module, example_inputs: Any, arguments: Any, modes: Sequence[str]) -> Program:
+def _export(
+    model: nn.Module, example_inputs: Any, arguments: Any, modes: Sequence[str], device: torch.device
+) -> Program:
     if example_inputs is None:
         raise TraceError("not tried without example_inputs")
     skeleton = copy_structure(model)
@@ -96,7 +102,7 @@ def _export(model: nn.Module, example_inputs: Any, arguments: Any, modes: Sequen
     notes: list[str] = []
     for mode in modes:
         scratch = copy_structure(model).train(mode == "train")
-        exported, left = trace_export(scratch, example_inputs)
+        exported, left = trace_export(scratch, example_inputs, device)
         adopt(exported.graph, exported, skeleton)
         graphs[mode] = bind(exported.graph, skeleton)
         notes += [f"export: {note}" for note in left]
@@ -110,33 +116,36 @@ def _merged(graphs: dict[str, GraphModule]) -> dict[str, GraphModule]:
 
 
 def _expected(
-    model: nn.Module, example_inputs: Any, modes: Sequence[str], notes: list[str]
+    model: nn.Module, example_inputs: Any, modes: Sequence[str], notes: list[str], device: torch.device
 ) -> dict[str, Observation]:
     """What the model itself shows in each mode; TraceError where it fails in eval mode, a note where in training."""
     if example_inputs is None:
         return {}
     if has_meta(model) or has_meta(example_inputs):
         notes.append("verified shapes only, as tensors are on meta")
+    on_meta = " (tensors on meta have no values to decide by)" if has_meta(model) else ""
     seen: dict[str, Observation] = {}
     for mode in modes:
         copy = copy_structure(model)  # what a forward leaves in Python attributes stays in the copy
         try:
-            seen[mode] = observe(copy, copy, example_inputs, training=mode == "train")
+            seen[mode] = observe(copy, copy, example_inputs, training=mode == "train", device=device)
         except RUN_FAILURES as error:
-            failure = (
-                f"the model itself fails on example_inputs in {mode} mode: {type(error).__name__}: {error}"
-            )
+            where = f"in {mode} mode{on_meta}"
+            failure = f"the model itself fails on example_inputs {where}: {type(error).__name__}: {error}"
             if mode == "eval":
                 raise TraceError(failure) from error
             notes.append(f"not verified in training: {failure}")
     return seen
 
 
-def _difference(program: Program, expected: dict[str, Observation], example_inputs: Any) -> str | None:
+def _difference(
+    program: Program, expected: dict[str, Observation], example_inputs: Any, device: torch.device
+) -> str | None:
     """How the program differs from what was seen of the model, in words."""
     for mode, want in expected.items():
         try:
-            got = observe(program.skeleton, program.graphs[mode], example_inputs, training=mode == "train")
+            graph, training = program.graphs[mode], mode == "train"
+            got = observe(program.skeleton, graph, example_inputs, training=training, device=device)
         except RUN_FAILURES as error:
             lines = str(error).strip().splitlines()
             return f"its {mode} graph raises {type(error).__name__}: {lines[0] if lines else 'no message'}"

@@ -5,22 +5,36 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ShapesCollection
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from fxsparse.errors import TraceError
-from fxsparse.inputs import has_sequence, split_inputs
+from fxsparse.inputs import CPU, has_meta, has_sequence, on_device, split_inputs, stand_in
+from fxsparse.skeleton import substituted
 from fxsparse.trace.modules import has_hooks
-from fxsparse.verify import RUN_FAILURES
+from fxsparse.verify import RUN_FAILURES, copied_inputs
 
 
-def trace_export(root: nn.Module, example_inputs: Any) -> tuple[fx.GraphModule, list[str]]:
+def trace_export(
+    root: nn.Module, example_inputs: Any, device: torch.device = CPU
+) -> tuple[fx.GraphModule, list[str]]:
     """Export a module in its present mode, with a dynamic batch where the model allows one.
 
     Returns a graph module that owns what the graph names, and notes.  Inputs and outputs keep their
-    structure (kwargs,
-    output classes).  Raises TraceError where export fails or would forget hooks.
+    structure (kwargs, output classes).  A module with tensors on meta is exported as if they were on `device`,
+    without their memory.  Raises TraceError where export fails or would forget hooks.
     """
+    if not has_meta(root) and not has_meta(example_inputs):
+        return _trace(root, example_inputs)
+    fake, device = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True), on_device(root, device)
+    args, kwargs = copied_inputs(example_inputs, fake=fake, device=device)
+    with substituted(root, *(lambda tensor: stand_in(tensor, fake, device),) * 2):
+        return _trace(root, (*args, kwargs))
+
+
+def _trace(root: nn.Module, example_inputs: Any) -> tuple[fx.GraphModule, list[str]]:
     hooked = next((path for path, module in root.named_modules() if has_hooks(module)), None)
     if hooked is not None:
         raise TraceError(f"{hooked or 'the model'} has hooks, which an export would run once and forget")

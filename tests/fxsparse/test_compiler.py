@@ -194,10 +194,32 @@ BAD = {
         PlanError,
         r"compile: expected a torch.optim.Optimizer, got str",
     ),
-    "meta": (
+    "a mask by values that are not there": (
         lambda: fxsparse.compile(meta_linear(), Plan(sparsity=0.5)),
         PlanError,
-        r"'weight' is on the meta device",
+        r"'weight' is on meta and would be created compact, but static draws its first mask by magnitude",
+    ),
+    "inference on meta": (
+        lambda: fxsparse.compile(meta_linear(), mode="infer"),
+        PlanError,
+        r"'weight' is on the meta device and has no values to compile for inference; load them first",
+    ),
+    "a device for a model that has one": (
+        lambda: fxsparse.compile(linear(), Plan(sparsity=0.5), device="cpu"),
+        PlanError,
+        r"this model has none; move the model with model.to\(device\)",
+    ),
+    "created nowhere": (
+        lambda: fxsparse.compile(meta_linear(), Plan(sparsity=0.5), device="meta"),
+        PlanError,
+        r"expected a device with memory, got 'meta'",
+    ),
+    "an optimizer of nothing": (
+        lambda: fxsparse.compile(
+            model := meta_linear(), Plan(sparsity=0.5), optimizer=torch.optim.SGD(model.parameters())
+        ),
+        PlanError,
+        r"'weight' is on meta, so no optimizer can hold what will be created",
     ),
     "exclude": (
         lambda: fxsparse.compile(linear(), Plan(sparsity=0.5, exclude=("wieght",))),

@@ -1,10 +1,13 @@
+import itertools
+from collections import Counter
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fxsparse.errors import InvariantError
-from fxsparse.selection import MaskChange, check_positions, to_mask, to_positions
+from fxsparse.selection import MaskChange, check_positions, random_positions, to_mask, to_positions
 
 sets = st.sets(st.integers(0, 30))
 
@@ -54,3 +57,12 @@ def test_malformed_positions_are_named(positions, message):
 def test_well_formed_positions_pass():
     check_positions(torch.tensor([0, 9]), 10, "w")
     check_positions(torch.empty(0, dtype=torch.int64), 10, "w")
+
+
+def test_random_positions_are_distinct_and_every_set_is_as_likely():
+    generator = torch.Generator().manual_seed(0)
+    seen = Counter(tuple(random_positions(3, 6, generator).tolist()) for _ in range(4000))
+    assert set(seen) == set(itertools.combinations(range(6), 3))
+    assert all(140 < count < 270 for count in seen.values())  # 200 expected, standard deviation 14
+    assert random_positions(0, 6, generator).tolist() == []
+    assert random_positions(1000, 2**40, generator).diff().min() > 0
