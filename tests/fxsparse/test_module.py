@@ -395,7 +395,7 @@ def test_inference_refuses_an_input_gradient_instead_of_losing_it():
     dense = nn.Sequential(nn.Linear(512, 1024), nn.ReLU(), nn.Linear(1024, 512)).eval()
     pruned, x = fxsparse.prune(dense, Plan(sparsity=0.98)), torch.randn(2, 512)
     fast = fxsparse.compile(pruned, mode="infer", example_inputs=x)
-    assert "cpu-c" in str(fast.report)
+    assert "PackedWeight" in str(fast)  # whichever sparse kernel measured fastest
     with pytest.raises(fxsparse.FxSparseError, match="an input that requires a gradient: expected none"):
         fast(x.requires_grad_())
 
