@@ -8,16 +8,24 @@ from collections.abc import Callable, Mapping
 def interleaved_medians(
     calls: Mapping[str, Callable[[], object]], *, rounds: int, warm_up: int = 1, inner: int = 1
 ) -> dict[str, float]:
-    """Median microseconds of each call over `rounds` turns, after `warm_up` turns that do not count.
+    """Median microseconds of each call; see `interleaved_samples`."""
+    samples = interleaved_samples(calls, rounds=rounds, warm_up=warm_up, inner=dict.fromkeys(calls, inner))
+    return {name: statistics.median(values) for name, values in samples.items()}
 
-    The calls take turns, so that drift of the machine falls on all alike; a turn is `inner` calls in a row.
+
+def interleaved_samples(
+    calls: Mapping[str, Callable[[], object]], *, rounds: int, warm_up: int, inner: Mapping[str, int]
+) -> dict[str, list[float]]:
+    """Microseconds of each call in each of `rounds` turns, after `warm_up` turns that do not count.
+
+    The calls take turns, so that drift of the machine falls on all alike; a turn is ``inner[name]`` calls in a row.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(warm_up + rounds):
         for name, call in calls.items():
             start = time.perf_counter()
-            for _ in range(inner):
+            for _ in range(inner[name]):
                 call()
             if turn >= warm_up:
-                samples[name].append(1e6 * (time.perf_counter() - start) / inner)
-    return {name: statistics.median(values) for name, values in samples.items()}
+                samples[name].append(1e6 * (time.perf_counter() - start) / inner[name])
+    return samples
