@@ -24,7 +24,7 @@ from fxsparse.skeleton import copy_structure
 from fxsparse.storage import CompactWeight, read_weights
 from fxsparse.summary import stored_bytes, summarize
 from fxsparse.trace import capture
-from fxsparse.updates import MaskUpdates, ProbeSwitch
+from fxsparse.updates import MaskUpdates
 from fxsparse.walk import swap_leaves
 
 MODES = ("train", "infer")
@@ -240,9 +240,9 @@ def _emit(model: nn.Module, ctx: PassContext) -> SparseModule:
         comment(
             gm, {node.name: f"FLOP: {node.meta['flops']}" for node in gm.graph.nodes if "flops" in node.meta}
         )
-    updates = MaskUpdates(program.graphs.pop("update"), plan.method, targets, plan.seed, ProbeSwitch())
+    updates = MaskUpdates(program.graphs.pop("update"), plan.method, targets, plan.seed, program.switch)
     if program.tier == "walk":
-        swap_leaves(program.skeleton, ctx.decisions, plan.method.reparam, updates.switch)
+        swap_leaves(program.skeleton, ctx.decisions, plan.method, program.switch)
     summarize(ctx)
     weights = read_weights(program.skeleton, updates.transposed)
     ctx.report.totals["bytes_sparse"] = stored_bytes(weight for _, weight in weights)

@@ -116,7 +116,7 @@ def weight_source(gm: GraphModule, value: Any) -> tuple[Node, bool, bool] | None
     """
     transposed = sliced = False
     while isinstance(value, Node) and value.op != "get_attr":
-        if _swaps_two_axes(value):
+        if swaps_two_axes(value):
             transposed = not transposed
         elif _takes_a_part(value):
             sliced = True
@@ -124,6 +124,15 @@ def weight_source(gm: GraphModule, value: Any) -> tuple[Node, bool, bool] | None
             return None
         value = value.args[0]
     return (value, transposed, sliced) if is_parameter(gm, value) else None
+
+
+def swaps_two_axes(node: Node) -> bool:
+    """Whether a node transposes."""
+    if node.op == "call_method":
+        return node.target in ("t", "transpose", "permute")
+    if node.target is getattr:
+        return node.args[1] in ("T", "mT")
+    return node.op == "call_function" and node.target in _TRANSPOSES
 
 
 def is_product(node: Node) -> bool:
@@ -204,14 +213,6 @@ def eliminate_dead_code(graph: Graph) -> int:
 def _site(gm: GraphModule, node: Node) -> Site | None:
     source = weight_source(gm, argument(node, 1, "weight"))
     return None if source is None else Site(node, SITE_OPS[node.target], *source)  # type: ignore[index]
-
-
-def _swaps_two_axes(node: Node) -> bool:
-    if node.op == "call_method":
-        return node.target in ("t", "transpose", "permute")
-    if node.target is getattr:
-        return node.args[1] in ("T", "mT")
-    return node.op == "call_function" and node.target in _TRANSPOSES
 
 
 def _takes_a_part(node: Node) -> bool:

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, ClassVar, ParamSpec, Protocol, runtime_checkable
@@ -20,8 +20,15 @@ class Probe(Enum):
 
     NONE = "none"
     SAMPLED = "sampled"
+    """The gradient at entries that the rule names: ``WeightView.gradient_at``."""
+    GUIDED = "guided"
+    """The same, and sums over a layer's inputs and outputs: ``WeightView.marginals``."""
     DENSE = "dense"
+    """The gradient of every entry: ``WeightView.gradient_tiles``."""
 
+
+Signs = Callable[[Tensor], Tensor]
+"""Numbers of the terms that a weight gradient is the sum of, int64 -> +1 or -1 for each."""
 
 MaskFunction = Callable[..., Tensor]
 """(weight, mask, *numbers) -> effective weight, differentiable; defined at module level."""
@@ -73,6 +80,12 @@ class WeightView:
     """Row tiles of the signed dense gradient with respect to the effective weight, in ascending row order:
     (first row, [rows, fan_in]); only with Probe.DENSE.  Each call reads them again, in row tiles that the rule
     must not write to."""
+    gradient_at: Callable[[Tensor], Tensor]
+    """The signed gradient at flat positions (int64 [n], ascending), [n]; only with Probe.SAMPLED and GUIDED.  In
+    compact storage it is computed for these entries and no others."""
+    marginals: Callable[[Signs | None], tuple[Tensor, Tensor] | None]
+    """What ``fxsparse.observed.marginals`` says of the backwards that this update goes by: of magnitudes, or with
+    the given signs.  None where no op that reads the whole weight was seen.  Only with Probe.GUIDED."""
     generator: torch.Generator
     """``fxsparse.rng.generator_for(seed, weight name, step)``, so that all ranks draw the same numbers."""
     ablates: bool = False
@@ -90,6 +103,43 @@ class UpdateRule(Protocol):
     def __call__(self, view: WeightView) -> Tensor:
         """Flat positions of the entries to be active, int64, ascending."""
         ...
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What one weight brings to a choice that ranks the entries of all weights together."""
+
+    name: str
+    active: Tensor
+    """Flat positions of the stored entries, int64, ascending."""
+    keep: Tensor
+    """Their scores; the smallest go first."""
+    candidates: Tensor
+    """Flat positions of entries that could be grown, none of them active: int64, ascending."""
+    grow: Tensor
+    """Their scores; the largest come first."""
+
+
+@runtime_checkable
+class JointRule(UpdateRule, Protocol):
+    """A rule that may move entries from one weight to another: only their total stays as it is.
+
+    ``__call__`` is the choice of a weight alone.
+    """
+
+    def propose(self, view: WeightView) -> Proposal: ...
+
+    def choose(self, proposals: Sequence[Proposal], drop_fraction: float) -> list[Tensor]:
+        """For every proposal the flat positions to be active, int64, ascending."""
+        ...
+
+
+@runtime_checkable
+class SamplingRule(UpdateRule, Protocol):
+    """A rule that grows among candidates that it draws."""
+
+    gamma: float
+    """Candidates that an update draws for each active entry."""
 
 
 @runtime_checkable
@@ -150,6 +200,11 @@ class Method:
     """An update may leave any number of entries up to the weight's budget; else it leaves exactly nnz."""
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """The keyword arguments it was built from, without those at their default: what ``to_dict`` writes."""
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether an update may move entries from one weight to another."""
+        return isinstance(self.rule, JointRule)
 
     def nnz(self, step: int, final: int, numel: int) -> int:
         """Entries of a weight after `step` optimizer steps, on the way to `final`.

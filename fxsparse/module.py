@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,12 +16,13 @@ from fxsparse.errors import CheckpointError, FxSparseError, InvariantError, Plan
 from fxsparse.graph import owner, set_parameter
 from fxsparse.pipeline import Decision, Program
 from fxsparse.plans import Plan
+from fxsparse.probe_variant import probe_variant
 from fxsparse.report import Report
 from fxsparse.selection import to_mask
 from fxsparse.skeleton import SHARED_DICTS, bind
 from fxsparse.state_dicts import after_loading, before_loading
 from fxsparse.storage import CompactWeight, MaskedWeight, read_weights
-from fxsparse.update_mask import Target, probe_variant
+from fxsparse.update_mask import Target
 from fxsparse.updates import MaskUpdates
 
 MAX_DENSE_BYTES = 2**33
@@ -90,6 +92,28 @@ class SparseModule(nn.Module):
         update takes the place of the optimizer's step (RigL's default) can only do so from the second step on.
         """
         return self._training().count_step(optimizer)
+
+    @contextmanager
+    def exploring(self) -> Iterator[None]:
+        """Backwards inside the block tell the next mask update where to grow, and change nothing else.
+
+        Afterwards every ``.grad``, buffer (BatchNorm's statistics) and random number generator of torch is as before;
+        several blocks add up.  The next update goes by them alone: the batch of its own step collects nothing, and the
+        optimizer takes that step as any other, also where the update would take its place (RigL's and GSE's papers).
+        What was explored is no part of ``state_dict``: after loading one, explore again.
+
+        Raises:
+            PlanError: the method looks at no gradients, the module is in eval mode, or no backward reached a sparse
+                weight.
+            NumericsError: the gradients hold inf or NaN, as those of a loss that a GradScaler scaled too far.
+        """
+        updates = self._training()
+        if not self.training:
+            raise PlanError(
+                "exploring(): expected a module in train mode, got one in eval mode: call .train()."
+            )
+        with updates.exploring():
+            yield
 
     def verify_sync(self) -> None:
         """Raise InvariantError if ranks hold different masks.  Call on all ranks; without a process group, a no-op."""
@@ -221,21 +245,18 @@ class SparseModule(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> "SparseModule":
         emitted = self._emitted
         skeleton = copy.deepcopy(emitted.program.skeleton, memo)
-        for module in skeleton.modules():
-            if isinstance(module, CompactWeight):
-                module.renew_probe_key()
+        switch = copy.deepcopy(emitted.program.switch, memo)
         graphs = _copy_graphs(emitted.program.graphs, skeleton)
         updates = emitted.updates
         if updates is not None:
             if "probe" in graphs:
-                probe = probe_variant(graphs["train"].graph, skeleton, updates.method.reparam)
-                graphs["probe"] = bind(probe, skeleton)
+                graphs["probe"] = bind(probe_variant(graphs["train"].graph, updates.method, switch), skeleton)
             update_graph = bind(copy.deepcopy(updates.graph.graph), skeleton)
-            updates = updates.copy_onto(update_graph, copy.deepcopy(updates.switch, memo))
+            updates = updates.copy_onto(update_graph, switch)
         return SparseModule(
             replace(
                 emitted,
-                program=replace(emitted.program, skeleton=skeleton, graphs=graphs),
+                program=replace(emitted.program, skeleton=skeleton, graphs=graphs, switch=switch),
                 updates=updates,
                 recipe=replace(emitted.recipe, shell=copy.deepcopy(emitted.recipe.shell, memo)),
                 report=copy.deepcopy(emitted.report),

@@ -16,6 +16,7 @@ from fxsparse.creation import Draw
 from fxsparse.errors import InvariantError, PlanError
 from fxsparse.flops.count import FlopCount
 from fxsparse.inputs import CPU, has_meta
+from fxsparse.observed import ProbeSwitch
 from fxsparse.pattern import Pattern
 from fxsparse.plans import Plan
 from fxsparse.report import Report
@@ -37,6 +38,8 @@ class Program:
     hidden: dict[str, str] = field(default_factory=dict)
     """{eligible weight: reason} for weights that no pass can reach, such as those in a module that cannot be
     traced."""
+    switch: ProbeSwitch = field(default_factory=ProbeSwitch)
+    """Of training: what the probe steps of this program collect."""
 
     def distinct_graphs(self) -> list[tuple[str, GraphModule]]:
         """(mode, graph) without repeating a graph that serves both modes."""

@@ -90,7 +90,7 @@ def _check_mask(updates: MaskUpdates, name: str, weight: MaskedWeight, mask: Ten
 def _check_count(updates: MaskUpdates, name: str, where: str, got: int, step: int) -> None:
     target = updates.targets[name]
     expected = target.nnz_at(step, updates.method)
-    if got == expected or (updates.method.varying_nnz and got <= target.budget):
+    if got == expected or (updates.method.varying_nnz and got <= target.budget) or updates.method.is_joint:
         return
     raise CheckpointError(
         f"{where}: expected {expected} active entries, as this plan has after {step} steps, got {got}. {_ADVICE}"

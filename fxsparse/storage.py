@@ -4,7 +4,6 @@ Both forms answer the same questions in the *logical* layout, [rows, fan-in] wit
 update rule cannot tell them apart.
 """
 
-import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -43,7 +42,11 @@ class MaskedWeight:
 
     def values_at(self, positions: Tensor) -> Tensor:
         """The weights at `positions`."""
-        return self.parameter.detach()[self._entries(positions)]
+        return self.at(self.parameter.detach(), positions)
+
+    def at(self, tensor: Tensor, positions: Tensor) -> Tensor:
+        """The entries at `positions` of a tensor in the user's layout, such as the gradient."""
+        return tensor[self._entries(positions)]
 
     @torch.no_grad()
     def fill(self, positions: Tensor, values: Tensor) -> None:
@@ -89,9 +92,6 @@ class MaskedWeight:
         return positions % fan_in, positions // fan_in
 
 
-_PROBE_KEYS = itertools.count()
-
-
 class CompactWeight(nn.Module):
     """A linear weight as its nonzeros: takes the place of the dense parameter in the module that owned it.
 
@@ -112,8 +112,6 @@ class CompactWeight(nn.Module):
     perm: Tensor
 
     shape: tuple[int, int]
-    probe_key: int
-    """Where a probe step's backward leaves inputs and output gradients; no two weights share one."""
 
     def __init__(
         self, shape: tuple[int, int], positions: Tensor, values: Tensor, capacity: int | None = None
@@ -121,16 +119,11 @@ class CompactWeight(nn.Module):
         """The entries `values` [nnz] at flat `positions` [nnz], with room for `capacity`, by default for no more."""
         super().__init__()
         self.shape = shape
-        self.renew_probe_key()
         index = csr.from_flat(positions, shape, capacity)
         self.values = nn.Parameter(F.pad(values, (0, index.capacity - len(values))))
         self.register_buffer("indices", index.indices)
         for name in ("crow", "ccol", "rows_t", "perm"):
             self.register_buffer(name, getattr(index, name), persistent=False)
-
-    def renew_probe_key(self) -> None:
-        """Needed by a copy, which must not mix its probes with the original's."""
-        self.probe_key = next(_PROBE_KEYS)
 
     @property
     def index(self) -> csr.CsrIndex:

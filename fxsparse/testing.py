@@ -7,15 +7,19 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fxsparse.formats import condensed
 from fxsparse.kernel import Kernel, Problem, tolerance
 from fxsparse.kernels.library import ACTIVATIONS, activate
-from fxsparse.method import Method, Probe, WeightView, from_dict
+from fxsparse.method import Method, Probe, Signs, WeightView, from_dict
+from fxsparse.observed import Observed, marginals
 from fxsparse.pattern import Pattern
 from fxsparse.rng import generator_for
 from fxsparse.selection import check_positions, to_mask, to_positions
@@ -61,6 +65,29 @@ def poisoned_memory() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+@contextlib.contextmanager
+def forbid_tensors_of(numel: int) -> Iterator[None]:
+    """Raise AssertionError at the first op inside the block that returns a tensor of `numel` entries or more.
+
+    Every op counts that torch dispatches, backward's too; what one allocates for itself does not.
+    """
+    with _Forbid(numel):
+        yield
+
+
+class _Forbid(TorchDispatchMode):
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel = numel
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            large = isinstance(tensor, Tensor) and tensor.numel() >= self.numel
+            assert not large, f"{func} made {list(tensor.shape)}: {self.numel} entries or more are forbidden"
+        return result
 
 
 def sparse_weight(
@@ -234,6 +261,7 @@ def view_of(
 ) -> WeightView:
     """What a rule sees of a weight named "w" at seed 0; the dense gradient in tiles of `tile_rows` (all).
 
+    Its marginals are those of the inputs `gradient` and one output gradient of 1 for each.
     `budget` is `nnz` unless it is given.
     """
     matrix = gradient.reshape(len(gradient), -1)
@@ -243,6 +271,18 @@ def view_of(
         asked = method.rule is not None and method.rule.probe is Probe.DENSE
         assert asked, f"{method.name}: reads the dense gradient without asking for it"
         return ((first, matrix[first : first + height]) for first in range(0, len(matrix), height))
+
+    def at(positions: Tensor) -> Tensor:
+        asked = method.rule is not None and method.rule.probe in (Probe.SAMPLED, Probe.GUIDED)
+        assert asked, f"{method.name}: reads sampled gradients without asking for them"
+        check_positions(positions, gradient.numel(), method.name)
+        return gradient.flatten()[positions]
+
+    def sums(signs: Signs | None) -> tuple[Tensor, Tensor] | None:
+        asked = method.rule is not None and method.rule.probe is Probe.GUIDED
+        assert asked, f"{method.name}: reads marginals without asking for them"
+        seen = Observed(matrix, torch.eye(len(matrix), dtype=matrix.dtype))
+        return marginals([seen], matrix.shape, signs)
 
     def whole() -> Tensor:
         assert not method.reparam.exact_zeros, f"{method.name}: reads the whole weight, yet has exact zeros"
@@ -260,6 +300,8 @@ def view_of(
         values=weight[mask],
         weight=whole,
         gradient_tiles=tiles,
+        gradient_at=at,
+        marginals=sums,
         generator=generator_for(0, "w", step),
         ablates=method.never_ablate is not None,
     )

@@ -1,21 +1,18 @@
-"""The node of the update graph, and the variant of the training graph that collects what it needs."""
+"""The nodes of the update graph: each weight by itself, or all of them together."""
 
-import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.fx import Graph
+from torch import Tensor
 from torch.optim import Optimizer
 
-from fxsparse import kernel
 from fxsparse.errors import InvariantError
-from fxsparse.graph import fetch
-from fxsparse.kernels.csr import probe
-from fxsparse.method import Method, Probe, Reparam, WeightView, WholeRule
+from fxsparse.kernels import probe
+from fxsparse.kernels.csr.sampled import gradient_at
+from fxsparse.method import JointRule, Method, Probe, Proposal, WeightView, WholeRule
+from fxsparse.observed import Evidence, marginals, sum_over_ranks
 from fxsparse.pattern import Pattern
 from fxsparse.rng import generator_for
 from fxsparse.selection import MaskChange
@@ -50,9 +47,14 @@ class UpdateStep:
     method: Method
     seed: int
     targets: Mapping[str, Target]
-    gradients: Mapping[str, Tensor]
-    """Dense gradients of masked weights, where the rule needs them."""
+    evidence: Evidence
     optimizer: Optimizer | None = None
+
+    @property
+    def drop_fraction(self) -> float:
+        """Share of the active entries that are to go."""
+        assert self.method.schedule is not None, "a rule without a schedule never runs"
+        return self.method.schedule.drop_fraction(self.number)
 
 
 def update_mask(step: UpdateStep, weight: Any, mask: Tensor | None, name: str) -> bool:
@@ -60,22 +62,52 @@ def update_mask(step: UpdateStep, weight: Any, mask: Tensor | None, name: str) -
 
     `weight` is a Parameter with its `mask`, or a CompactWeight and None.
     """
-    target, rule = step.targets[name], step.method.rule
+    rule, store = step.method.rule, _store(step, weight, mask, name)
     assert rule is not None, "an update graph has nodes only where a rule moves masks"
-    trained = weight.values if mask is None else weight
-    if not trained.requires_grad:
-        return False  # what is grown in a frozen weight could never leave 0
-    store = weight if mask is None else MaskedWeight(weight, mask, target.transposed)
-    if isinstance(rule, WholeRule) and not step.method.reparam.exact_zeros:
-        return store.rewrite(
-            rule.mask(store.dense(), target.pattern, target.nnz_at(step.number, step.method))
-        )
-    active = store.active()
-    if rule.probe is Probe.DENSE and not _was_probed(store, name, step):
+    if (
+        isinstance(rule, WholeRule)
+        and isinstance(store, MaskedWeight)
+        and not step.method.reparam.exact_zeros
+    ):
+        target = step.targets[name]
+        nnz = target.nnz_at(step.number, step.method)
+        return _trains(store) and store.rewrite(rule.mask(store.dense(), target.pattern, nnz))
+    if not _takes_part(store, name, step):
         return False
-    view = _view(store, active, target, name, step)
+    view = _view(store, name, step)
     chosen = rule(view)
     _check_count(len(chosen), view, step.method)
+    return _move(step, store, view.active, chosen)
+
+
+def propose(step: UpdateStep, weight: Any, mask: Tensor | None, name: str) -> Proposal | None:
+    """What one weight brings to a choice among all weights; None if it keeps its mask."""
+    rule, store = step.method.rule, _store(step, weight, mask, name)
+    assert isinstance(rule, JointRule)
+    return rule.propose(_view(store, name, step)) if _takes_part(store, name, step) else None
+
+
+def choose_together(step: UpdateStep, proposals: Sequence[Proposal | None]) -> dict[str, Tensor]:
+    """{weight name: flat positions to be active}, ranked over all proposals."""
+    rule, made = step.method.rule, [proposal for proposal in proposals if proposal is not None]
+    assert isinstance(rule, JointRule)
+    chosen = rule.choose(made, step.drop_fraction)
+    return {proposal.name: positions for proposal, positions in zip(made, chosen, strict=True)}
+
+
+def move_mask(
+    step: UpdateStep, weight: Any, mask: Tensor | None, name: str, chosen: Mapping[str, Tensor]
+) -> bool:
+    """Carry out for one weight what was chosen, in place; whether any entry moved."""
+    store = _store(step, weight, mask, name)
+    return name in chosen and _move(step, store, store.active(), chosen[name])
+
+
+def _store(step: UpdateStep, weight: Any, mask: Tensor | None, name: str) -> MaskedWeight | CompactWeight:
+    return weight if mask is None else MaskedWeight(weight, mask, step.targets[name].transposed)
+
+
+def _move(step: UpdateStep, store: MaskedWeight | CompactWeight, active: Tensor, chosen: Tensor) -> bool:
     change = MaskChange.between(active, chosen)
     if isinstance(store, CompactWeight):
         store.move(change, step.optimizer)
@@ -94,18 +126,24 @@ def _check_count(got: int, view: WeightView, method: Method) -> None:
     )
 
 
-def _was_probed(store: MaskedWeight | CompactWeight, name: str, step: UpdateStep) -> bool:
-    """A weight that took no part in the loss has no gradient to grow by, and keeps its mask."""
-    if isinstance(store, CompactWeight):
-        return bool(probe.PROBES.get(store.probe_key))
-    return name in step.gradients
+def _trains(store: MaskedWeight | CompactWeight) -> bool:
+    """What is grown in a frozen weight could never leave 0."""
+    return (store.values if isinstance(store, CompactWeight) else store.parameter).requires_grad
 
 
-def _view(
-    store: MaskedWeight | CompactWeight, active: Tensor, target: Target, name: str, step: UpdateStep
-) -> WeightView:
-    schedule = step.method.schedule
-    assert schedule is not None, "a rule without a schedule never runs"
+def _takes_part(store: MaskedWeight | CompactWeight, name: str, step: UpdateStep) -> bool:
+    """A frozen weight keeps its mask, and so does one without a gradient to grow by, as it was not in the loss."""
+    assert step.method.rule is not None
+    if step.method.rule.probe is Probe.NONE or not _trains(store):
+        return _trains(store)
+    evidence = step.evidence
+    return bool(
+        evidence.observed.get(name) if isinstance(store, CompactWeight) else name in evidence.gradients
+    )
+
+
+def _view(store: MaskedWeight | CompactWeight, name: str, step: UpdateStep) -> WeightView:
+    target, active, observed = step.targets[name], store.active(), step.evidence.observed.get(name, ())
     return WeightView(
         name=name,
         shape=store.shape,
@@ -113,11 +151,13 @@ def _view(
         nnz=target.nnz_at(step.number, step.method),
         budget=target.budget,
         step=step.number,
-        drop_fraction=schedule.drop_fraction(step.number),
+        drop_fraction=step.drop_fraction,
         active=active,
         values=store.values_at(active),
         weight=store.dense,
         gradient_tiles=lambda: _tiles(store, name, step),
+        gradient_at=lambda positions: _gradient_at(store, positions, name, step),
+        marginals=lambda signs: marginals(observed, store.shape, signs),
         generator=generator_for(step.seed, name, step.number),
         ablates=target.ablates,
     )
@@ -125,24 +165,22 @@ def _view(
 
 def _tiles(store: MaskedWeight | CompactWeight, name: str, step: UpdateStep) -> Iterator[tuple[int, Tensor]]:
     if isinstance(store, MaskedWeight):
-        yield 0, store.rows(step.gradients[name])
+        yield 0, store.rows(step.evidence.gradients[name])
         return
-    for row, tile in probe.gradient_tiles(store.probe_key, store.shape):
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(tile)
+    for row, tile in probe.gradient_tiles(_pairs(name, step), store.shape):
+        sum_over_ranks(tile)
         yield row, tile
 
 
-def probe_variant(graph: Graph, skeleton: nn.Module, reparam: Reparam) -> Graph:
-    """A copy whose backward also yields dense gradients: in ``.grad`` of masked weights, in the probe of compact."""
-    graph = copy.deepcopy(graph)
-    plain, dense_grad = reparam.function(False)[0], reparam.function(True)[0]
-    for node in graph.nodes:
-        if node.op != "call_function":
-            continue
-        if node.target is plain:
-            node.target = dense_grad
-        elif node.target is kernel.registered()[kernel.TRAINING].run:
-            compact = fetch(skeleton, str(node.args[2].target).removesuffix(".values"))
-            node.kwargs = {**node.kwargs, "probe_key": compact.probe_key}
-    return graph
+def _gradient_at(
+    store: MaskedWeight | CompactWeight, positions: Tensor, name: str, step: UpdateStep
+) -> Tensor:
+    if isinstance(store, MaskedWeight):
+        return store.at(step.evidence.gradients[name], positions)
+    sampled = gradient_at(_pairs(name, step), positions, store.shape)
+    sum_over_ranks(sampled)
+    return sampled
+
+
+def _pairs(name: str, step: UpdateStep) -> list[tuple[Tensor, Tensor]]:
+    return [(seen.inputs, seen.gradients) for seen in step.evidence.observed[name]]

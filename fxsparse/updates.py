@@ -5,7 +5,8 @@ checkpointing and evaluation do not count as steps.
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,22 +16,17 @@ from torch.fx import GraphModule
 from torch.optim import Optimizer
 
 from fxsparse import optimizer_state
-from fxsparse.errors import PlanError
+from fxsparse.errors import NumericsError, PlanError
 from fxsparse.graph import fetch
-from fxsparse.kernels.csr import probe
+from fxsparse.kernels import probe
 from fxsparse.method import Method, Probe
+from fxsparse.observed import Evidence, ProbeSwitch, sum_over_ranks
 from fxsparse.schedule import Schedule
 from fxsparse.storage import CompactWeight, MaskedWeight, read_weights
+from fxsparse.undisturbed import undisturbed
 from fxsparse.update_mask import Target, UpdateStep
 
 _NEVER = Schedule(every=1, stop=0)
-
-
-@dataclass
-class ProbeSwitch:
-    """Whether this training step collects what the next update needs; one object shared by all that must know."""
-
-    on: bool = False
 
 
 @dataclass
@@ -46,26 +42,57 @@ class MaskUpdates:
     moved: bool = False
     """Whether the last counted step moved a mask."""
     _moving: bool = False
-    _held: dict[str, Tensor] | None = None
-    """Dense gradients from before the optimizer's step, for an update after it."""
+    _held: Evidence | None = None
+    """From before the optimizer's step, for an update after it."""
+    _explored: Evidence | None = None
+    """What blocks of `exploring` saw since the last update."""
     _optimizer: Optimizer | None = None
     _handles: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.schedule = self.method.schedule or _NEVER
-        self.needs_dense_gradients = self.method.rule is not None and self.method.rule.probe is Probe.DENSE
+        self.needs_probe = self.method.rule is not None and self.method.rule.probe is not Probe.NONE
         self._probes: list[_FreshProbe] = []
-        for _, weight in self.weights():
-            if isinstance(weight, CompactWeight) and weight.values.requires_grad:
-                self._probes.append(_FreshProbe(weight.probe_key))
-                weight.values.register_post_accumulate_grad_hook(self._probes[-1])
+        for name, weight in self.weights():
+            trained = _trained(weight)
+            if self.switch.keys(name) and trained.requires_grad:
+                self._probes.append(_FreshProbe(name, self.switch))
+                trained.register_post_accumulate_grad_hook(self._probes[-1])
         self.resume(self.step)
 
     def resume(self, step: int) -> None:
-        """Continue as if `step` optimizer steps had been counted."""
+        """Continue as if `step` optimizer steps had been counted and nothing explored since the last update."""
+        self._explored = None
+        self._arm(step)
+
+    @contextmanager
+    def exploring(self) -> Iterator[None]:
+        """See ``SparseModule.exploring``."""
+        if not self.needs_probe:
+            raise PlanError(
+                f"exploring(): {self.method.name} chooses its entries without gradients, so a batch can tell it "
+                "nothing; expected a method such as gse, rigl or srigl. Leave the block out."
+            )
+        # Weights take no part in forward but their values, so their buffers need no copy.
+        still = {id(tensor) for _, weight in self.weights() for tensor in _buffers(weight)}
+        with undisturbed(self.graph, still):
+            self._clear_probes()
+            self.switch.on = self.switch.exploring = True
+            try:
+                yield
+                self._explored = _checked(self._collected()) + (self._explored or Evidence())
+            finally:
+                self.switch.exploring = False
+                self._arm(self.step)
+
+    def _arm(self, step: int) -> None:
+        """Let the batches of the coming step collect what an update at its end needs, and no others."""
         self.step = step
         fetch(self.graph, "fxsparse_step").fill_(step)
-        self.switch.on = self._fires() and self.needs_dense_gradients
+        self.switch.on = self._fires() and self.needs_probe and self._explored is None
+        self._clear_probes()
+
+    def _clear_probes(self) -> None:
         for fresh in self._probes:
             fresh.clear()
 
@@ -96,7 +123,7 @@ class MaskUpdates:
         """Whether the step just taken moved masks; a step from before `optimizer` was attached is counted here."""
         if optimizer is not self._optimizer:
             self.attach(optimizer)
-            self._held = self._take_gradients() if self._fires() else None
+            self._held = self._take_evidence() if self._fires() else None
             self._reset_pruned_state(optimizer)
             self._after_step(optimizer, (), {})
         return self.moved
@@ -121,11 +148,11 @@ class MaskUpdates:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if _is_skipped(optimizer) or not self._fires():
             return
-        gradients = self._take_gradients()
-        if not self.schedule.skip_step:
-            self._held = gradients
+        evidence = self._take_evidence()
+        if self._explored is not None or not self.schedule.skip_step:
+            self._held = evidence
             return
-        self._moving = self._run(optimizer, gradients)
+        self._moving = self._run(optimizer, evidence)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
@@ -137,25 +164,39 @@ class MaskUpdates:
             self._moving = self._run(optimizer, self._held)
         self.zero_pruned()
         self.moved, self._moving, self._held = self._moving, False, None
-        self.resume(self.step + 1)
+        self._arm(self.step + 1)
 
-    def _run(self, optimizer: Optimizer, gradients: Mapping[str, Tensor]) -> bool:
+    def _run(self, optimizer: Optimizer, evidence: Evidence) -> bool:
+        self._explored = None
         moved = self.graph(
-            UpdateStep(self._update, self.method, self.seed, self.targets, gradients, optimizer)
+            UpdateStep(self._update, self.method, self.seed, self.targets, evidence, optimizer)
         )
         return any(moved)
 
     @torch.no_grad()
-    def _take_gradients(self) -> dict[str, Tensor]:
-        """The dense gradients of masked weights; what stays in ``.grad`` is masked."""
-        if not self.needs_dense_gradients:
-            return {}
-        gradients = {}
+    def _take_evidence(self) -> Evidence:
+        """What the update goes by; what stays in ``.grad`` of masked weights is masked."""
+        if not self.needs_probe:
+            return Evidence()
+        evidence = self._collected()
+        for name, weight in self.weights():
+            if isinstance(weight, MaskedWeight) and name in evidence.gradients:
+                weight.parameter.grad = evidence.gradients[name] * weight.mask
+        if self._explored is None:
+            return evidence
+        for gradient in self._explored.gradients.values():
+            sum_over_ranks(gradient)
+        return self._explored
+
+    def _collected(self) -> Evidence:
+        """What the backwards since `_arm` left behind."""
+        gradients, observed = {}, {}
         for name, weight in self.weights():
             if isinstance(weight, MaskedWeight) and weight.parameter.grad is not None:
                 gradients[name] = weight.parameter.grad
-                weight.parameter.grad = weight.parameter.grad * weight.mask
-        return gradients
+            if seen := self.switch.observed(name):
+                observed[name] = seen
+        return Evidence(gradients, observed)
 
     @torch.no_grad()
     def zero_pruned(self) -> None:
@@ -179,7 +220,7 @@ class MaskUpdates:
     def _check_holds_all(self, optimizer: Optimizer) -> None:
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for name, weight in self.weights():
-            parameter = weight.values if isinstance(weight, CompactWeight) else weight.parameter
+            parameter = _trained(weight)
             if id(parameter) not in held and parameter.requires_grad:
                 stored = "compact values" if isinstance(weight, CompactWeight) else "masked"
                 raise PlanError(
@@ -193,20 +234,48 @@ class MaskUpdates:
 class _FreshProbe:
     """Drops what a step left that GradScaler skipped: no hook of the optimizer ran, but ``.grad`` is a new tensor."""
 
-    key: int
-    seen: int = 0
+    name: str
+    switch: ProbeSwitch
+    seen: dict[int, int] = field(default_factory=dict)
     gradient: Callable[[], Tensor | None] = lambda: None
 
-    def __call__(self, values: Tensor) -> None:
-        entries = probe.PROBES.get(self.key, [])
-        if self.gradient() is not values.grad:
-            del entries[: self.seen]
-        self.seen = len(entries)
-        self.gradient = weakref.ref(values.grad)
+    def __call__(self, trained: Tensor) -> None:
+        if self.switch.exploring:
+            return
+        for key in self.switch.keys(self.name):
+            entries = probe.PROBES.get(key, [])
+            if self.gradient() is not trained.grad:
+                del entries[: self.seen.get(key, 0)]
+            self.seen[key] = len(entries)
+        self.gradient = weakref.ref(trained.grad)
 
     def clear(self) -> None:
-        probe.clear(self.key)
-        self.seen = 0
+        for key in self.switch.keys(self.name):
+            probe.clear(key)
+        self.seen.clear()
+
+
+def _trained(weight: MaskedWeight | CompactWeight) -> Tensor:
+    return weight.values if isinstance(weight, CompactWeight) else weight.parameter
+
+
+def _buffers(weight: MaskedWeight | CompactWeight) -> Iterable[Tensor]:
+    return weight.buffers() if isinstance(weight, CompactWeight) else (weight.mask,)
+
+
+def _checked(evidence: Evidence) -> Evidence:
+    if not evidence.gradients and not evidence.observed:
+        raise PlanError(
+            "exploring(): expected a backward through sparse weights inside the block, got none. Call "
+            "loss(sparse(x), y).backward() in it, with the module in train mode."
+        )
+    for name, tensor in evidence.tensors():
+        if not bool(tensor.isfinite().all()):
+            raise NumericsError(
+                f"exploring(): expected finite gradients, got inf or NaN at {name!r}. Leave a GradScaler out of the "
+                "block (only the order of gradients counts), or look at the loss."
+            )
+    return evidence
 
 
 def _is_skipped(optimizer: Optimizer) -> bool:

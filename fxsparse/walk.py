@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from fxsparse.graph import owner
-from fxsparse.method import Reparam
+from fxsparse.kernels import probe
+from fxsparse.method import Method, Probe, Reparam
+from fxsparse.observed import ProbeSwitch, Watched
 from fxsparse.trace.modules import FUNCTIONAL, functional_arguments, is_transposed_linear, site_type
-from fxsparse.updates import ProbeSwitch
 
 
 @dataclass
@@ -22,21 +23,28 @@ class WalkSite:
     transposed: bool
     reparam: Reparam
     switch: ProbeSwitch
+    watched: Watched | None
+    """Where a probe step's backward leaves what it sees; None where the rule reads the gradient only."""
 
     def __call__(self, module: Any, x: Tensor) -> Tensor:
-        weight = self.reparam.effective(module.weight, module.weight_mask, self.switch.on and module.training)
-        return self.call(x, weight.t() if self.transposed else weight, module.bias, **self.arguments)
+        armed = self.switch.on and module.training
+        weight = self.reparam.effective(module.weight, module.weight_mask, armed)
+        y = self.call(x, weight.t() if self.transposed else weight, module.bias, **self.arguments)
+        return probe.watch(y, x, self.watched.key) if armed and self.watched is not None else y
 
 
-def swap_leaves(skeleton: nn.Module, names: Iterable[str], reparam: Reparam, switch: ProbeSwitch) -> None:
+def swap_leaves(skeleton: nn.Module, names: Iterable[str], method: Method, switch: ProbeSwitch) -> None:
     """Give the owners of these weights, modules of the skeleton, a forward that reads ``reparam(weight, mask)``."""
+    guided = method.rule is not None and method.rule.probe is Probe.GUIDED
     for name in names:
         module, _ = owner(skeleton, name)
         transposed = is_transposed_linear(module)
         kind = nn.Linear if transposed else site_type(module)
         assert kind is not None, f"{name} has no site"
         arguments = {} if transposed else functional_arguments(module)
-        module.__dict__["walk_site"] = WalkSite(FUNCTIONAL[kind], arguments, transposed, reparam, switch)
+        call = FUNCTIONAL[kind]
+        watched = switch.watch(name, call, arguments) if guided else None
+        module.__dict__["walk_site"] = WalkSite(call, arguments, transposed, method.reparam, switch, watched)
         module.__class__ = _swapped(type(module))
 
 

@@ -102,6 +102,7 @@ def _refusals(gm: GraphModule, spec: WeightSpec, decision: Decision, ctx: PassCo
         f"{method.name} keeps weights behind its zeros": not method.reparam.exact_zeros,
         f"{method.name} changes its count of nonzeros": method.schedule is not None
         and method.schedule.ramp is not None,
+        f"{method.name} ranks all weights together, so that their counts drift": method.is_joint,
         f"{decision.pattern} chooses over the whole weight": not decision.pattern.streams,
     }
     return [reason for reason, applies in tests.items() if applies]

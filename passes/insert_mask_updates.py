@@ -1,20 +1,21 @@
-"""Build the update graph, with one mask-update node per weight, and the probe variant of the training graph."""
+"""Build the update graph, with mask-update nodes for every weight, and the probe variant of the training graph."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from fxsparse.method import Probe
 from fxsparse.pipeline import PassContext
+from fxsparse.probe_variant import probe_variant
 from fxsparse.skeleton import bind
-from fxsparse.update_mask import probe_variant, update_mask
+from fxsparse.update_mask import choose_together, move_mask, propose, update_mask
 
 
 @dataclass(frozen=True)
 class InsertMaskUpdates:
-    """Emit ``program.graphs["update"]`` and, where the rule needs dense gradients, ``["probe"]``.
+    """Emit ``program.graphs["update"]`` and, where the rule needs gradients, ``["probe"]``.
 
     The step count and the seed become the buffers ``fxsparse_step`` and ``fxsparse_rng``.  The nodes live outside the
     forward graph: a mutating node in it runs twice under activation checkpointing.
@@ -33,20 +34,35 @@ class InsertMaskUpdates:
         ctx.program.skeleton.register_buffer("fxsparse_rng", torch.tensor(ctx.plan.seed))
         moving = ctx.decisions if method.rule is not None else {}
         graphs["update"] = bind(_update_graph(ctx, list(moving)), ctx.program.skeleton)
-        if method.rule is not None and method.rule.probe is Probe.DENSE:
-            skeleton = ctx.program.skeleton
-            graphs["probe"] = bind(probe_variant(gm.graph, skeleton, method.reparam), skeleton)
+        if method.rule is not None and method.rule.probe is not Probe.NONE:
+            switch = ctx.program.switch
+            graphs["probe"] = bind(probe_variant(gm.graph, method, switch), ctx.program.skeleton)
+            if method.rule.probe is Probe.GUIDED:
+                ctx.notes += [_unguided(name) for name in moving if not switch.keys(name)]
         return len(moving)
 
 
+def _unguided(name: str) -> str:
+    return f"{name}: sampled uniformly, as no linear or convolution reads it as a whole"
+
+
 def _update_graph(ctx: PassContext, names: list[str]) -> Graph:
+    """Every weight by itself; or proposals, one choice among all of them, and the moves that follow from it."""
+    assert ctx.plan is not None
     graph = Graph()
     step = graph.placeholder("step")
-    moved = []
-    for name in names:
-        masked = ctx.decisions[name].storage == "masked"
-        weight = graph.get_attr(name)
-        mask = graph.get_attr(f"{name}_mask") if masked else None
-        moved.append(graph.call_function(update_mask, (step, weight, mask, name)))
+    stored = [_stored(ctx, graph, name) for name in names]
+    if ctx.plan.method.is_joint:
+        proposals = tuple(graph.call_function(propose, (step, *weight)) for weight in stored)
+        chosen = graph.call_function(choose_together, (step, proposals))
+        moved = [graph.call_function(move_mask, (step, *weight, chosen)) for weight in stored]
+    else:
+        moved = [graph.call_function(update_mask, (step, *weight)) for weight in stored]
     graph.output(tuple(moved))
     return graph
+
+
+def _stored(ctx: PassContext, graph: Graph, name: str) -> tuple[Node, Node | None, str]:
+    """What a node of the update graph is told of a weight: the weight, its mask, its name."""
+    masked = ctx.decisions[name].storage == "masked"
+    return graph.get_attr(name), graph.get_attr(f"{name}_mask") if masked else None, name

@@ -17,7 +17,7 @@ from fxsparse.kernel import Problem
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512vbmi")
 """What the kernels are compiled for; the best one that the CPU has is used."""
 
-_OPS = ("csr_forward", "csr_backward", "condensed_forward", "lookup_forward")
+_OPS = ("csr_forward", "csr_backward", "csr_sample", "condensed_forward", "lookup_forward")
 _FOLDER = Path(__file__).parent
 _SOURCES = ("table.h", "vec.h", "rows.h", "products.cpp", "lookup.cpp", "ops.cpp")
 _FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]

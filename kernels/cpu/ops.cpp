@@ -114,16 +114,20 @@ void put_floats(const float* from, const Tensor& t) {
   }
 }
 
-// The next two avoid torch's lookup of operators by name, 1 to 2 us each.
-Tensor empty(const Tensor& type, const std::vector<int64_t>& sizes) {
+// The next three avoid torch's lookup of operators by name, 1 to 2 us each.
+Tensor empty(int32_t dtype, const std::vector<int64_t>& sizes) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
-  int32_t dtype;
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(type.get(), &dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype,
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
+}
+
+Tensor empty(const Tensor& type, const std::vector<int64_t>& sizes) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(type.get(), &dtype));
+  return empty(dtype, sizes);
 }
 
 Tensor in_order(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
@@ -496,6 +500,26 @@ std::tuple<Tensor, Tensor, Tensor> csr_backward(const Tensor& grad_any, const Te
   return {grad_x, grad_values, grad_bias};
 }
 
+// grad^T x at the entries of an index with rows in `crow`, fp32: the weight gradient where nothing is stored yet.
+Tensor csr_sample(const Tensor& grad_any, const Tensor& x_any, const Tensor& crow, const Tensor& cols) {
+  const Tensor grad = in_order(grad_any), x = in_order(x_any);
+  const int64_t rows = crow.numel() - 1, count = cols.numel();
+  STD_TORCH_CHECK(grad.dim() == 2 && x.dim() == 2 && grad.size(0) == x.size(0) && grad.size(1) == rows &&
+                      grad.scalar_type() == x.scalar_type(),
+                  "fxsparse: expected grad [tokens, ", rows, "] and x [tokens, in] of one dtype");
+  const int32_t* start = index32(crow, rows + 1, "crow");
+  STD_TORCH_CHECK(start[rows] == count, "fxsparse: expected crow to end with ", count);
+  const Sparse index{nullptr, start, index32(cols, count, "cols"), false, 0};
+  check_columns(index, rows, x.size(1));
+  Tensor result = empty(aoti_torch_dtype_float32(), {count});
+  auto* sums = static_cast<float*>(result.mutable_data_ptr());
+  std::fill_n(sums, count, 0.0f);
+  const Matrix grad_matrix = matrix(grad, "grad");
+  const Matrix x_matrix{x.mutable_data_ptr(), grad_matrix.scalar, grad_matrix.tokens, x.size(1)};
+  backward(grad_matrix, x_matrix, index, {}, count, {false, true, false}, {}, sums, nullptr, nullptr);
+  return result;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fxsparse, m) { m.def("cpu_level(int level) -> int"); }
@@ -505,6 +529,7 @@ STABLE_TORCH_LIBRARY_IMPL(fxsparse, CompositeExplicitAutograd, m) { m.impl("cpu_
 STABLE_TORCH_LIBRARY_IMPL(fxsparse, CPU, m) {
   m.impl("csr_forward", TORCH_BOX(&csr_forward));
   m.impl("csr_backward", TORCH_BOX(&csr_backward));
+  m.impl("csr_sample", TORCH_BOX(&csr_sample));
   m.impl("condensed_forward", TORCH_BOX(&condensed_forward));
   m.impl("lookup_forward", TORCH_BOX(&lookup_forward));
 }

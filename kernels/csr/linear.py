@@ -9,8 +9,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fxsparse.formats import csr
 from fxsparse.kernel import TRAINING, Cost, Kernel, Problem, register
-from fxsparse.kernels import cpu
-from fxsparse.kernels.csr import probe, reference
+from fxsparse.kernels import cpu, probe
+from fxsparse.kernels.csr import reference
 from fxsparse.kernels.library import ACTIVATIONS, COMPILED, activation_code, autocast, define, refuse_gradient
 
 _BACKWARD_ARGUMENTS = (

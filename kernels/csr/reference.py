@@ -56,13 +56,21 @@ def linear_backward(
             into.index_add_(1, cols, part[:, rows].masked_fill(unused, 0) * weight)
         grad_x = total.to(x.dtype).reshape(x.shape)
     if need_values:
-        sums = flat.new_zeros(values.numel())
-        for part_grad, part in zip(flat_grad.split(step), flat.split(step), strict=True):
-            sums += (part_grad[:, rows] * part[:, cols]).sum(0)
-        grad_values = sums.masked_fill(unused, 0).to(values.dtype)
+        grad_values = sampled_product(flat_grad, flat, crow, cols).to(values.dtype)
     if need_bias:
         grad_bias = flat_grad.sum(0).to(grad.dtype)
     return grad_x, grad_values, grad_bias
+
+
+def sampled_product(grad: Tensor, x: Tensor, crow: Tensor, cols: Tensor) -> Tensor:
+    """``grad^T x`` at the entries of a CSR index, [n], for grad [tokens, out] and x [tokens, in]; in at least fp32."""
+    grad, x = _accumulating(grad), _accumulating(x)
+    rows, cols, unused = entries(crow, cols)
+    sums = x.new_zeros(cols.numel())
+    step = tokens_per_step(cols)
+    for part_grad, part in zip(grad.split(step), x.split(step), strict=True):
+        sums += (part_grad[:, rows] * part[:, cols]).sum(0)
+    return sums.masked_fill(unused, 0)
 
 
 def entries(crow: Tensor, cols: Tensor) -> tuple[Tensor, Tensor, Tensor]:

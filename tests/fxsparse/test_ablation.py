@@ -29,6 +29,8 @@ def view(weight, active, gradient, fraction, budget, *, ablates=True, rows=1, st
         values=weight.flatten()[positions],
         weight=lambda: pytest.fail("read the whole weight"),
         gradient_tiles=lambda: ((i, matrix[i : i + rows]) for i in range(0, len(matrix), rows)),
+        gradient_at=lambda positions: matrix.flatten()[positions],
+        marginals=lambda signs: None,
         generator=generator_for(0, "w", step),
         ablates=ablates,
     )

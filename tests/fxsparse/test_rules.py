@@ -38,6 +38,8 @@ def view(
         values=weight.flatten()[positions],
         weight=lambda: weight,
         gradient_tiles=lambda: ((i, matrix[i : i + rows]) for i in range(0, len(matrix), rows)),
+        gradient_at=lambda positions: matrix.flatten()[positions],
+        marginals=lambda signs: None,
         generator=generator_for(0, "w", step),
     )
 

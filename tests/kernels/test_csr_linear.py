@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxsparse import testing
 from fxsparse.formats import csr
-from fxsparse.kernels import cpu, csr_linear
-from fxsparse.kernels.csr import probe, reference
+from fxsparse.kernels import cpu, csr_linear, probe
+from fxsparse.kernels.csr import reference
 
 SHAPE = (37, 53)
 
@@ -234,7 +234,7 @@ def test_an_armed_backward_leaves_the_dense_gradient_in_tiles():
         upstream = torch.randn_like(y)
         y.backward(upstream)
         expected += upstream.t() @ x
-    tiles = list(probe.gradient_tiles(7, SHAPE))
+    tiles = list(probe.gradient_tiles(probe.PROBES[7], SHAPE))
     assert max(len(tile) for _, tile in tiles) == 37 // 16
     torch.testing.assert_close(torch.cat([tile for _, tile in tiles]), expected)
     probe.clear(7)

@@ -1,0 +1,45 @@
+"""The gradient of a linear layer's weight at some of its entries, and nowhere else."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from fxsparse.kernels.csr import reference
+from fxsparse.kernels.library import COMPILED, define
+from fxsparse.kernels.probe import flattened
+
+
+def gradient_at(pairs: Sequence[tuple[Tensor, Tensor]], positions: Tensor, shape: tuple[int, int]) -> Tensor:
+    """``sum of grad_y^T x`` at flat `positions` (int64 [n], ascending) of a weight [out, in]: [n], in at least fp32.
+
+    `pairs` are (x [..., in], grad_y [..., out]), one for each backward.  Time and memory grow with the tokens and
+    with n; nothing has the size of the weight.
+    """
+    rows, columns = shape
+    crow = torch.zeros(rows + 1, dtype=torch.int32, device=positions.device)
+    crow[1:] = torch.bincount(positions // columns, minlength=rows).cumsum(0)
+    cols = (positions % columns).int()
+    total = None
+    for x, grad in flattened(pairs):
+        exact = x.dtype not in COMPILED
+        run = reference.sampled_product if exact else torch.ops.fxsparse.csr_sample.default
+        part = run(grad, x, crow, cols)
+        total = part if total is None else total.add_(part)
+    assert total is not None, "a weight that was not probed has no gradient"
+    return total
+
+
+def _fake(grad: Tensor, x: Tensor, crow: Tensor, cols: Tensor) -> Tensor:
+    return grad.new_empty(cols.shape, dtype=torch.float32)
+
+
+define(
+    "csr_sample(Tensor grad, Tensor x, Tensor crow, Tensor cols) -> Tensor", reference.sampled_product, _fake
+)
+
+
+@register_flop_formula(torch.ops.fxsparse.csr_sample)
+def _flops(grad_shape, x_shape, crow_shape, cols_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * cols_shape[0] * grad_shape[0]
