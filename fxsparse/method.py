@@ -135,16 +135,8 @@ class JointRule(UpdateRule, Protocol):
 
 
 @runtime_checkable
-class SamplingRule(UpdateRule, Protocol):
-    """A rule that grows among candidates that it draws."""
-
-    gamma: float
-    """Candidates that an update draws for each active entry."""
-
-
-@runtime_checkable
 class SampledRule(UpdateRule, Protocol):
-    """A rule with ``Probe.SAMPLED``: it asks for the gradient at pairs that it draws."""
+    """A rule with ``Probe.SAMPLED`` or ``GUIDED``: it asks for the gradient at pairs that it draws."""
 
     @property
     def candidates(self) -> float:

@@ -18,6 +18,8 @@ from fxsparse.method import Method
 from fxsparse.pattern import NM, Pattern, Unstructured
 
 VERSION = 1
+PRESET_ALLOCATIONS = {"gse": "er_unrolled"}
+"""{method: the allocation of its paper} where that is not the default."""
 STORAGES = ("auto", "masked", "compact")
 
 
@@ -144,7 +146,7 @@ class Plan:
 
     @classmethod
     def preset(cls, name: str) -> "Plan":
-        """``"<method>-<percent of zeros>"`` such as "rigl-90" with the paper's defaults, or ``"<n>:<m>"`` (SR-STE).
+        """``"<method>-<percent of zeros>"`` such as "gse-90" with the paper's defaults, or ``"<n>:<m>"`` (SR-STE).
 
         Raises:
             PlanError: the name is neither; the message lists the methods.
@@ -156,7 +158,11 @@ class Plan:
             n, m = (int(part) for part in name.split(":"))
             return cls(pattern=NM(n, m), method=methods.sr_ste())
         if percent.isdecimal() and int(percent) < 100:
-            return cls(sparsity=int(percent) / 100, method=methods.from_dict({"name": head}))
+            return cls(
+                sparsity=int(percent) / 100,
+                method=methods.from_dict({"name": head}),
+                allocation=PRESET_ALLOCATIONS.get(head, "erk"),
+            )
         raise PlanError(
             f"no preset {name!r}: expected '<method>-<percent of zeros>' such as rigl-90, or 'n:m'."
         )

@@ -17,9 +17,15 @@ def grad_flow_srigl(fan_in: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(fan_in.shape, generator=generator) * (2 / fan_in)
 
 
+def unit_variance(fan_in: Tensor, generator: torch.Generator) -> Tensor:
+    """Uniform on (-1, 1) times sqrt(3 / fan-in): pre-activations of unit variance for such inputs (GSE's code)."""
+    return (2 * torch.rand(fan_in.shape, generator=generator) - 1) * (3 / fan_in).sqrt()
+
+
 WEIGHT_INITS: dict[str, WeightInit | None] = {
     "grad_flow": grad_flow,
     "grad_flow_srigl": grad_flow_srigl,
+    "unit_variance": unit_variance,
     "keep": None,
 }
 """None leaves the weights as they come."""

@@ -38,7 +38,7 @@ def probe_flops(method: Method, sparse: Any, dense: Any) -> Any:
     ``(3 f_S dT + 2 f_S + (1 + gamma) f_S) / (dT + 1)`` in all.
 
     Raises:
-        PlanError: a rule with Probe.SAMPLED that does not say how many candidates it has.
+        PlanError: a rule with Probe.SAMPLED or GUIDED that does not say how many candidates it has.
     """
     if method.reparam.probe is Probe.DENSE:
         return dense - sparse
@@ -48,8 +48,8 @@ def probe_flops(method: Method, sparse: Any, dense: Any) -> Any:
         return (dense - sparse) * update_share(method)
     if not isinstance(method.rule, SampledRule):
         raise PlanError(
-            f"method {method.name!r}: a rule with Probe.SAMPLED needs `candidates`, the sampled pairs per active "
-            f"entry, and {type(method.rule).__name__} has none."
+            f"method {method.name!r}: a rule with Probe.{method.rule.probe.name} needs `candidates`, the sampled pairs "
+            f"per active entry, and {type(method.rule).__name__} has none."
         )
     return method.rule.candidates * sparse * update_share(method)
 

@@ -1,7 +1,7 @@
 import pytest
 
 from fxsparse.method import Method
-from fxsparse.methods import METHODS, gmp, rigl, set_, sr_ste, srigl, static
+from fxsparse.methods import METHODS, gmp, gse, rigl, set_, sr_ste, srigl, static
 from fxsparse.pattern import NM, Block, ConstantFanIn, Pattern, Unstructured
 from fxsparse.testing import check_method
 
@@ -12,6 +12,9 @@ FAST = {
     "srigl": srigl(every=1, stop=1000),
     "srigl without ablation": srigl(every=1, stop=1000, ablate=False),
     "srigl, authors' code": srigl(every=1, stop=1000, preset="srigl_repo"),
+    "gse": gse(every=1, stop=1000),
+    "gse, grabo": gse(every=1, stop=1000, sampling="grabo"),
+    "gse, graest, all layers": gse(every=1, stop=1000, sampling="graest", scope="global"),
     "gmp": gmp(start=0, stop=999, every=1),
     "sr_ste": sr_ste(),
 }

@@ -1,0 +1,76 @@
+"""GSE: guided stochastic exploration, always-sparse training by sampled growth."""
+
+from math import isfinite
+
+from fxsparse.errors import PlanError
+from fxsparse.method import Method, register
+from fxsparse.pattern import Unstructured
+from fxsparse.reparam import HardMask
+from fxsparse.sampling import SAMPLINGS, SampleAndGrow, SampleAndGrowJointly
+from fxsparse.schedule import Schedule, decay_curve
+from fxsparse.scores import score_named
+from fxsparse.weight_init import weight_init_named
+
+
+@register
+def gse(
+    every: int = 1_000,
+    stop: int = 46_800,
+    drop_fraction: float = 0.2,
+    gamma: float = 1.0,
+    sampling: str = "uniform",
+    scope: str = "layer",
+    decay: str = "cosine",
+    variant: str = "paper",
+    weight_init: str = "unit_variance",
+    init: str = "random",
+) -> Method:
+    """Draw a few inactive entries, grow the best by gradient, prune by magnitude: Heddes et al. 2024, arXiv:2401.06898.
+
+    In compact storage no dense weight, mask or gradient is ever made.  Updates come at every `every`-th step from
+    `every` on and below `stop` (120 epochs of CIFAR at batch 128).  An update has its batch to itself: that of
+    ``sparse.exploring()``, or, with ``variant="paper"`` and nothing explored, that of its own step, which the optimizer
+    then does not take; with ``variant="torch"`` it takes that step first.  Grown weights start at 0.
+
+    Args:
+        gamma: pairs drawn for each active entry; 1 on CIFAR, 2 on ImageNet.
+        sampling: "uniform" (the paper's choice), "grabo" (by inputs' and output gradients' magnitude) or "graest" (by
+            an unbiased estimate of the gradient).  A layer that saw only zeros is sampled uniformly.
+        scope: "layer" keeps every layer's count.  "global", the default of the authors' code, ranks all weights
+            together; counts then drift, so it needs masked storage.
+        weight_init: "unit_variance" draws the selected weights anew, U(-1, 1) * sqrt(3 / fan-in) as in the authors'
+            code; "keep" leaves them as they come.
+
+    The paper allocates by ``"er_unrolled"``, as do the presets ("gse-90").
+    """
+    for name, value, known in (
+        ("variant", variant, ("paper", "torch")),
+        ("sampling", sampling, tuple(SAMPLINGS)),
+        ("scope", scope, ("layer", "global")),
+    ):
+        if value not in known:
+            raise PlanError(f"expected {name} as one of {', '.join(known)}, got {value!r}.")
+    each = SampleAndGrow(_checked(gamma), sampling)
+    return Method(
+        name="gse",
+        reparam=HardMask(),
+        init=score_named(init),
+        rule=each if scope == "layer" else SampleAndGrowJointly(each),
+        schedule=Schedule(
+            every,
+            stop,
+            start=every,
+            skip_step=variant == "paper",
+            drop_fraction=decay_curve(decay, drop_fraction, stop),
+        ),
+        source="arXiv:2401.06898",
+        pattern=Unstructured(),
+        weight_init=weight_init_named(weight_init),
+    )
+
+
+def _checked(gamma: float) -> float:
+    number = isinstance(gamma, int | float) and not isinstance(gamma, bool) and isfinite(gamma)
+    if not number or gamma <= 0:
+        raise PlanError(f"expected gamma as a number above 0, got {gamma!r}. The paper has 1 and 2.")
+    return gamma
