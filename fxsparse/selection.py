@@ -63,41 +63,30 @@ class MaskChange:
     state (RigL's ``reinit_when_same=False``).
     """
 
-    kept: Tensor
     pruned: Tensor
     grown: Tensor
     kept_from: Tensor
     """Where the kept entries stand among the old positions: slots of compact storage."""
     kept_to: Tensor
     """Where they stand among the new positions."""
+    new: Tensor
+    """The positions after the update."""
 
     @staticmethod
     def between(old: Tensor, new: Tensor) -> "MaskChange":
         """The change from ascending positions `old` to ascending positions `new`."""
-        slot = torch.searchsorted(old, new)
-        known = slot < len(old)
-        known[known.clone()] = old[slot[known]] == new[known]
-        kept_from = slot[known]
-        left = torch.ones_like(old, dtype=torch.bool)
-        left[kept_from] = False
-        return MaskChange(
-            kept=new[known],
-            pruned=old[left],
-            grown=new[~known],
-            kept_from=kept_from,
-            kept_to=known.nonzero().squeeze(1),
+        # kernels/csr/topology.py
+        pruned, grown, kept_from, kept_to = torch.ops.fxsparse.position_change(
+            old.contiguous(), new.contiguous()
         )
+        return MaskChange(pruned, grown, kept_from, kept_to, new)
 
-    def after(self) -> Tensor:
-        """The new positions, int64, ascending."""
-        positions = self.kept.new_empty(len(self.kept) + len(self.grown))
-        fresh = torch.ones_like(positions, dtype=torch.bool)
-        fresh[self.kept_to] = False
-        positions[self.kept_to], positions[fresh] = self.kept, self.grown
-        return positions
+    @property
+    def kept(self) -> Tensor:
+        """The positions before and after the update."""
+        return self.new[self.kept_to]
 
     def carry(self, values: Tensor) -> Tensor:
         """Old per-entry `values` [nnz old] in the new order [nnz new]: grown ones 0, pruned ones gone."""
-        moved = values.new_zeros(len(self.kept) + len(self.grown))
-        moved[self.kept_to] = values[self.kept_from]
-        return moved
+        moved = values.new_zeros(len(self.new))
+        return moved.index_copy_(0, self.kept_to, values.index_select(0, self.kept_from))

@@ -142,7 +142,7 @@ class CompactWeight(nn.Module):
     def move(self, change: MaskChange, optimizer: torch.optim.Optimizer | None) -> None:
         """Apply the change in place within the capacity; values and optimizer state travel with their coordinates."""
         states = () if optimizer is None else tuple(optimizer_state.per_element(optimizer, self.values))
-        csr.move_(self.index, change.after())
+        csr.move_(self.index, change.new)
         for tensor in (self.values, *states):
             carried = change.carry(tensor)
             tensor[: len(carried)] = carried

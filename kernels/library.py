@@ -65,7 +65,7 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any],
     def run(*args: Any) -> Any:
         from fxsparse.kernels import cpu
 
-        if args[0].is_cpu and cpu.implements(name) and cpu.load():
+        if args[0].is_cpu and cpu.builds_for(name) and cpu.load():
             return getattr(torch.ops.fxsparse, name)(*args)
         return reference(*args)
 

@@ -80,15 +80,16 @@ def positions_in(indices: Tensor, shape: tuple[int, int]) -> Tensor:
     PatternError where an entry is repeated, out of order or outside the weight, or something but -1 follows the last.
     """
     nnz = int((indices[0] >= 0).count_nonzero())
-    rows, cols = indices[:, :nnz].long()
+    rows, cols = indices[:, :nnz]
     inside = bool(((rows >= 0) & (rows < shape[0]) & (cols >= 0) & (cols < shape[1])).all())
     if not inside or not bool((indices[:, nnz:] == -1).all()):
         raise PatternError(
             f"expected rows and columns inside the {shape[0]} x {shape[1]} weight, and -1 in every slot "
             "after the last entry"
         )
-    flat = rows * shape[1] + cols
-    _check(flat, shape)
+    flat = rows.long().mul_(shape[1]).add_(cols)
+    if not bool((flat.diff() > 0).all()):
+        raise PatternError(f"entries inside the {shape[0]} x {shape[1]} weight must be strictly ascending")
     return flat
 
 
@@ -97,20 +98,23 @@ def move_(index: CsrIndex, flat: Tensor) -> None:
 
     PatternError where they are more than the capacity, or a position is repeated, out of order or outside the weight.
     """
-    nnz, (_, columns) = flat.numel(), index.shape
-    if nnz > index.capacity:
-        raise PatternError(f"the layout has room for {index.capacity} entries, got {nnz}: build a new one")
-    _check(flat, index.shape)
-    index.indices[0, :nnz] = flat // columns
-    index.indices[1, :nnz] = flat % columns
-    index.indices[:, nnz:] = -1
-    _fill(index, nnz)
+    if flat.numel() > index.capacity:
+        raise PatternError(
+            f"the layout has room for {index.capacity} entries, got {flat.numel()}: build a new one"
+        )
+    tensors = (index.indices, index.crow, index.ccol, index.rows_t, index.perm)
+    moved = torch.ops.fxsparse.csr_move_(flat.contiguous(), *tensors)  # kernels/csr/topology.py
+    # The C++ op does not count as a change for autograd: a backward through what was there before has to fail.
+    torch.autograd.graph.increment_version(tensors)
+    if not moved:
+        rows, columns = index.shape
+        raise PatternError(f"positions must be strictly ascending and inside the {rows} x {columns} weight")
 
 
 def flat_of(index: CsrIndex) -> Tensor:
     """Flat positions of the entries, int64 [nnz], ascending."""
-    rows, cols = index.indices[:, : index.nnz].long()
-    return rows * index.shape[1] + cols
+    rows, cols = index.indices[:, : index.nnz]
+    return rows.long().mul_(index.shape[1]).add_(cols)
 
 
 def values_of(weight: Tensor, index: CsrIndex) -> Tensor:
@@ -137,23 +141,3 @@ def _around(indices: Tensor, shape: tuple[int, int]) -> CsrIndex:
         )
     sizes = (rows + 1, columns + 1, slots, slots)
     return CsrIndex(indices, *(torch.empty(n, dtype=torch.int32, device=indices.device) for n in sizes))
-
-
-def _check(flat: Tensor, shape: tuple[int, int]) -> None:
-    rows, columns = shape
-    if flat.numel() == 0:
-        return
-    if int(flat[0]) < 0 or int(flat[-1]) >= rows * columns or not bool((flat.diff() > 0).all()):
-        raise PatternError(f"positions must be strictly ascending and inside the {rows} x {columns} weight")
-
-
-def _fill(index: CsrIndex, nnz: int) -> None:
-    """Everything but `indices` from its first `nnz` entries."""
-    rows, cols = index.indices[:, :nnz]
-    for starts, positions in ((index.crow, rows), (index.ccol, cols)):
-        starts[0] = 0
-        starts[1:] = torch.bincount(positions, minlength=starts.numel() - 1).cumsum(0)
-    order = torch.argsort(cols, stable=True)
-    for tensor, entries in ((index.perm, order), (index.rows_t, rows[order])):
-        tensor[:nnz] = entries
-        tensor[nnz:] = -1

@@ -19,7 +19,7 @@ INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512vbmi")
 
 _OPS = ("csr_forward", "csr_backward", "csr_sample", "condensed_forward", "lookup_forward")
 _FOLDER = Path(__file__).parent
-_SOURCES = ("table.h", "vec.h", "rows.h", "products.cpp", "lookup.cpp", "ops.cpp")
+_SOURCES = ("table.h", "vec.h", "rows.h", "products.cpp", "lookup.cpp", "ops.cpp", "topology.cpp")
 _FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
 _TABLES = {
@@ -44,8 +44,8 @@ def load() -> bool:
     return _load() is None
 
 
-def implements(name: str) -> bool:
-    """Whether the op ``fxsparse::<name>`` has a C++ kernel."""
+def builds_for(name: str) -> bool:
+    """Whether the op ``fxsparse::<name>`` builds the C++ kernels; others use them only once they are there."""
     return name in _OPS
 
 
@@ -126,7 +126,7 @@ def _compile(compiler: list[str], folder: Path) -> None:
     torch_folder = Path(torch.__file__).parent
     headers = [f"-I{torch_folder / 'include'}", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     x86 = ["-DFXSPARSE_X86"] if _X86 else []
-    units = {"ops": ["ops.cpp", *headers, *x86]}
+    units = {"ops": ["ops.cpp", *headers, *x86], "topology": ["topology.cpp", *headers]}
     for name, flags in _TABLES.items():
         if _X86 or not flags:
             units[name] = ["products.cpp", f"-DFXSPARSE_TABLE=table_{name}", *flags]

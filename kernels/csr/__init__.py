@@ -1,1 +1,1 @@
-"""CSR products and the dense-gradient probe."""
+"""CSR products, the dense-gradient probe, and moves of the nonzeros."""

@@ -215,6 +215,14 @@ def test_moving_the_topology_needs_no_new_frame_at_any_nnz(dtype):
     assert frames.frame_count == 1
 
 
+def test_a_backward_after_the_topology_moved_fails():
+    _, values, index = layer()
+    y = csr_linear(torch.randn(4, 53), values.requires_grad_(), *indices(index))
+    csr.move_(index, torch.arange(len(values)))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 def test_autocast_computes_in_bfloat16_and_returns_fp32_gradients():
     x, values, bias, index = leaves()
     with torch.autocast("cpu", dtype=torch.bfloat16):
