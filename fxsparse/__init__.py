@@ -5,6 +5,7 @@ from fxsparse.errors import FxSparseError
 from fxsparse.module import SparseModule
 from fxsparse.plans import Override, Plan
 from fxsparse.report import Report
+from fxsparse.saving import load, save
 
 __all__ = [
     "FxSparseError",
@@ -15,6 +16,8 @@ __all__ = [
     "allocate",
     "compile",
     "count_flops",
+    "load",
     "plan_report",
     "prune",
+    "save",
 ]

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -213,17 +213,18 @@ def _train(
     return sparse
 
 
-def rebuild(recipe: Recipe, state: dict[str, Tensor], training: bool) -> SparseModule:
-    """The module that was pickled: the same decisions, without measuring again, then its state."""
+def rebuild(
+    recipe: Recipe, state: Mapping[str, Tensor], training: bool, more: Mapping[str, Tensor] | None = None
+) -> SparseModule:
+    """The module that was pickled or saved: the same decisions, without measuring again, then its state.
+
+    `more`: values of tensors on meta that a state dict leaves out.
+    """
     model = copy_structure(recipe.shell)
-    for name, decision in recipe.decisions.items():
-        if decision.storage == "compact":  # one zero seen everywhere: traceable, and of no size
-            old = model.get_parameter(name)
-            set_parameter(model, name, torch.zeros((), dtype=old.dtype).expand(old.shape))
-    program = capture(model, recipe.example_inputs)
-    decisions = copy.deepcopy(recipe.decisions)
+    program = capture(model, recipe.example_inputs, tier=recipe.tier)
+    decisions, known = copy.deepcopy(recipe.decisions), {**state, **(more or {})}
     ctx = PassContext(
-        recipe.plan, "train", program, Report(), recipe.example_inputs, decisions=decisions, state=state
+        recipe.plan, "train", program, Report(), recipe.example_inputs, decisions=decisions, state=known
     )
     run_passes(training_pipeline, ctx)
     sparse = _emit(model, ctx)
@@ -251,7 +252,7 @@ def _emit(model: nn.Module, ctx: PassContext) -> SparseModule:
         program.skeleton,
         [name for name, decision in ctx.decisions.items() if decision.storage == "compact"],
     )
-    recipe = Recipe(shell, plan, ctx.example_inputs, ctx.decisions)
+    recipe = Recipe(shell, plan, ctx.example_inputs, ctx.decisions, program.tier)
     return SparseModule(
         Emitted(program, ctx.report, tuple(model.state_dict()), targets, recipe, rebuild, updates)
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxsparse.errors import PlanError
+from fxsparse.errors import CheckpointError, PlanError
 from fxsparse.graph import owner
 from fxsparse.rng import generator_for
 from fxsparse.verify import RUN_FAILURES
@@ -83,6 +83,41 @@ def create_tensors(
         ):
             raise PlanError(_not_initialised(root, name, draw.refusal))
     return {name: draws[_storage(weight)] for name, weight in weights.items()}
+
+
+def take_tensors(root: nn.Module, values: Mapping[str, Tensor], compact: Collection[str]) -> None:
+    """Give every meta tensor of the tree but the `compact` weights the saved value of its name, in place.
+
+    Raises:
+        CheckpointError: no value, or one of another shape or dtype.
+    """
+    left = {id(root.get_parameter(name)) for name in compact}
+    named = (*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False))
+    found: dict[int, Tensor] = {}
+    for name, tensor in named:
+        value = values.get(name)
+        if (
+            value is not None
+            and (value.shape, value.dtype) != (tensor.shape, tensor.dtype)
+            and id(tensor) not in left
+        ):
+            raise CheckpointError(
+                f"{name!r}: expected {tensor.dtype} {list(tensor.shape)} as in the model, got {value.dtype} "
+                f"{list(value.shape)}. Is it of another model?"
+            )
+        if value is not None and tensor.is_meta:
+            made = value.detach().clone()
+            found.setdefault(
+                id(tensor),
+                nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made,
+            )
+    for name, tensor in named:
+        if not tensor.is_meta or id(tensor) in left:
+            continue
+        if id(tensor) not in found:
+            raise CheckpointError(f"{name!r}: expected a saved value, got none. Is it of another model?")
+        module, leaf = owner(root, name)
+        setattr(module, leaf, found[id(tensor)])
 
 
 class _Writes(TorchDispatchMode):

@@ -78,3 +78,30 @@ def has_sequence(tensor: Tensor) -> bool:
     tokens.
     """
     return tensor.dim() == (3 if tensor.is_floating_point() else 2)
+
+
+def to_json(value: Any) -> Any:
+    """Example inputs as JSON values: structure and plain values, and of tensors only shape and dtype."""
+    if isinstance(value, Tensor):
+        return {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+    if isinstance(value, tuple | list):
+        return {type(value).__name__: [to_json(item) for item in value]}
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {"dict": {key: to_json(item) for key, item in value.items()}}
+    if value is None or isinstance(value, bool | int | float | str):
+        return {"value": value}
+    return {"opaque": type(value).__name__}
+
+
+def from_json(row: Any) -> Any:
+    """Example inputs on meta from what `to_json` wrote; TraceError where they held more than it can say."""
+    [kind, inside], *_ = row.items()
+    if kind == "tensor":
+        return torch.empty(inside, dtype=getattr(torch, row["dtype"]), device="meta")
+    if kind in ("tuple", "list"):
+        return (tuple if kind == "tuple" else list)(from_json(item) for item in inside)
+    if kind == "dict":
+        return {key: from_json(item) for key, item in inside.items()}
+    if kind == "value":
+        return inside
+    raise TraceError(f"the saved example inputs hold a {inside}, which only example_inputs= can give")

@@ -38,6 +38,8 @@ class Recipe:
     plan: Plan | None
     example_inputs: Any
     decisions: dict[str, Decision]
+    tier: str
+    """The front end that captured the model."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch.fx import GraphModule
 
-from fxsparse.creation import create_tensors
+from fxsparse.creation import create_tensors, take_tensors
 from fxsparse.inputs import has_meta
 from fxsparse.pipeline import PassContext
 
@@ -14,7 +14,8 @@ from fxsparse.pipeline import PassContext
 class CreateParameters:
     """Every tensor on meta gets memory on ``ctx.device`` in the skeleton; compact weights stay for `LowerKernels`.
 
-    So a compact weight is created at the size of its nonzeros.  How its values are drawn is left in ``ctx.draws``.
+    So a compact weight is created at the size of its nonzeros.  How its values are drawn is left in ``ctx.draws``; a
+    module that is built again takes its values from ``ctx.state``.
     Weights that are created dense are noted with their reason.  The user's own model stays on meta.
     """
 
@@ -32,6 +33,9 @@ class CreateParameters:
         compact = [
             name for name in meta if name in ctx.decisions and ctx.decisions[name].storage == "compact"
         ]
+        if ctx.state is not None:
+            take_tensors(skeleton, ctx.state, compact)
+            return 0
         ctx.draws.update(create_tensors(skeleton, ctx.device, ctx.plan.seed, compact))
         ctx.notes.append(
             f"created on {ctx.device}: {len(compact)} weights compact, {len(meta) - len(compact)} other parameters "

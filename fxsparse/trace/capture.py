@@ -32,6 +32,7 @@ def capture(
     modes: Sequence[str] = ("train", "eval"),
     strict: bool = False,
     device: torch.device = CPU,
+    tier: str | None = None,
 ) -> Program:
     """Trace a model once per mode; its modules, buffers, gradients and mode stay as they are.
 
@@ -39,6 +40,7 @@ def capture(
     works.  With example inputs a program is taken only if it computes what the model computes, in eval mode and in
     one seeded train step; ``Program.notes`` says why each other was left.  `example_inputs`: see
     :func:`fxsparse.inputs.split_inputs`.  Tensors on meta are taken to be on `device`; then only shapes are compared.
+    With a `tier` that was found right before, that front end alone is taken and nothing is run.
 
     Raises:
         TraceError: a lazy module without shapes, inputs that the model does not take, or with `strict` a model that
@@ -46,6 +48,8 @@ def capture(
     """
     _check(model)
     arguments = None if example_inputs is None else named_arguments(model, example_inputs)
+    if tier is not None:
+        return _again(model, example_inputs, arguments, modes, device, tier)
     notes: list[str] = []
     expected = _expected(model, example_inputs, modes, notes, device)
     for front_end in (_symbolic, _export):
@@ -65,6 +69,27 @@ def capture(
             "neither symbolic tracing nor torch.export captured the model, and strict=True refuses the walk "
             "over its layers: " + "; ".join(notes)
         )
+    return _walk(model, modes, notes)
+
+
+def _again(
+    model: nn.Module,
+    example_inputs: Any,
+    arguments: Any,
+    modes: Sequence[str],
+    device: torch.device,
+    tier: str,
+) -> Program:
+    """What the front end named `tier` makes of the model."""
+    if tier == "walk":
+        return _walk(model, modes, [])
+    with recomputation_refused():
+        return {"symbolic": _symbolic, "export": _export}[tier](
+            model, example_inputs, arguments, modes, device
+        )
+
+
+def _walk(model: nn.Module, modes: Sequence[str], notes: list[str]) -> Program:
     skeleton = copy_structure(model)
     gm = bind(walk(skeleton), skeleton)
     return Program("walk", skeleton, dict.fromkeys(modes, gm), notes)

@@ -1,5 +1,6 @@
 """A network that starts on meta never has a tensor of a dense weight's size, whatever is done with it."""
 
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -81,7 +82,7 @@ def test_the_check_sees_what_is_dense() -> None:
 
 @pytest.mark.parametrize("method", [static("random"), set_(every=2)], ids=lambda method: method.name)
 @pytest.mark.parametrize("pattern", [Unstructured(), ConstantFanIn()], ids=str)
-def test_compiled_trained_and_updated(method, pattern) -> None:
+def test_compiled_trained_updated_and_saved(method, pattern, tmp_path) -> None:
     with never_dense():
         sparse = always_sparse(method, pattern)
         before = {name: weight.active() for name, weight in sparse.weights()}
@@ -89,6 +90,12 @@ def test_compiled_trained_and_updated(method, pattern) -> None:
         state = sparse.state_dict()
         sparse.load_state_dict(state)
         sparse.sparsity(), sparse.coordinates(), str(sparse.report)
+        fxsparse.save(sparse, tmp_path / "file")
+        with torch.device("meta"):
+            model = Mlp()
+        loaded = fxsparse.load(tmp_path / "file", model)
+        train(loaded, torch.optim.Adam(loaded.parameters()), steps=1)
+        pickle.loads(pickle.dumps(sparse))
     moved = {name: not torch.equal(before[name], weight.active()) for name, weight in sparse.weights()}
     assert set(moved.values()) == {method.rule is not None}
     assert all(row["nnz"] == len(before[row["name"]]) for row in sparse.report.layers)

@@ -1,0 +1,150 @@
+"""The checkpoint file: safetensors and a JSON header, checked by a hash, never pickled, written whole or not at all."""
+
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fxsparse.errors import CheckpointError
+
+FORMAT = 1
+"""Raised when an older fxsparse could misread a file."""
+_HEADER, _HASH = "fxsparse", "fxsparse_hash"
+
+
+def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Write a file that appears at `path` whole or not at all, whenever the process is killed.
+
+    `header`: plain JSON values.  Tensors that are the same memory are written once.
+
+    Raises:
+        CheckpointError: the folder cannot be written, or a dtype that safetensors does not have.
+    """
+    path = Path(path)
+    unique, aliases = _without_repeats(tensors)
+    text = json.dumps({"format": FORMAT, **header, "aliases": aliases})
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+    try:
+        _remove_leftovers(path)
+        save_file(unique, partial, {_HEADER: text, _HASH: _hash(text, unique)})
+        with open(partial, "rb") as whole:
+            os.fsync(whole.fileno())
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{path}: expected a file in a folder that exists and may be written, with room for it; got "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The (tensors, header) that `write` wrote, on the CPU.
+
+    Raises:
+        CheckpointError: no such file; truncated, changed, of another format, or of a newer version.
+    """
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            found = file.metadata() or {}
+            header = _header(path, found)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path}: expected a whole file written by fxsparse.save, got {type(error).__name__}: {error}. It is "
+            "missing or truncated; take another checkpoint."
+        ) from error
+    if _hash(found[_HEADER], tensors) != found.get(_HASH):
+        raise CheckpointError(
+            f"{path}: its contents do not match the hash written with them, so it was changed or damaged after "
+            "fxsparse.save; take another checkpoint."
+        )
+    return tensors | {alias: tensors[name] for alias, name in header["aliases"].items()}, header
+
+
+def _header(path: str | os.PathLike[str], found: Mapping[str, str]) -> dict[str, Any]:
+    if _HEADER not in found:
+        raise CheckpointError(
+            f"{path}: expected a file written by fxsparse.save, got a safetensors file of something else; a plain "
+            "state dict goes into load_state_dict."
+        )
+    try:
+        header = json.loads(found[_HEADER])
+        version = header["format"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}: its header is damaged ({error}); take another checkpoint.") from error
+    if version != FORMAT:
+        raise CheckpointError(
+            f"{path}: expected format {FORMAT}, got {version!r} written by fxsparse {header.get('fxsparse')}; load it "
+            "with that version."
+        )
+    return header
+
+
+def _without_repeats(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(name: contiguous tensor) of different memory, and {other name: name of the same tensor}."""
+    unique: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[Any, str] = {}
+    memory: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach()
+        place = tensor.untyped_storage().data_ptr()
+        key = (place, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and key in first:
+            aliases[name] = first[key]
+            continue
+        first[key] = name
+        partial = (
+            tensor.numel() * tensor.element_size() != tensor.untyped_storage().nbytes() or place in memory
+        )
+        memory.add(place)
+        unique[name] = tensor.clone(memory_format=torch.contiguous_format) if partial else tensor.contiguous()
+    return unique, aliases
+
+
+def _hash(text: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.blake2b(text.encode(), digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
+    return digest.hexdigest()
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Drop what killed processes of this machine left of earlier writes to the same path."""
+    for left in path.parent.glob(f".{path.name}.{socket.gethostname()}.*.partial"):
+        pid = left.name.split(".")[-2]
+        if pid.isdecimal() and not _is_running(int(pid)):
+            left.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    """So that the new name survives a power cut; not every system lets a folder be opened."""
+    with suppress(PermissionError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
