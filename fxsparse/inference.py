@@ -14,12 +14,13 @@ from torch import nn
 from fxsparse.artefact import emit
 from fxsparse.errors import InvariantError, PlanError
 from fxsparse.inputs import has_meta
-from fxsparse.module import SparseModule
+from fxsparse.module import MAX_DENSE_BYTES, SparseModule
 from fxsparse.passes import SelectKernels, inference_pipeline
 from fxsparse.pipeline import Pass, PassContext, Program, run_passes
 from fxsparse.plans import Plan
 from fxsparse.report import Report
 from fxsparse.skeleton import bind, copy_structure
+from fxsparse.storage import CompactWeight
 from fxsparse.trace import capture
 from fxsparse.verify import compare, copied_inputs, observe
 
@@ -49,7 +50,7 @@ def compile_for_inference(
     kernels are given up, with a note.  Without them nothing can be measured and every weight stays dense.
 
     Raises:
-        PlanError: a model compiled for inference already.
+        PlanError: a model compiled for inference already, or compact weights too large to be made dense.
         InvariantError: the result computes something else than the model (a bug).
     """
     _check(model)
@@ -101,6 +102,15 @@ def _check(model: nn.Module) -> None:
         raise PlanError(
             "compile: this model is compiled for inference already; compile the model it was made from."
         )
+    if isinstance(model, SparseModule):
+        compact = [weight for _, weight in model.weights() if isinstance(weight, CompactWeight)]
+        needed = sum(math.prod(weight.shape) * weight.values.element_size() for weight in compact)
+        if needed > MAX_DENSE_BYTES:
+            raise PlanError(
+                f"compile: mode='infer' compares kernels on dense copies of the weights, here {needed:,} bytes, more "
+                f"than {MAX_DENSE_BYTES:,}: expected weights that fit. Serve this module itself, which is never dense: "
+                "sparse.eval() under torch.no_grad(), also from fxsparse.load."
+            )
 
 
 def _capture(model: nn.Module, example_inputs: Any, strict: bool) -> tuple[Program, Plan | None]:

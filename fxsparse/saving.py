@@ -88,7 +88,10 @@ def _training(module: SparseModule) -> tuple[dict[str, Tensor], dict[str, Any]]:
     recipe = module._emitted.recipe
     state, plan = module.state_dict(), module.plan
     if plan is None:
-        raise PlanError("save: this module was compiled for inference; expected one that trains.")
+        raise PlanError(
+            "save: this module was compiled for inference; expected one that trains. Save that one and compile it "
+            "again after loading, or pickle this one."
+        )
     derived = [f"{name}." for name, weight in module.weights() if isinstance(weight, CompactWeight)]
     more = {
         name: buffer

@@ -99,3 +99,14 @@ def test_compiled_trained_updated_and_saved(method, pattern, tmp_path) -> None:
     moved = {name: not torch.equal(before[name], weight.active()) for name, weight in sparse.weights()}
     assert set(moved.values()) == {method.rule is not None}
     assert all(row["nnz"] == len(before[row["name"]]) for row in sparse.report.layers)
+
+
+def test_inference_refuses_to_make_dense_what_does_not_fit() -> None:
+    with torch.device("meta"):
+        model = nn.Linear(2**16, 2**16, bias=False)
+    plan = Plan(sparsity=1 - 2**-20, method=static("random"), storage="compact")
+    sparse = fxsparse.compile(model, plan, example_inputs=torch.zeros(1, 2**16))
+    with pytest.raises(fxsparse.FxSparseError, match=r"here 17,179,869,184 bytes, more .* sparse.eval\(\)"):
+        fxsparse.compile(sparse, mode="infer")
+    with torch.no_grad():
+        assert sparse.eval()(torch.ones(1, 2**16)).count_nonzero() > 0
