@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fxsparse.errors import NumericsError
 from fxsparse.method import Probe, Proposal, WeightView
+from fxsparse.selection import MaskChange, union
 from fxsparse.topk import top_mask
 
 PRIME = 2**31 - 1
@@ -93,7 +94,7 @@ def exchange(proposals: Sequence[Proposal], drop_fraction: float) -> list[Tensor
 
 
 def _replaced(proposal: Proposal, lost: Tensor, won: Tensor) -> Tensor:
-    return torch.cat([proposal.active[~lost], proposal.candidates[won]]).sort().values
+    return union(proposal.active[~lost], proposal.candidates[won])
 
 
 def _joined(scores: Sequence[Tensor]) -> Tensor:
@@ -103,10 +104,7 @@ def _joined(scores: Sequence[Tensor]) -> Tensor:
 def inactive(drawn: Tensor, active: Tensor) -> Tensor:
     """The distinct positions among `drawn` that are not in `active` (ascending): int64, ascending."""
     distinct = drawn.sort().values.unique_consecutive()
-    if len(active) == 0:
-        return distinct
-    nearest = torch.searchsorted(active, distinct).clamp(max=len(active) - 1)
-    return distinct[active[nearest] != distinct]
+    return MaskChange.between(active, distinct).grown
 
 
 def up(number: float) -> int:

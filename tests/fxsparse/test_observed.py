@@ -78,6 +78,8 @@ def test_marginals_number_the_terms_on_over_micro_batches():
             marginals([whole], (6, 5), signs), marginals(halves, (6, 5), signs), strict=True
         ):
             torch.testing.assert_close(one, other)
+    columns, rows = marginals(halves, (6, 5), lambda terms: table[terms])
+    torch.testing.assert_close((columns[0], rows), (table @ whole.inputs, table @ whole.gradients))
     assert marginals([], (6, 5)) is None
 
 

@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxsparse.errors import InvariantError
-from fxsparse.selection import MaskChange, check_positions, random_positions, to_mask, to_positions
+from fxsparse.selection import (
+    MaskChange,
+    check_positions,
+    random_positions,
+    to_mask,
+    to_positions,
+    union,
+)
 
 sets = st.sets(st.integers(0, 30))
 
@@ -66,3 +73,10 @@ def test_random_positions_are_distinct_and_every_set_is_as_likely():
     assert all(140 < count < 270 for count in seen.values())  # 200 expected, standard deviation 14
     assert random_positions(0, 6, generator).tolist() == []
     assert random_positions(1000, 2**40, generator).diff().min() > 0
+
+
+@pytest.mark.parametrize("sizes", [(0, 0), (0, 5), (5, 0), (40, 60)])
+def test_union_of_ascending_positions(sizes):
+    one, other = torch.randperm(100)[: sum(sizes)].split(sizes)
+    one, other = one.sort().values, other.sort().values
+    assert torch.equal(union(one, other), torch.cat([one, other]).sort().values)
