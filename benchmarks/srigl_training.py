@@ -4,8 +4,9 @@
 
 Steps, seeds, learning rate, allocation (ERK), drop fraction (0.3), update period (20 steps) and what the optimizer does
 at an update are the same for all.  gamma_sal is the one number that was looked at, 0.3 or 0.95 (the paper's for CNNs
-and for ViT-B/16) on seed 100: at 0.3 hardly a neuron goes, so it is 0.95 for all.  Linear layers train in compact
-storage.  Accuracies are those after the last step.  ``--part inference`` trains the first seed again and compares the
+and for ViT-B/16) on seed 100: at 0.3 hardly a neuron goes, so it is 0.95 for all.  All start from the same weights, the
+model's own; two rows more start SRigL from its default, N(0, 2/fan-in).  Linear layers train in compact storage.
+Accuracies are those after the last step.  ``--part inference`` trains the first seed again and compares the
 compiled model with the same model dense, in turns, in one process.
 """
 
@@ -29,11 +30,14 @@ from fxsparse.inference import speed_of
 
 LABELS = {
     "rigl:variant=torch,storage=compact": "RigL",  # the variant that steps at an update too, as SRigL does
-    "srigl:gamma_sal=0.95,storage=compact": "SRigL",
-    "srigl:ablate=false,storage=compact": "SRigL, no ablation",
+    "srigl:gamma_sal=0.95,weight_init=keep,storage=compact": "SRigL",
+    "srigl:ablate=false,weight_init=keep,storage=compact": "SRigL, no ablation",
+    "srigl:gamma_sal=0.95,storage=compact": "SRigL from N(0, 2/k)",
+    "srigl:ablate=false,storage=compact": "SRigL from N(0, 2/k), no ablation",
     DENSE: DENSE,
 }
-RIGL, SRIGL, WITHOUT_ABLATION, _ = LABELS
+RIGL, SRIGL, WITHOUT_ABLATION, *_ = LABELS
+SPARSE = [method for method in LABELS if method != DENSE]
 PAIRS = [("ViT", 0.9), ("ViT", 0.95), ("ResNet", 0.9), ("ResNet", 0.95), ("MLP", 0.99)]
 MODELS = ["ViT", "ResNet", "MLP"]
 BATCHES = (1, 64)
@@ -47,7 +51,7 @@ def main() -> None:
     setting = functools.partial(settings_of, TASK, steps=steps)
     pairs = [(model, sparsity) for model, sparsity in PAIRS if model in options.models]
     if "training" in options.part:
-        rows = [(m, s, method) for m, s in pairs for method in (RIGL, SRIGL, WITHOUT_ABLATION)]
+        rows = [(m, s, method) for m, s in pairs for method in SPARSE]
         rows += [(model, 0.0, DENSE) for model in dict.fromkeys(model for model, _ in pairs)]
         grid = [
             setting(model=m, method=method, sparsity=s, seed=seed)
