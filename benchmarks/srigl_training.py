@@ -1,6 +1,6 @@
 """SRigL against RigL on the digits, and what its structure is worth at inference.
 
-    python -m benchmarks.srigl_training --figure docs/figures/srigl_training.svg
+    python -m benchmarks.srigl_training --figure docs/srigl_training.png
 
 Steps, seeds, learning rate, allocation (ERK), drop fraction (0.3), update period (20 steps) and what the optimizer does
 at an update are the same for all.  gamma_sal is the one number that was looked at, 0.3 or 0.95 (the paper's for CNNs
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import fxsparse
 from benchmarks.cells import Cell, Settings, environments, parser, run_cells
-from benchmarks.tasks.comparison import DENSE, paired, run, scores, settings_of
+from benchmarks.tasks.comparison import DENSE, Paired, paired, run, scores, settings_of
 from benchmarks.tasks.digits import TASK
 from fxsparse import SparseModule
 from fxsparse.inference import speed_of
@@ -118,7 +118,7 @@ def training_table(cells: Sequence[Cell]) -> str:
         row = [model, f"{sparsity:.0%}", LABELS[method], f"{statistics.mean(values):.2f}", deviation]
         if method.startswith("srigl") and len(values) > 1:
             against = paired(values, by_row[model, sparsity, RIGL])
-            row += [f"{against.mean:+.2f} ± {against.error:.2f}", "yes" if against.equal else "**no**"]
+            row += [f"{against.mean:+.2f} ± {against.error:.2f}", verdict(against)]
         else:
             row += ["", ""]
         rows.append([*row, active_neurons(_of(cells, model, sparsity, method))])
@@ -132,6 +132,13 @@ def training_table(cells: Sequence[Cell]) -> str:
         "within 2 errors",
     ]
     return tabulate(rows, [*headers, "active neurons"], tablefmt="github", disable_numparse=True)
+
+
+def verdict(difference: Paired) -> str:
+    """Whether a difference is within two standard errors, and on which side it is if not."""
+    if difference.equal:
+        return "yes"
+    return "no, above" if difference.mean > 0 else "**no, below**"
 
 
 def active_neurons(cells: Sequence[Cell]) -> str:
@@ -218,8 +225,7 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
     right.set_xlabel("weight, first to last")
     right.set_ylabel("active neurons, share")
     right.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, dpi=110)
 
 
 def _of(cells: Sequence[Cell], *row: object) -> list[Cell]:
