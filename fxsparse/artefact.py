@@ -145,10 +145,14 @@ def _summarize(ctx: PassContext) -> None:
         decision = ctx.decisions[row["name"]]
         measured = {"dense_us": decision.dense_us, "sparse_us": decision.sparse_us}
         row |= {"format": decision.format, "sparsity_target": None, **measured}
+        if row["name"] in ctx.shrunk:
+            row["neurons_removed"] = ctx.shrunk[row["name"]].neurons
         if decision.nnz == row["numel"]:
             row["pattern"] = "no zeros"
     stored = sum(_bytes(fetch(ctx.program.skeleton, name)) for name in ctx.weights)
     ctx.report.totals |= {"bytes_sparse": stored, "train_flops_ratio": None}
+    if ctx.shrunk:
+        ctx.report.totals["neurons_removed"] = sum(weight.neurons for weight in ctx.shrunk.values())
 
 
 def _bytes(weight: Tensor | PackedWeight) -> int:

@@ -90,6 +90,11 @@ def attribute_nodes(graph: Graph, name: str) -> list[Node]:
     return list(graph.find_nodes(op="get_attr", target=name))
 
 
+def readers(graph: Graph, name: str) -> int:
+    """How many times nodes read the tensor at a dotted name."""
+    return sum(len(node.users) for node in attribute_nodes(graph, name))
+
+
 def is_parameter(gm: GraphModule, node: object) -> bool:
     """Whether a node's value is a parameter of the module."""
     if not isinstance(node, Node) or node.op != "get_attr":

@@ -15,7 +15,7 @@ from fxsparse.artefact import emit
 from fxsparse.errors import InvariantError, PlanError
 from fxsparse.inputs import has_meta
 from fxsparse.module import MAX_DENSE_BYTES, SparseModule
-from fxsparse.passes import SelectKernels, inference_pipeline
+from fxsparse.passes import RemoveDeadNeurons, SelectKernels, inference_pipeline
 from fxsparse.pipeline import Pass, PassContext, Program, run_passes
 from fxsparse.plans import Plan
 from fxsparse.report import Report
@@ -73,7 +73,9 @@ def compile_for_inference(
             return sparse
         given_up = _least_profitable(ctx, speed)
         if not given_up:
-            return _as_it_came(model, dense, ctx, speed)
+            if ctx.shrunk:
+                ctx = _unshrunk(source, ctx, example_inputs)
+            return _as_it_came(model, dense, ctx)
         keep_dense |= given_up
 
 
@@ -161,7 +163,16 @@ def _least_profitable(ctx: PassContext, speed: Speed) -> dict[str, str]:
     return {name: f"{ctx.decisions[name].kernel} {reason}" for name in worst}
 
 
-def _as_it_came(model: nn.Module, dense: nn.Module, ctx: PassContext, speed: Speed) -> SparseModule:
+def _unshrunk(source: Program, shrunk: PassContext, example_inputs: Any) -> PassContext:
+    """What the passes say of the model with all its neurons and every weight dense."""
+    ctx = PassContext(shrunk.plan, "infer", _copied(source), Report(), example_inputs)
+    keep_dense = {name: decision.reason or "dense" for name, decision in shrunk.decisions.items()}
+    run_passes([p for p in _pipeline(keep_dense) if not isinstance(p, RemoveDeadNeurons)], ctx)
+    ctx.report.notes += [*shrunk.report.notes, "no neuron is removed from the model's own forward"]
+    return ctx
+
+
+def _as_it_came(model: nn.Module, dense: nn.Module, ctx: PassContext) -> SparseModule:
     """The model's own forward: its graph is slower even with every weight dense."""
     notes = [*ctx.report.notes, "the model's own forward runs, without a graph, which was slower"]
     ctx.program = Program("walk", copy_structure(dense).eval(), dict(ctx.program.graphs), notes)

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
-from fxsparse.graph import owner
+from fxsparse.graph import Site, argument, fetch, insert_get_attr, owner, readers
 
 
 class PackedWeight(nn.Module):
@@ -33,6 +34,32 @@ def replace_parameter(root: nn.Module, name: str, value: Tensor) -> None:
     module._parameters[leaf] = new
     if old is not None:
         _for_every_name(root, old, new)
+
+
+def set_bias(gm: GraphModule, site: Site, bias: Tensor) -> None:
+    """Give a call site this bias: in the place of its own Parameter, or as a new one where it has none or shares it."""
+    node, old = site.node, argument(site.node, 2, "bias")
+    if old is not None and readers(gm.graph, str(old.target)) == 1:
+        replace_parameter(gm, str(old.target), bias)
+        return
+    path, _, leaf = str(site.weight.target).rpartition(".")
+    module, _ = owner(gm, str(site.weight.target))
+    free = leaf == "weight" and module._parameters.get("bias", 0) is None
+    name = f"{path}." * bool(path) + ("bias" if free else f"{leaf}_folded_bias")
+    replace_parameter(gm, name, bias)
+    new = insert_get_attr(gm.graph, name, node)
+    new.meta["val"] = fetch(gm, name)
+    kwargs = {key: value for key, value in node.kwargs.items() if key != "bias"}
+    node.args, node.kwargs = (*node.args[:2], new, *node.args[3:]), kwargs
+
+
+def replace_buffer(root: nn.Module, name: str, value: Tensor) -> None:
+    """Let the tree hold another tensor under `name` and every other name of the buffer there."""
+    module, leaf = owner(root, name)
+    old = module._buffers[leaf]
+    for holder in root.modules():
+        for key in [key for key, held in holder._buffers.items() if held is old]:
+            holder._buffers[key] = value
 
 
 def drop_tensor(root: nn.Module, name: str) -> None:

@@ -95,6 +95,16 @@ class Decision:
     """The same of the best sparse kernel, taken or not."""
 
 
+@dataclass(frozen=True)
+class Shrunk:
+    """A weight from which rows or columns were taken, of neurons that compute nothing."""
+
+    numel: int
+    """Before."""
+    neurons: int
+    """Rows taken."""
+
+
 @dataclass
 class PassContext:
     """Everything passes share; no decision hides in ``node.meta``."""
@@ -119,6 +129,10 @@ class PassContext:
     """Raise where the default is a row in the report."""
     state: Mapping[str, Tensor] | None = None
     """The state dict of the module that is built again; masks are then taken from it."""
+    shrunk: dict[str, Shrunk] = field(default_factory=dict)
+    """What remove-dead-neurons took, by weight."""
+    flops_before: FlopCount | None = None
+    """Of the model with all its neurons, where some were removed."""
     flops: FlopCount | None = None
     """What count-flops found."""
     notes: list[str] = field(default_factory=list)
@@ -205,7 +219,7 @@ def _run_on(current: Pass, gm: GraphModule, mode: str, ctx: PassContext, check: 
         raise InvariantError(
             f"pass {current.name!r} reported 0 rewrites but changed the {mode} graph:\n{gm.code}"
         )
-    check.after(current, gm, changed=gm.code != code)
+    check.after(current, gm, changed=rewrites > 0 or gm.code != code)
     return rewrites
 
 

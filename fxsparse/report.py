@@ -26,16 +26,19 @@ HEADERS = {
     "bytes_sparse": "sparse (byte)",
     "dense_us": "dense (us)",
     "sparse_us": "sparse (us)",
+    "neurons_removed": "neurons removed",
 }
 """Column headers that carry a unit; other columns are headed by their field."""
 
 PASSES = ("name", "rewrites", "seconds", "notes")
 LAYERS = (
     *("name", "op", "shape", "pattern", "neurons", "storage", "kernel", "sparsity_target", "sparsity"),
-    *("nnz", "numel", "flops_dense", "flops_sparse", "flops_executed", "dense_us", "sparse_us", "reason"),
+    *("nnz", "numel", "flops_dense", "flops_sparse", "flops_executed", "dense_us", "sparse_us"),
+    *("neurons_removed", "reason"),
 )
-OPTIONAL = ("dense_us", "sparse_us", "neurons")
-"""Columns shown only where some layer has them: nothing is measured in training, and few methods ablate."""
+OPTIONAL = ("dense_us", "sparse_us", "neurons", "neurons_removed")
+"""Columns shown only where some layer has them: in training nothing is measured and no neuron removed, and few methods
+ablate."""
 TOTALS = (
     *("numel", "nnz", "sparsity", "flops_dense", "flops_sparse", "flops_executed", "train_flops_ratio"),
     *("bytes_dense", "bytes_sparse"),

@@ -22,7 +22,7 @@ def summarize(ctx: PassContext) -> None:
         "numel": numel,
         "nnz": nnz,
         "sparsity": 1 - nnz / numel if numel else None,
-        "bytes_dense": sum(row["numel"] * ctx.weights[row["name"]].dtype.itemsize for row in report.layers),
+        "bytes_dense": sum(_bytes_dense(ctx, row["name"]) for row in report.layers),
     }
     if ctx.flops is not None:
         report.totals |= {
@@ -43,6 +43,12 @@ def summarize(ctx: PassContext) -> None:
 def stored_bytes(weights: Iterable[CompactWeight | MaskedWeight]) -> int:
     """What training stores of the weights and of where they are nonzero, gradients and optimizer state apart."""
     return sum(_bytes(weight) for weight in weights)
+
+
+def _bytes_dense(ctx: PassContext, name: str) -> int:
+    """Of the weight as it came, with all its neurons."""
+    spec, shrunk = ctx.weights[name], ctx.shrunk.get(name)
+    return (spec.numel if shrunk is None else shrunk.numel) * spec.dtype.itemsize
 
 
 def _layer(ctx: PassContext, name: str) -> Row:

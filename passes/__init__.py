@@ -17,6 +17,7 @@ from fxsparse.passes.insert_reparam import InsertReparam
 from fxsparse.passes.keep_neurons import KeepNeurons
 from fxsparse.passes.lower_inference import LowerInference
 from fxsparse.passes.lower_kernels import LowerKernels
+from fxsparse.passes.remove_dead_neurons import RemoveDeadNeurons
 from fxsparse.passes.remove_identities import RemoveIdentities
 from fxsparse.passes.select_kernels import SelectKernels
 from fxsparse.pipeline import Pass
@@ -40,6 +41,7 @@ inference_pipeline = (
     CollectWeights(),
     RemoveIdentities(),
     FoldBatchNorm(),
+    RemoveDeadNeurons(),
     DetectPattern(),
     SelectKernels(),
     CountFlops(),
@@ -72,6 +74,7 @@ __all__ = [
     "KeepNeurons",
     "LowerInference",
     "LowerKernels",
+    "RemoveDeadNeurons",
     "RemoveIdentities",
     "SelectKernels",
     "counting_pipeline",

@@ -1,11 +1,11 @@
 """Count the FLOPs of every call site."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch.fx import GraphModule
 
-from fxsparse.flops import Stored, count_program
+from fxsparse.flops import FlopCount, Stored, count_program
 from fxsparse.pipeline import PassContext
 
 
@@ -41,6 +41,15 @@ class CountFlops:
         }
         count = count_program(gm, stored, ctx.plan.method if ctx.plan else None, self.convention)
         ctx.notes += [f"not counted: {what}" for what in count.uncounted]
+        if ctx.flops_before is not None:
+            count = _against(count, ctx.flops_before)
         # Train and eval graphs differ in dropout and norms at most; the first one speaks for both.
         ctx.flops = ctx.flops or count
         return 0
+
+
+def _against(count: FlopCount, before: FlopCount) -> FlopCount:
+    """Dense FLOPs are those of the model as it came, with all its neurons."""
+    dense = {layer.name: layer.dense for layer in before.layers}
+    layers = tuple(replace(layer, dense=dense.get(layer.name, layer.dense)) for layer in count.layers)
+    return replace(count, dense=before.dense, layers=layers)

@@ -1,4 +1,4 @@
-"""Remove what does nothing in evaluation: Dropout and Identity."""
+"""Remove what does nothing in evaluation: Dropout, stochastic depth and Identity."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -48,4 +48,8 @@ def _does_nothing(gm: GraphModule, node: Node) -> bool:
     if node.target in _DROPOUTS:
         training = argument(node, 2, "training")
         return training is False or argument(node, 1, "p") == 0.0
+    if (
+        getattr(node.target, "__name__", "") == "stochastic_depth"
+    ):  # torchvision's, which need not be installed
+        return argument(node, 3, "training") is False
     return node.target in _ATEN_DROPOUTS and argument(node, 2, "train") is False

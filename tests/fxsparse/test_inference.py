@@ -112,9 +112,15 @@ def test_the_artefact_is_smaller() -> None:
     totals = fast.report.to_dict()["totals"]
     weights = {name: getattr(model, name).weight for name in ("conv", "a", "b", "c")}
     assert totals["bytes_dense"] == 4 * sum(weight.numel() for weight in weights.values())
+    left = {row["name"]: row for row in fast.report.layers}
+    assert left["a.weight"]["neurons_removed"] > 0  # rows without a nonzero are gone
     # CSR: a value of 4 bytes and a column of 2 per nonzero, and a row pointer of 4 per row and one more
-    csr = sum(6 * int((weights[n] != 0).sum()) + 4 * (len(weights[n]) + 1) for n in ("a", "b", "c"))
-    assert totals["bytes_sparse"] == csr + 4 * weights["conv"].numel()
+    csr = sum(
+        6 * row["nnz"] + 4 * (row["shape"][0] + 1)
+        for row in map(left.get, ("a.weight", "b.weight", "c.weight"))
+    )
+    assert totals["bytes_sparse"] == csr + 4 * left["conv.weight"]["numel"]
+    assert totals["numel"] == sum(row["numel"] for row in left.values()) < totals["bytes_dense"] / 4
 
 
 def test_every_parameter_is_in_layers_or_untouched_with_a_reason() -> None:
