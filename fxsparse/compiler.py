@@ -23,6 +23,7 @@ from fxsparse.report import Report
 from fxsparse.skeleton import copy_structure
 from fxsparse.storage import CompactWeight, read_weights
 from fxsparse.summary import stored_bytes, summarize
+from fxsparse.topology import TopologyHistory
 from fxsparse.trace import capture
 from fxsparse.updates import MaskUpdates
 from fxsparse.walk import swap_leaves
@@ -214,11 +215,15 @@ def _train(
 
 
 def rebuild(
-    recipe: Recipe, state: Mapping[str, Tensor], training: bool, more: Mapping[str, Tensor] | None = None
+    recipe: Recipe,
+    state: Mapping[str, Tensor],
+    training: bool,
+    history: Mapping[str, Any],
+    more: Mapping[str, Tensor] | None = None,
 ) -> SparseModule:
     """The module that was pickled or saved: the same decisions, without measuring again, then its state.
 
-    `more`: values of tensors on meta that a state dict leaves out.
+    `history`: the state of the record of its updates.  `more`: values of tensors on meta that a state dict leaves out.
     """
     model = copy_structure(recipe.shell)
     program = capture(model, recipe.example_inputs, tier=recipe.tier)
@@ -229,6 +234,7 @@ def rebuild(
     run_passes(training_pipeline, ctx)
     sparse = _emit(model, ctx)
     sparse.load_state_dict(state)
+    sparse.report.topology.load_state_dict(history)
     return sparse.train(training)
 
 
@@ -241,7 +247,9 @@ def _emit(model: nn.Module, ctx: PassContext) -> SparseModule:
         comment(
             gm, {node.name: f"FLOP: {node.meta['flops']}" for node in gm.graph.nodes if "flops" in node.meta}
         )
-    updates = MaskUpdates(program.graphs.pop("update"), plan.method, targets, plan.seed, program.switch)
+    ctx.report.topology = history = TopologyHistory({name: target.shape for name, target in targets.items()})
+    update_graph = program.graphs.pop("update")
+    updates = MaskUpdates(update_graph, plan.method, targets, plan.seed, program.switch, history)
     if program.tier == "walk":
         swap_leaves(program.skeleton, ctx.decisions, plan.method, program.switch)
     summarize(ctx)

@@ -53,8 +53,8 @@ class Emitted:
     targets: dict[str, Target]
     """The sparse weights by name."""
     recipe: Recipe
-    rebuild: Callable[[Recipe, dict[str, Tensor], bool], "SparseModule"]
-    """Called on unpickling with the recipe, the state and the mode."""
+    rebuild: Callable[..., "SparseModule"]
+    """Called on unpickling with the recipe, the state, the mode and, if masks move, the history of their updates."""
     updates: MaskUpdates | None = None
     """None for inference."""
 
@@ -161,6 +161,14 @@ class SparseModule(nn.Module):
         transposed = {name: target.transposed for name, target in self._emitted.targets.items()}
         return read_weights(self._emitted.program.skeleton, transposed)
 
+    def track_itop(self) -> None:
+        """Count from now on which entries were ever active, for the ITOP rate in the report; costs at most a bit each.
+
+        The report says from which step on.  See `fxsparse.topology.TopologyHistory.track_itop`.
+        """
+        updates = self._training()
+        updates.history.track_itop(updates.step)
+
     def masks(
         self, names: Iterable[str] | None = None, max_bytes: int = MAX_DENSE_BYTES
     ) -> dict[str, Tensor]:
@@ -249,24 +257,27 @@ class SparseModule(nn.Module):
         skeleton = copy.deepcopy(emitted.program.skeleton, memo)
         switch = copy.deepcopy(emitted.program.switch, memo)
         graphs = _copy_graphs(emitted.program.graphs, skeleton)
-        updates = emitted.updates
+        updates, report = emitted.updates, copy.deepcopy(emitted.report)
         if updates is not None:
             if "probe" in graphs:
                 graphs["probe"] = bind(probe_variant(graphs["train"].graph, updates.method, switch), skeleton)
             update_graph = bind(copy.deepcopy(updates.graph.graph), skeleton)
-            updates = updates.copy_onto(update_graph, switch)
+            updates = updates.copy_onto(update_graph, switch, report.topology)
         return SparseModule(
             replace(
                 emitted,
                 program=replace(emitted.program, skeleton=skeleton, graphs=graphs, switch=switch),
                 updates=updates,
                 recipe=replace(emitted.recipe, shell=copy.deepcopy(emitted.recipe.shell, memo)),
-                report=copy.deepcopy(emitted.report),
+                report=report,
             )
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return self._emitted.rebuild, (self._emitted.recipe, self.state_dict(), self.training)
+        arguments: tuple[Any, ...] = (self._emitted.recipe, self.state_dict(), self.training)
+        if self._emitted.updates is not None:
+            arguments = (*arguments, self._emitted.updates.history.state_dict())
+        return self._emitted.rebuild, arguments
 
     def _active(self) -> Callable[..., Any]:
         program = self._emitted.program

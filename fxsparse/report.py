@@ -9,7 +9,8 @@ from importlib import resources
 from math import isnan
 from typing import Any
 
-from fxsparse.errors import InvariantError
+from fxsparse.errors import InvariantError, UnsupportedError
+from fxsparse.topology import TopologyHistory, draw
 
 Row = dict[str, Any]
 
@@ -27,6 +28,12 @@ HEADERS = {
     "dense_us": "dense (us)",
     "sparse_us": "sparse (us)",
     "neurons_removed": "neurons removed",
+    "active_neurons": "active neurons",
+    "fan_in_min": "least fan-in",
+    "fan_in_mean": "mean fan-in",
+    "fan_in_max": "largest fan-in",
+    "itop": "ITOP rate",
+    "itop_since": "ITOP since step",
 }
 """Column headers that carry a unit; other columns are headed by their field."""
 
@@ -35,6 +42,10 @@ LAYERS = (
     *("name", "op", "shape", "pattern", "neurons", "storage", "kernel", "sparsity_target", "sparsity"),
     *("nnz", "numel", "flops_dense", "flops_sparse", "flops_executed", "dense_us", "sparse_us"),
     *("neurons_removed", "reason"),
+)
+TOPOLOGY = (
+    *("name", "step", "nnz", "active_neurons", "neurons", "fan_in_min", "fan_in_mean", "fan_in_max", "churn"),
+    *("itop", "itop_since"),
 )
 OPTIONAL = ("dense_us", "sparse_us", "neurons", "neurons_removed")
 """Columns shown only where some layer has them: in training nothing is measured and no neuron removed, and few methods
@@ -61,6 +72,8 @@ class Report:
     totals: Row = field(default_factory=dict)
     environment: Row = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    topology: TopologyHistory = field(default_factory=lambda: TopologyHistory({}))
+    """How masks moved since; it grows while the module trains."""
 
     def to_dict(self) -> dict[str, Any]:
         """All rows as plain values; every documented key is there, None where it is not known."""
@@ -71,6 +84,7 @@ class Report:
             "totals": _with_keys(self.totals, TOTALS),
             "environment": _with_keys(self.environment, ENVIRONMENT),
             "notes": list(self.notes),
+            "topology": self.topology.rows(),
         }
 
     def to_json(self) -> str:
@@ -82,13 +96,18 @@ class Report:
         return self._text("## {}\n\n", "github", pipe="\\|")
 
     def to_html(self, plots: Mapping[str, bytes] | None = None) -> str:
-        """One self-contained page; `plots` ({title: PNG bytes}) are embedded in it."""
+        """One self-contained page; `plots` ({title: PNG or SVG bytes}) are embedded in it.
+
+        How masks moved is plotted where matplotlib is installed.
+        """
         from jinja2 import Environment
 
         source = resources.files("fxsparse").joinpath("report.html").read_text(encoding="utf-8")
         template = Environment(autoescape=True, trim_blocks=True).from_string(source)
-        images = [(title, b64encode(png).decode()) for title, png in (plots or {}).items()]
-        return template.render(tables=self.tables(), plots=images)
+        topology, remarks = self._topology_plots()
+        return template.render(
+            tables=self.tables(), plots=embedded(topology | dict(plots or {})), remarks=remarks
+        )
 
     def __str__(self) -> str:
         return self._text("{}\n", "simple")
@@ -104,10 +123,18 @@ class Report:
             _table("Passes", PASSES, self.passes),
             _table("Layers", shown, self.layers),
             _table("Untouched", ("name", "reason"), self.untouched),
+            _table("Masks after the last update", _asked(self.topology), self.topology.latest()),
             _pairs("Totals", TOTALS, self.totals),
             _pairs("Environment", ENVIRONMENT, self.environment),
         ]
         return [table for table in tables if table[2]]
+
+    def _topology_plots(self) -> tuple[dict[str, bytes], list[str]]:
+        """The plots, and a remark where there should be some and are none."""
+        try:
+            return draw(self.topology.rows()), []
+        except UnsupportedError as error:
+            return {}, [str(error)]
 
     def _text(self, heading: str, style: str, pipe: str = "|") -> str:
         from tabulate import tabulate
@@ -134,6 +161,14 @@ def check_complete(report: Report, parameters: Iterable[str]) -> None:
         )
 
 
+def embedded(plots: Mapping[str, bytes]) -> list[tuple[str, str]]:
+    """(title, data URI) of {title: PNG or SVG bytes}."""
+    return [
+        (title, f"data:image/{_image_type(image)};base64,{b64encode(image).decode()}")
+        for title, image in plots.items()
+    ]
+
+
 def cell(value: object) -> str:
     """A value as a table shows it: thousands separated, fractions to four digits, "—" for unknown."""
     if value is None or value in ("", (), []) or (isinstance(value, float) and isnan(value)):
@@ -147,6 +182,15 @@ def cell(value: object) -> str:
             else "x".join(map(str, value))
         )
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _image_type(image: bytes) -> str:
+    return "svg+xml" if image.lstrip().startswith(b"<") else "png"
+
+
+def _asked(topology: TopologyHistory) -> tuple[str, ...]:
+    """The columns of the topology's table; those of ITOP where somebody asked for it."""
+    return TOPOLOGY if topology.itop_since is not None else tuple(c for c in TOPOLOGY if "itop" not in c)
 
 
 def _required(columns: Iterable[str]) -> tuple[str, ...]:

@@ -21,14 +21,14 @@ from fxsparse.plans import Plan
 from fxsparse.skeleton import copy_structure
 from fxsparse.storage import CompactWeight
 
-_STATE, _MORE, _OPTIMIZER = "state/", "more/", "optimizer/"
+_STATE, _MORE, _OPTIMIZER, _TOPOLOGY = "state/", "more/", "optimizer/", "topology/"
 
 
 def save(module: SparseModule, path: str | os.PathLike[str], *, optimizer: Optimizer | None = None) -> None:
     """Write a compiled module to one safetensors file, whole or not at all; call it between optimizer steps.
 
-    The file holds the state dict, buffers that a state dict leaves out, the plan, every decision, and with
-    `optimizer` its state and options.  It holds no code and no example inputs but their shapes.
+    The file holds the state dict, buffers that a state dict leaves out, the plan, every decision, how masks moved, and
+    with `optimizer` its state and options.  It holds no code and no example inputs but their shapes.
 
     Raises:
         CheckpointError: the path cannot be written, or the optimizer keeps what is neither tensor nor number.
@@ -70,10 +70,12 @@ def load(
         CheckpointError: a file that is missing, damaged, of a newer version or of another model; nothing was changed.
     """
     tensors, header = checkpoint.read(path)
-    state, more, held = (_below(tensors, prefix) for prefix in (_STATE, _MORE, _OPTIMIZER))
+    parts = (_STATE, _MORE, _OPTIMIZER, _TOPOLOGY)
+    state, more, held, moved = (_below(tensors, prefix) for prefix in parts)
     try:
         recipe = _recipe(header, _without_values(model), example_inputs)
-        sparse = rebuild(recipe, state, header["training"], more).to(device)
+        history = {**header["topology"], "tensors": moved}
+        sparse = rebuild(recipe, state, header["training"], history, more).to(device)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: its header is not one of fxsparse.save: {error!r}.") from error
     except CheckpointError as error:
@@ -110,7 +112,9 @@ def _training(module: SparseModule) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "weights": {name: list(recipe.shell.get_parameter(name).shape) for name in recipe.decisions},
         "decisions": {name: _decision_row(decision) for name, decision in recipe.decisions.items()},
     }
+    header["topology"] = history = module.report.topology.state_dict()
     tensors = {_STATE + name: tensor for name, tensor in state.items()}
+    tensors |= {_TOPOLOGY + name: tensor for name, tensor in history.pop("tensors").items()}
     return tensors | {_MORE + name: buffer for name, buffer in more.items()}, header
 
 

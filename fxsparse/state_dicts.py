@@ -45,6 +45,7 @@ def after_loading(module: Any, incompatible: Any) -> None:
         updates.zero_pruned()
         updates.seed = int(module.get_buffer("fxsparse_rng"))
         updates.resume(int(module.get_buffer("fxsparse_step")))
+        updates.history.restart(updates.step)
 
 
 def _check(

@@ -75,6 +75,10 @@ class MaskedWeight:
             if optimizer is not None:
                 optimizer_state.reset(optimizer, self.parameter, entries)
 
+    def logical_mask(self) -> Tensor:
+        """The mask in the logical shape; a view."""
+        return self.mask.t() if self.transposed else self.mask
+
     @torch.no_grad()
     def rewrite(self, mask: Tensor) -> bool:
         """Take over a mask of the logical shape, in place and without touching the weight; whether it differs."""

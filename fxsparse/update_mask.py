@@ -17,6 +17,7 @@ from fxsparse.pattern import Pattern
 from fxsparse.rng import generator_for
 from fxsparse.selection import MaskChange
 from fxsparse.storage import CompactWeight, MaskedWeight
+from fxsparse.topology import TopologyHistory
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class UpdateStep:
     seed: int
     targets: Mapping[str, Target]
     evidence: Evidence
+    history: TopologyHistory
+    """Told of every update."""
     optimizer: Optimizer | None = None
 
     @property
@@ -69,15 +72,13 @@ def update_mask(step: UpdateStep, weight: Any, mask: Tensor | None, name: str) -
         and isinstance(store, MaskedWeight)
         and not step.method.reparam.exact_zeros
     ):
-        target = step.targets[name]
-        nnz = target.nnz_at(step.number, step.method)
-        return _trains(store) and store.rewrite(rule.mask(store.dense(), target.pattern, nnz))
+        return _trains(store) and _rewrite(step, rule, store, name)
     if not _takes_part(store, name, step):
         return False
     view = _view(store, name, step)
     chosen = rule(view)
     _check_count(len(chosen), view, step.method)
-    return _move(step, store, view.active, chosen)
+    return _move(step, name, store, view.active, chosen)
 
 
 def propose(step: UpdateStep, weight: Any, mask: Tensor | None, name: str) -> Proposal | None:
@@ -100,15 +101,25 @@ def move_mask(
 ) -> bool:
     """Carry out for one weight what was chosen, in place; whether any entry moved."""
     store = _store(step, weight, mask, name)
-    return name in chosen and _move(step, store, store.active(), chosen[name])
+    return name in chosen and _move(step, name, store, store.active(), chosen[name])
 
 
 def _store(step: UpdateStep, weight: Any, mask: Tensor | None, name: str) -> MaskedWeight | CompactWeight:
     return weight if mask is None else MaskedWeight(weight, mask, step.targets[name].transposed)
 
 
-def _move(step: UpdateStep, store: MaskedWeight | CompactWeight, active: Tensor, chosen: Tensor) -> bool:
+def _rewrite(step: UpdateStep, rule: WholeRule, store: MaskedWeight, name: str) -> bool:
+    target = step.targets[name]
+    mask = rule.mask(store.dense(), target.pattern, target.nnz_at(step.number, step.method))
+    step.history.record_masks(name, step.number, store.logical_mask(), mask)
+    return store.rewrite(mask)
+
+
+def _move(
+    step: UpdateStep, name: str, store: MaskedWeight | CompactWeight, active: Tensor, chosen: Tensor
+) -> bool:
     change = MaskChange.between(active, chosen)
+    step.history.record(name, step.number, active, change)
     if isinstance(store, CompactWeight):
         store.move(change, step.optimizer)
     else:

@@ -23,6 +23,7 @@ from fxsparse.method import Method, Probe
 from fxsparse.observed import Evidence, ProbeSwitch, sum_over_ranks
 from fxsparse.schedule import Schedule
 from fxsparse.storage import CompactWeight, MaskedWeight, read_weights
+from fxsparse.topology import TopologyHistory
 from fxsparse.undisturbed import undisturbed
 from fxsparse.update_mask import Target, UpdateStep
 
@@ -38,6 +39,7 @@ class MaskUpdates:
     targets: dict[str, Target]
     seed: int
     switch: ProbeSwitch
+    history: TopologyHistory
     step: int = 0
     moved: bool = False
     """Whether the last counted step moved a mask."""
@@ -96,9 +98,11 @@ class MaskUpdates:
         for fresh in self._probes:
             fresh.clear()
 
-    def copy_onto(self, graph: GraphModule, switch: ProbeSwitch) -> "MaskUpdates":
+    def copy_onto(self, graph: GraphModule, switch: ProbeSwitch, history: TopologyHistory) -> "MaskUpdates":
         """The same updates for a copied module; no optimizer is attached to it."""
-        return MaskUpdates(graph, self.method, self.targets, self.seed, switch, self.step, self.moved)
+        return MaskUpdates(
+            graph, self.method, self.targets, self.seed, switch, history, self.step, self.moved
+        )
 
     def attach(self, optimizer: Optimizer) -> None:
         """Follow this optimizer's steps from now on, instead of any other's; a second call does nothing.
@@ -168,10 +172,10 @@ class MaskUpdates:
 
     def _run(self, optimizer: Optimizer, evidence: Evidence) -> bool:
         self._explored = None
-        moved = self.graph(
-            UpdateStep(self._update, self.method, self.seed, self.targets, evidence, optimizer)
+        step = UpdateStep(
+            self._update, self.method, self.seed, self.targets, evidence, self.history, optimizer
         )
-        return any(moved)
+        return any(self.graph(step))
 
     @torch.no_grad()
     def _take_evidence(self) -> Evidence:

@@ -22,13 +22,16 @@ def train(rank, world, directory, storage, method):
     ddp = DistributedDataParallel(sparse)
     optimizer = torch.optim.AdamW(ddp.parameters(), lr=0.01)
     sparse.attach(optimizer)
+    sparse.track_itop()
     for step in range(20):
         optimizer.zero_grad()
         x = torch.randn(12, 16, generator=torch.Generator().manual_seed(100 * step + rank))
         ddp(x).square().mean().backward()
         optimizer.step()
     sparse.verify_sync()
-    torch.save({"state": sparse.state_dict(), "masks": sparse.masks()}, f"{directory}/rank{rank}.pt")
+    rows = sparse.report.topology.rows()
+    saved = {"state": sparse.state_dict(), "masks": sparse.masks(), "rows": rows}
+    torch.save(saved, f"{directory}/rank{rank}.pt")
     if rank == 1:
         mask = next(iter(sparse.weights()))[1]
         mask.mask.logical_not_() if storage == "masked" else mask.indices[1].add_(1)
@@ -59,6 +62,8 @@ def test_masks_and_weights_stay_identical_and_a_broken_rank_is_found(storage, me
     for part in ("state", "masks"):
         for name, value in first[part].items():
             assert torch.equal(value, second[part][name]), name
+    assert first["rows"] == second["rows"]
+    assert {row["name"] for row in first["rows"]} == set(first["masks"])
     for rank in range(2):
         message = torch.load(tmp_path / f"error{rank}.pt", weights_only=True)
         assert "ranks hold different masks of '0.weight'" in message

@@ -1,7 +1,6 @@
 """The demo's HTML page: the tables, the plots, and every report."""
 
 import io
-from base64 import b64encode
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from jinja2 import Environment
 
 from fxsparse.demo.outcome import Outcome, Table, tables
 from fxsparse.errors import UnsupportedError
+from fxsparse.report import embedded
 
 RUNS = {"dense": "tab:gray", "masked": "tab:blue", "compact": "tab:green"}
 
@@ -22,9 +22,8 @@ def write_page(outcomes: list[Outcome], path: Path) -> None:
     """
     source = resources.files("fxsparse").joinpath("report.html").read_text(encoding="utf-8")
     template = Environment(autoescape=True, trim_blocks=True).from_string(source)
-    plots = [(title, b64encode(png).decode()) for title, png in draw(outcomes).items()]
     pages = [*tables(outcomes), *_reports(outcomes)]
-    path.write_text(template.render(tables=pages, plots=plots), encoding="utf-8")
+    path.write_text(template.render(tables=pages, plots=embedded(draw(outcomes))), encoding="utf-8")
 
 
 def draw(outcomes: list[Outcome]) -> dict[str, bytes]:

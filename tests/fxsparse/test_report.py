@@ -1,9 +1,12 @@
 import json
+import sys
 
 import pytest
+import torch
 
 from fxsparse.errors import InvariantError
 from fxsparse.report import Report, cell, check_complete
+from fxsparse.topology import TopologyHistory
 
 LAYER = {
     "name": "fc.weight",
@@ -125,3 +128,44 @@ def test_check_complete_refuses_a_parameter_listed_twice():
     report.untouched.append({"name": "fc.weight", "reason": "tied"})
     with pytest.raises(InvariantError, match=r"twice \['fc.weight'\]"):
         check_complete(report, ["fc.weight", "fc.bias"])
+
+
+def moved() -> Report:
+    report = sample()
+    report.topology = TopologyHistory({"fc.weight": (2, 4)})
+    report.topology.record_masks("fc.weight", 5, torch.eye(2, 4).bool(), torch.eye(2, 4).bool().flip(1))
+    return report
+
+
+def test_topology_rows_and_the_last_one_of_each_weight_as_a_table():
+    report = moved()
+    rows = report.to_dict()["topology"]
+    assert [(row["step"], row["grown"], row["churn"]) for row in rows] == [(0, 0, None), (5, 2, 1.0)]
+    assert json.loads(report.to_json())["topology"] == rows
+    title, headers, cells = next(table for table in report.tables() if "update" in table[0])
+    assert headers == [
+        *("name", "step", "nnz", "active neurons", "neurons"),
+        *("least fan-in", "mean fan-in", "largest fan-in", "churn"),
+    ]
+    assert cells == [["fc.weight", "5", "2", "2", "2", "1", "1", "1", "1"]]
+    assert title in str(report)
+    report.topology.track_itop(5)
+    assert "ITOP rate" in str(report)
+    assert "Masks" not in str(sample())
+
+
+def test_html_plots_how_masks_moved():
+    html = moved().to_html({"another": b"\x89PNG"})
+    assert html.count('src="data:image/svg+xml;base64,') == 3
+    assert 'alt="Churn"' in html
+    assert 'src="data:image/png;base64,' in html
+    assert "data:image/svg" not in sample().to_html()
+
+
+def test_html_without_matplotlib_has_the_table_and_says_how_to_get_plots(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    html = moved().to_html()
+    assert "<img" not in html
+    assert "Masks after the last update" in html
+    assert "plots need matplotlib" in html
+    assert "fxsparse[viz]" in html
