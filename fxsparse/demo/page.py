@@ -7,6 +7,7 @@ from typing import Any
 
 from jinja2 import Environment
 
+from fxsparse import topology
 from fxsparse.demo.outcome import Outcome, Table, tables
 from fxsparse.errors import UnsupportedError
 from fxsparse.report import embedded
@@ -27,12 +28,22 @@ def write_page(outcomes: list[Outcome], path: Path) -> None:
 
 
 def draw(outcomes: list[Outcome]) -> dict[str, bytes]:
-    """{title: PNG}: accuracies, latencies, density of every layer, and the largest mask of each model."""
+    """{title: PNG or SVG}: accuracies, latencies, density and largest mask of each model, and how its masks moved."""
     return {
         "Test accuracy": _accuracy(outcomes),
         "Latency": _latency(outcomes),
         "Density of each weight": _density(outcomes),
         "The largest mask of each model": _masks(outcomes),
+        **_moves(outcomes),
+    }
+
+
+def _moves(outcomes: list[Outcome]) -> dict[str, bytes]:
+    """Of the compact run alone: that in masked storage makes the same choices."""
+    return {
+        f"{outcome.name}: {title}": svg
+        for outcome in outcomes
+        for title, svg in topology.draw(outcome.reports["compact"].topology.rows()).items()
     }
 
 

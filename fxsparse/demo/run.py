@@ -70,6 +70,7 @@ def _train_sparse(
     method = rigl(every=20, stop=3 * steps // 4)
     plan = Plan(sparsity=SPARSITY, method=method, storage=storage, seed=seed)
     sparse = fxsparse.compile(_fresh(build, seed), plan, example_inputs=(digits.train_images[:64],))
+    sparse.track_itop()
     outcome.reports[storage] = sparse.report
     _train(outcome, storage, sparse, digits, steps, seed)
     return sparse

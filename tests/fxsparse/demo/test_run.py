@@ -22,7 +22,9 @@ def test_the_job_runs_from_training_to_the_page(tmp_path, monkeypatch, capsys):
     assert "tiny, trained compact" in printed
     assert "insert-mask-updates" in printed
     assert "Inference: median of runs taken in turns" in printed
-    assert "tiny, inference at batch 64" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "tiny, inference at batch 64" in page
+    assert "tiny: ITOP rate" in page
 
 
 def test_compact_training_moves_the_masks_exactly_as_masked_training_does(tmp_path, monkeypatch):
