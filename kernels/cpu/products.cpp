@@ -39,8 +39,20 @@ void transpose(const Matrix& src, int64_t first, int64_t vectors, float* dst) {
 
 inline int64_t row_begin(const Sparse& s, int64_t r) { return s.start ? s.start[r] : r * s.fan_in; }
 
-// sums [NV * W] = sum of value * panel row over the entries begin <= e < end.
-template <int NV, class Index>
+// Where a panel is past L2: rows this many entries ahead are fetched, 0.5 to 0.7 of the time at 65,536 features.
+constexpr int64_t kRowsAhead = 24;
+
+template <int NV>
+inline void fetch_row(const float* panel, int64_t index) {
+#pragma GCC unroll 8
+  for (int j = 0; j < NV; j++) __builtin_prefetch(panel + index * (NV * W) + j * W);
+}
+
+// Entries that lie kRowsAhead before the end of the rows < `end` or more; none where the panel is near.
+inline int64_t fetched_entries(const Sparse& s, int64_t end) { return s.far ? row_begin(s, end) - kRowsAhead : 0; }
+
+// sums [NV * W] = sum of value * panel row over the entries begin <= e < end; where kFar, kRowsAhead more have an index.
+template <int NV, bool kFar, class Index>
 inline void accumulate(const float* panel, const float* values, const Index* index, int64_t begin, int64_t end,
                        float* sums) {
   constexpr int kSets = NV >= 8 ? 1 : 8 / NV;  // several sets of sums hide the latency of the additions
@@ -49,6 +61,7 @@ inline void accumulate(const float* panel, const float* values, const Index* ind
   for (; e + kSets <= end; e += kSets) {
 #pragma GCC unroll 8
     for (int s = 0; s < kSets; s++) {
+      if constexpr (kFar) fetch_row<NV>(panel, index[e + s + kRowsAhead]);
       const float* row = panel + (int64_t)index[e + s] * (NV * W);
       const V value = splat(values[e + s]);
 #pragma GCC unroll 8
@@ -56,6 +69,7 @@ inline void accumulate(const float* panel, const float* values, const Index* ind
     }
   }
   for (; e < end; e++) {
+    if constexpr (kFar) fetch_row<NV>(panel, index[e + kRowsAhead]);
     const float* row = panel + (int64_t)index[e] * (NV * W);
     const V value = splat(values[e]);
 #pragma GCC unroll 8
@@ -121,11 +135,18 @@ void multiply_rows(const float* panel, const Sparse& s, int64_t begin, int64_t e
   constexpr int64_t kRows = 4 * W;  // so that a token gets four vectors in a row: fewer changes of page
   alignas(64) float block[kRows * NV * W];
   const bool streamed = is_streamed(dst, epilogue.rows);
+  const int64_t fetched = fetched_entries(s, end);
   for (int64_t base = begin; base < end; base += kRows) {
     const int64_t stop = least(base + kRows, end);
-    for (int64_t r = base; r < stop; r++)
-      accumulate<NV>(panel, s.values, (const Index*)s.index, row_begin(s, r), row_begin(s, r + 1),
-                     block + (r - base) * NV * W);
+    for (int64_t r = base; r < stop; r++) {
+      const int64_t first_entry = row_begin(s, r), last = row_begin(s, r + 1);
+      const auto* index = (const Index*)s.index;
+      float* sums = block + (r - base) * NV * W;
+      if (last <= fetched)
+        accumulate<NV, true>(panel, s.values, index, first_entry, last, sums);
+      else
+        accumulate<NV, false>(panel, s.values, index, first_entry, last, sums);
+    }
     finish_rows<NV>(block, base, stop, epilogue, dst, first, streamed);
   }
   if (streamed) stream_end();
@@ -149,8 +170,9 @@ void multiply(const float* panel, int64_t vectors, const Sparse& s, int64_t begi
 }
 
 template <int NV>
-inline V sample_entry(const V* row, const float* gathered, int32_t index) {
-  const float* other = gathered + (int64_t)index * (NV * W);
+inline V sample_entry(const V* row, const float* gathered, const int32_t* index, bool far) {
+  if (far) fetch_row<NV>(gathered, index[kRowsAhead]);
+  const float* other = gathered + (int64_t)*index * (NV * W);
   V sum = row[0] * load<V>(other);
 #pragma GCC unroll 8
   for (int j = 1; j < NV; j++) sum += row[j] * load<V>(other + j * W);
@@ -161,21 +183,23 @@ template <int NV>
 void sample_rows(const float* rows_panel, const float* gathered, const Sparse& s, int64_t begin, int64_t end,
                  float* out) {
   const int32_t* index = (const int32_t*)s.index;
+  const int64_t fetched = fetched_entries(s, end);
   for (int64_t r = begin; r < end; r++) {
     V row[NV];
 #pragma GCC unroll 8
     for (int j = 0; j < NV; j++) row[j] = load<V>(rows_panel + (r * NV + j) * W);
     const int64_t last = row_begin(s, r + 1);
+    const bool far = last <= fetched;
     int64_t e = row_begin(s, r);
     for (; e + W <= last; e += W) {  // W entries at once, so that their sums of lanes are one tree of additions
       V sum[W];
 #pragma GCC unroll 16
-      for (int i = 0; i < W; i++) sum[i] = sample_entry<NV>(row, gathered, index[e + i]);
+      for (int i = 0; i < W; i++) sum[i] = sample_entry<NV>(row, gathered, index + e + i, far);
       store(out + e, load<V>(out + e) + sum_each(sum));
     }
     if (e < last) {
       V sum[W] = {};
-      for (int64_t i = 0; e + i < last; i++) sum[i] = sample_entry<NV>(row, gathered, index[e + i]);
+      for (int64_t i = 0; e + i < last; i++) sum[i] = sample_entry<NV>(row, gathered, index + e + i, far);
       const V sums = sum_each(sum);
       for (int64_t i = 0; e + i < last; i++) out[e + i] += sums[i];
     }

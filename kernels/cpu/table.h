@@ -14,6 +14,7 @@ struct Sparse {
   const void* index;
   bool index16;
   int64_t fan_in;
+  bool far = false;  // the panels that it gathers from do not fit L2
 };
 
 // Row-major [tokens, features] in memory.

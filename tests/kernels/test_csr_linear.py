@@ -156,6 +156,19 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("shape", [(20, 20_000), (20_000, 20)])
+def test_layers_so_wide_that_panels_outgrow_the_cache_equal_the_reference(shape):
+    _, values, index = layer(0.01, shape=shape)
+    x, grad = torch.randn(70, shape[1]), torch.randn(70, shape[0])
+    y = csr_linear(x, values, index.crow, index.cols)
+    expected = reference.linear(x, values, index.crow, index.cols, None, 0)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    rest = (*indices(index), True, True, True)
+    found = torch.ops.fxsparse.csr_backward(grad, x, values, *rest)
+    for got, wanted in zip(found, reference.linear_backward(grad, x, values, *rest), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "reference"])
 def test_no_tensor_of_the_dense_weights_size_is_made(compiled, monkeypatch):
     _, values, index = layer(0.02, shape=(300, 400))
