@@ -29,7 +29,7 @@ EPSILON = 20.48
 """Nonzeros of a layer for each of its inputs and outputs (Erdos-Renyi): 99 % zeros at 4,096 x 4,096."""
 EVERY = 3
 """Every third step updates masks."""
-SECONDS = 20.0
+SECONDS = 8.0
 """No new cycle of steps begins later than this."""
 
 
@@ -94,18 +94,18 @@ def measure(settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     torch.set_num_threads(settings.get("threads", 1))
     _cycle(_stepper(dict(settings) | {"width": 128}), [])  # loads what is loaded on first use
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak until now
     began = time.perf_counter()
     step = _stepper(settings)
     built = time.perf_counter() - began
     _cycle(step, [])
-    stored = _resident("VmRSS") - before
+    stored = resident("VmRSS") - before
     times: list[tuple[float, float]] = []
     began = time.perf_counter()
     while len(times) < 2 * EVERY or (time.perf_counter() - began < SECONDS and len(times) < 8 * EVERY):
         _cycle(step, times)
-    peak = _resident("VmHWM") - before
+    peak = resident("VmHWM") - before
     plain = [t for i, t in enumerate(times) if i % EVERY]
     updates = times[::EVERY]
     result = {"build_s": round(built, 3), "peak_bytes": peak, "kept_bytes": stored, "step": _summary(plain)}
@@ -162,7 +162,8 @@ def _weights(model: nn.Module) -> list[Tensor]:
     return [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
 
 
-def _resident(name: str) -> int:
+def resident(name: str) -> int:
+    """Bytes of this process: "VmRSS" now, "VmHWM" at its peak."""
     found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None, "no /proc/self/status as Linux has it"
     return int(found[1]) * 1024
