@@ -4,9 +4,9 @@
 
 Steps, seeds, learning rate, allocation (ERK), drop fraction (0.3), update period (20 steps) and what the optimizer does
 at an update are the same for all.  gamma_sal is the one number that was looked at, 0.3 or 0.95 (the paper's for CNNs
-and for ViT-B/16) on seeds 100 and 101: at 0.3 hardly a neuron goes, so it is 0.95 for all.  All start from the same weights, the
-model's own; two rows more start SRigL from its default, N(0, 2/fan-in).  Linear layers train in compact storage.
-Accuracies are those after the last step.  ``--part inference`` trains the first seed again and compares the
+and for ViT-B/16) on seeds 100 and 101: at 0.3 hardly a neuron goes, so it is 0.95 for all.  All start from the same
+weights, the model's own; two rows more start SRigL from its default, N(0, 2/fan-in).  Linear layers train in compact
+storage.  Accuracies are those after the last step.  ``--part inference`` trains the first seed again and compares the
 compiled model with the same model dense, in turns, in one process.
 """
 

@@ -23,6 +23,7 @@ def test_the_deviation_follows_each_neurons_fan_in(name, fan_in, deviation):
 def test_keep_draws_nothing_and_other_names_are_refused():
     assert weight_init_named("keep") is None
     with pytest.raises(
-        PlanError, match="expected weight_init as one of grad_flow, grad_flow_srigl, keep, got 'he'"
+        PlanError,
+        match="expected weight_init as one of grad_flow, grad_flow_srigl, unit_variance, keep, got 'he'",
     ):
         weight_init_named("he")
