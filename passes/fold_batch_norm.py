@@ -97,6 +97,7 @@ def _erase(gm: GraphModule, norm: BatchNormCall, site: Site) -> None:
     if norm.act is not None:
         with gm.graph.inserting_after(site.node):
             result = gm.graph.call_module(norm.act, (site.node,))
+        result.meta = dict(norm.node.meta)
     norm.node.replace_all_uses_with(result)
     gm.graph.erase_node(norm.node)
 

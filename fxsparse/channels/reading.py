@@ -98,8 +98,9 @@ class Reader:
         return len(self.shape(value) or ())
 
     def size(self, value: Any, dim: int) -> int | None:
-        """Size of a dimension; None where it is a symbol."""
-        size = (self.shape(value) or ())[dim]
+        """Size of a dimension; None where it is a symbol or not known."""
+        shape = self.shape(value)
+        size = None if shape is None else shape[dim]
         return size if isinstance(size, int) else None
 
     def axis(self, value: Node, dim: int) -> Axis:

@@ -51,6 +51,8 @@ def step_of(reader: Reader, node: Node) -> Step:
         return Step(reason=f"it is an {'input' if node.op == 'placeholder' else 'output'} of the model")
     if node.op == "get_attr":
         return Step(silent=True)
+    if any("val" not in x.meta for x in node.all_input_nodes):
+        return Step(reason=f"what {_title(reader, node)} reads has no known shape")
     norm = read_batch_norm(reader.gm, node)
     if norm is not None:
         return _batch_norm(reader, node, norm) or unknown

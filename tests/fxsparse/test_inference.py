@@ -288,6 +288,22 @@ def test_gives_up_the_least_profitable_kernels_until_it_is_not_slower(
     check_equal(fast, model)
 
 
+def test_without_the_graph_no_neuron_is_removed_and_the_report_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    speeds(monkeypatch, lambda packed: 0.5)
+    model = pruned(Net(), keep=0.05).eval()  # rows without a nonzero
+    fast = infer(model)
+    rows = {row["name"]: row for row in fast.report.to_dict()["layers"]}
+    assert {name: tuple(row["shape"]) for name, row in rows.items()} == {
+        name: tuple(fetch(model, name).shape) for name in rows
+    }
+    assert not any("neurons_removed" in row for row in rows.values())
+    assert "no neuron is removed from the model's own forward" in fast.report.notes
+    with torch.no_grad():
+        assert torch.equal(fast(X), model(X))
+
+
 def test_gives_up_the_graph_where_even_the_dense_one_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
     speeds(monkeypatch, lambda packed: 0.5)
     model = pruned(Net()).eval()

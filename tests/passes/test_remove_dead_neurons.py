@@ -170,6 +170,34 @@ def test_a_flattened_channel_is_a_block_of_columns() -> None:
     assert error(ctx, model, x) <= EXACT
 
 
+def test_a_weight_that_is_stored_transposed_loses_columns() -> None:
+    class Products(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(6, 2))
+            self.bias = nn.Parameter(torch.randn(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.gelu(torch.addmm(self.bias, x, self.first)) @ self.last
+
+    model, x = with_zero_rows(Products(), {"first": (slice(None), [2, 3])}), torch.randn(3, 4).double()
+    ctx = removed(model, x)
+    assert neurons(ctx) == {"first": 2}
+    assert shapes(ctx)["first"] == (4, 4)
+    assert shapes(ctx)["last"] == (4, 2)
+    assert error(ctx, model, x) <= EXACT
+
+
+def test_the_activation_inside_timms_norm_is_followed() -> None:
+    layers = pytest.importorskip("timm.layers")
+    norm = lived(nn.Sequential(layers.BatchNormAct2d(6, act_layer=nn.SiLU)))
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), norm, nn.Conv2d(6, 2, 3))
+    model, x = with_zero_rows(model, {"0.weight": [0, 4]}), torch.randn(2, 3, 5, 5).double()
+    ctx = removed(model, x)
+    assert neurons(ctx) == {"0.weight": 2}
+    assert error(ctx, model, x) <= EXACT
+
+
 class Residual(nn.Module):
     """Two branches that are added."""
 
@@ -361,6 +389,17 @@ def between(module: nn.Module, out: int = 6) -> nn.Module:
     return nn.Sequential(nn.Linear(4, 6), module, nn.Linear(out, 2))
 
 
+class ComputedSize(nn.Module):
+    """The size that the view asks for is that of the input, by chance also the number of channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.a(x).view(-1, x.size(1)))
+
+
 @pytest.mark.parametrize(
     ("model", "rows", "x", "reason"),
     [
@@ -369,6 +408,7 @@ def between(module: nn.Module, out: int = 6) -> nn.Module:
         (Attention(), {"qkv.weight": [3]}, (2, 6, 8), "view (view) cuts it up or merges it"),
         (InPlace(), {"a.weight": [1]}, (2, 4), "sigmoid_ changes it in place, which others see"),
         (ReadsSize(), {"a.weight": [1]}, (2, 4), "getattr_1 reads its size"),
+        (ComputedSize(), {"a.weight": [1]}, (2, 4), "view (view) cuts it up or merges it"),
         (between(nn.LayerNorm(6)), {"0.weight": [2]}, (2, 4), "LayerNorm 1 mixes its channels"),
         (between(nn.Softmax(-1)), {"0.weight": [2]}, (2, 4), "Softmax 1 mixes its channels"),
         (between(nn.GLU(), 3), {"0.weight": [2]}, (2, 4), "GLU 1 is not known to keep channels apart"),
