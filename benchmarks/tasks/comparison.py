@@ -5,6 +5,7 @@ them go to the plan.  Updates come every 20 steps in the first three quarters of
 otherwise.
 """
 
+import functools
 import inspect
 import json
 import math
@@ -75,8 +76,10 @@ def settings_of(
     return {"task": task.name, **task.identity(), **row}
 
 
-def run(task: Task, settings: Settings) -> tuple[nn.Module, dict[str, Any]]:
-    """Train one model and score it.
+def run(
+    task: Task, settings: Settings, watch: Callable[[nn.Module, AdamW], object] | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Train one model and score it; `watch` gets it and its optimizer before the first step.
 
     Returns:
         the trained model in eval mode, and its score, milliseconds per step, and the bytes of parameters, buffers and
@@ -91,6 +94,8 @@ def run(task: Task, settings: Settings) -> tuple[nn.Module, dict[str, Any]]:
         inputs = task.draw(torch.Generator().manual_seed(settings["seed"]))[0]
         model = fxsparse.compile(model, plan_of(settings), example_inputs=(inputs,))
         attach.append(model.attach)
+    if watch is not None:
+        attach.append(functools.partial(watch, model))
     began = time.perf_counter()
     train(
         model,
