@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Graph
 from torch.fx.node import map_arg
@@ -96,6 +97,16 @@ def _replace_tensors(
 
 
 @dataclass(frozen=True)
+class _Functional:
+    """A function of torch.nn.functional by name: those such as max_pool2d do not pickle by themselves."""
+
+    name: str
+
+    def __call__(self) -> Any:
+        return getattr(F, self.name)
+
+
+@dataclass(frozen=True)
 class _Overload:
     """An aten op by name, since ops themselves do not pickle; stands for it as the target of a node."""
 
@@ -108,18 +119,20 @@ class _Overload:
 
 
 def _picklable(graph: Graph) -> Graph:
-    return _with_targets(
-        graph,
-        lambda target: (
-            _Overload(target._schema.name, target._overloadname)
-            if isinstance(target, torch._ops.OpOverload)
-            else target
-        ),
-    )
+    return _with_targets(graph, _named)
+
+
+def _named(target: Any) -> Any:
+    if isinstance(target, torch._ops.OpOverload):
+        return _Overload(target._schema.name, target._overloadname)
+    if "<locals>" in getattr(target, "__qualname__", ""):
+        return next((_Functional(name) for name, value in vars(F).items() if value is target), target)
+    return target
 
 
 def _restored(graph: Graph) -> Graph:
-    return _with_targets(graph, lambda target: target() if isinstance(target, _Overload) else target)
+    named = (_Overload, _Functional)
+    return _with_targets(graph, lambda target: target() if isinstance(target, named) else target)
 
 
 def _with_targets(graph: Graph, change: Callable[[Any], Any]) -> Graph:

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from fxsparse.channels.constants import evaluate, flat, pads
 from fxsparse.channels.dead import Merge, Removal, plan_removal, weight_name, weight_of, why_rows_stay
 from fxsparse.channels.dependency import Axis, Contraction
-from fxsparse.channels.rules import shape_arguments
+from fxsparse.channels.rules import shape_arguments, split_input
 from fxsparse.flops import count_program
 from fxsparse.graph import argument, fetch, owner, sites
 from fxsparse.inputs import has_meta
@@ -170,8 +170,8 @@ def _rewrite_numbers(gm: GraphModule, plan: Removal, node: Node) -> None:
             for dim, size in enumerate(sizes)
         ]
         if changed != sizes:
-            rest = {k: v for k, v in node.kwargs.items() if k not in ("shape", "size")}
-            node.args, node.kwargs = (node.args[0], changed), rest
+            rest = {k: v for k, v in node.kwargs.items() if k not in ("input", "shape", "size")}
+            node.args, node.kwargs = (argument(node, 0, "input"), changed), rest
     if isinstance(output, tuple | list) and step.silent:
         _rewrite_pieces(plan, node)
 
@@ -191,7 +191,7 @@ def _rewrite_groups(gm: GraphModule, plan: Removal, node: Node) -> None:
 
 def _rewrite_pieces(plan: Removal, node: Node) -> None:
     """Calls of chunk and split become a split into the sizes that are left."""
-    x, dim, old = node.args[0], argument(node, 2, "dim") or 0, node.meta["val"]
+    x, dim, old = split_input(node), argument(node, 2, "dim") or 0, node.meta["val"]
     assert isinstance(x, Node)
     dim %= x.meta["val"].dim()
     axis = Axis(x, dim)

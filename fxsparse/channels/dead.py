@@ -167,8 +167,8 @@ def why_rows_stay(gm: GraphModule, plan: Removal, site: Site) -> list[str]:
         return [f"channels of {site.op} are not followed"] * int(dead.sum())
     channels = plan.labels[produces]
     live = set(channels[~dead].tolist())
-    grouped = "the group of a grouped convolution goes whole, and it has live rows"
-    return [grouped if c in live else plan.reasons.get(c, "it is kept") for c in channels[dead].tolist()]
+    tied = "what it is added to or grouped with goes whole, and has live rows"
+    return [tied if c in live else plan.reasons.get(c, "it is kept") for c in channels[dead].tolist()]
 
 
 def weight_of(reader: Contraction) -> Any:

@@ -53,6 +53,11 @@ def srigl(
     """
     if preset not in PRESETS:
         raise PlanError(f"expected preset as one of {', '.join(PRESETS)}, got {preset!r}.")
+    if not isinstance(ablate, bool):
+        raise PlanError(
+            f"expected ablate as True or False, got {ablate!r}. never_ablate= spares single weights."
+        )
+    globs = _globs(never_ablate)
     rule, default_init = PRESETS[preset]
     return Method(
         name="srigl",
@@ -64,7 +69,7 @@ def srigl(
         pattern=ConstantFanIn(),
         weight_init=weight_init_named(default_init if weight_init is None else weight_init),
         varying_nnz=ablate,
-        never_ablate=_globs(never_ablate) if ablate else None,
+        never_ablate=globs if ablate else None,
     )
 
 
@@ -80,6 +85,6 @@ def _checked(gamma_sal: float) -> float:
 
 def _globs(never_ablate: Sequence[str] | None) -> tuple[str, ...]:
     globs = () if never_ablate is None else never_ablate
-    if isinstance(globs, str) or not all(isinstance(glob, str) for glob in globs):
+    if not isinstance(globs, list | tuple) or not all(isinstance(glob, str) for glob in globs):
         raise PlanError(f"expected never_ablate as a list of globs such as ['head'], got {never_ablate!r}.")
     return tuple(globs)

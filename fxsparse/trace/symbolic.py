@@ -49,6 +49,9 @@ def trace_symbolic(
             graph = tracer.trace(root, _fixed_arguments(root, arguments))
     except TRACE_FAILURES as error:
         raise TraceError(f"forward of {type(root).__name__}: {_reason(error)}") from error
+    for node in graph.nodes:
+        # Otherwise generated code registers it with fx by a dotted name, which breaks every later trace.
+        node.meta.pop("is_wrapped", None)
     for node in graph.find_nodes(op="placeholder"):
         node.target = tracer.parameter_names.get(str(node.target), node.target)
     return graph, tracer.opaque

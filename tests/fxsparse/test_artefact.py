@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxsparse
@@ -123,3 +124,22 @@ def test_ops_of_exported_graphs_pickle_by_name() -> None:
     again = _restored(pickled(_picklable(graph)))
     assert str(again) == str(graph)
     assert torch.equal(torch.fx.GraphModule(nn.Module(), again)(X), X.relu() + X)
+
+
+class Pooled(nn.Module):
+    """Calls a function that torch builds in another function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(F.max_pool2d(x, 2).flatten(1))
+
+
+def test_functions_that_have_no_module_of_their_own_pickle_by_name() -> None:
+    x = torch.randn(2, 2, 4, 4)
+    fast = fxsparse.compile(Pooled().eval(), mode="infer", example_inputs=x)
+    graph = _picklable(fast.forward_graph.graph)
+    assert any(node.target is F.max_pool2d for node in _restored(pickle.loads(pickle.dumps(graph))).nodes)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(fast))(x), fast(x))

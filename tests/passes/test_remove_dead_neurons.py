@@ -335,7 +335,7 @@ def test_a_group_goes_whole(groups: int, dead: list[int], gone: dict[str, int], 
     assert f"groups = {left}" in ctx.program.graphs["eval"].code
     assert ctx.weights["2.weight"].groups == left
     assert error(ctx, model, x) <= EXACT
-    whole = "the group of a grouped convolution goes whole, and it has live rows"
+    whole = "what it is added to or grouped with goes whole, and has live rows"
     kept = [] if groups == 6 else [f"2.weight: 1 of 4 rows of zeros stay: 1 since {whole}"]
     assert notes(ctx) == kept
 
@@ -571,3 +571,44 @@ def test_every_family_computes_what_it_did_with_fewer_neurons(family: str) -> No
     for name, shrunk in ctx.shrunk.items():
         assert fetch(ctx.program.skeleton, name).shape == ctx.weights[name].shape
         assert ctx.weights[name].numel < shrunk.numel == fetch(model, name).numel()
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (lambda: nn.Sequential(nn.Conv1d(3, 8, 3), nn.ELU(), nn.Conv1d(8, 2, 1)), (2, 3, 12)),
+        (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ELU(), nn.Conv2d(8, 2, 3)), (3, 9, 9)),
+        (lambda: nn.Sequential(nn.Linear(6, 8), nn.ELU(), nn.Linear(8, 2)), (6,)),
+    ],
+    ids=["one dimension", "no batch, image", "no batch, vector"],
+)
+def test_sizes_that_a_trace_fixed_count_as_numbers(
+    model: Callable[[], nn.Module], shape: tuple[int, ...]
+) -> None:
+    net, x = with_zero_rows(model().double(), {"0.weight": [0, 3, 5]}), torch.randn(shape).double()
+    ctx = removed(net, x)
+    assert neurons(ctx) == {"0.weight": 3}
+    assert error(ctx, net, x) < EXACT
+
+
+class Keyworded(nn.Module):
+    """Takes outputs apart, or reshapes them, with everything given by name."""
+
+    def __init__(self, pieces: bool) -> None:
+        super().__init__()
+        self.pieces = pieces
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.pieces:
+            return self.b(torch.reshape(input=self.a(x), shape=(-1, 8)))
+        first, second = torch.chunk(input=self.a(x), chunks=2, dim=-1)
+        return self.b(torch.cat([first.relu(), second], -1))
+
+
+@pytest.mark.parametrize("pieces", [True, False])
+def test_calls_by_keyword_are_rewritten_too(pieces: bool) -> None:
+    net, x = with_zero_rows(Keyworded(pieces).double(), {"a.weight": [0, 3, 5]}), torch.randn(3, 6).double()
+    ctx = removed(net, x)
+    assert neurons(ctx) == {"a.weight": 3}
+    assert error(ctx, net, x) < EXACT

@@ -106,6 +106,8 @@ def test_plans_survive_their_file(tmp_path):
             {"never_ablate": "head"},
             r"expected never_ablate as a list of globs such as \['head'\], got 'head'",
         ),
+        ({"never_ablate": 3}, r"expected never_ablate as a list of globs such as \['head'\], got 3"),
+        ({"ablate": None}, "expected ablate as True or False, got None"),
         ({"gamma_sal": 0.0}, "ablate=False keeps every neuron"),
         ({"gamma_sal": 1.5}, "or a whole number from 1 on, got 1.5"),
         ({"preset": "paper"}, "expected preset as one of srigl_paper, srigl_repo, got 'paper'"),

@@ -169,3 +169,11 @@ def test_an_untraceable_child_runs_as_one_module_with_the_reason() -> None:
     assert list(program.hidden) == ["1.lin.weight"]
     assert torch.equal(program.run("eval", x), model(x))
     assert "_1_lin" not in program.graphs["eval"].code  # nothing is left of the failed trace
+
+
+def test_a_factory_in_a_graph_leaves_later_traces_alone() -> None:
+    model = Lambda(lambda m, x: m.lin(x) + torch.arange(x.shape[1]))
+    program = capture(model.eval(), torch.randn(2, 4), modes=("eval",))
+    assert program.tier == "symbolic"
+    assert "arange" in program.graphs["eval"].code
+    torch.fx.symbolic_trace(nn.Linear(2, 2))  # raised KeyError: 'torch.arange'
