@@ -10,7 +10,6 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from fxsparse.channels.dependency import Axis
-from fxsparse.channels.reading import whole_number
 from fxsparse.channels.rules import Flow, Step
 from fxsparse.channels.tracing import TracedChannels
 from fxsparse.graph import argument, fetch
@@ -70,7 +69,7 @@ def _outputs(traced: TracedChannels, node: Node) -> list[Axis]:
 
 def _copied(gm: GraphModule, found: dict[Axis, Constant], node: Node, step: Step, axis: Axis) -> Constant:
     value = node.meta["val"]
-    size, device = whole_number(value.shape[axis.dim]), value.device
+    size, device = int(value.shape[axis.dim]), value.device
     values = torch.zeros(size, dtype=value.dtype, device=device)
     known = torch.zeros(size, dtype=torch.bool, device=device)
     for tie in step.ties:
@@ -84,7 +83,7 @@ def _copied(gm: GraphModule, found: dict[Axis, Constant], node: Node, step: Step
 
 def _pointwise(gm: GraphModule, found: dict[Axis, Constant], node: Node, step: Step, axis: Axis) -> Constant:
     """Run the op on one entry of every channel, where a channel that is not known holds a 1."""
-    rank, size = node.meta["val"].dim(), whole_number(node.meta["val"].shape[axis.dim])
+    rank, size = node.meta["val"].dim(), int(node.meta["val"].shape[axis.dim])
     operands = node.all_input_nodes
     if not all(isinstance(x.meta.get("val"), Tensor) for x in operands):
         return _nothing_known(node, axis)  # a number that the graph computes
@@ -138,7 +137,7 @@ def _product(gm: GraphModule, found: dict[Axis, Constant], node: Node, step: Ste
         return _nothing_known(node, axis)
     x, weight_node, bias = (argument(node, k, name) for k, name in enumerate(("input", "weight", "bias")))
     weight = flat(evaluate(gm, weight_node))
-    groups = whole_number(x.meta["val"].shape[_input_dim(x, axis, node)]) // weight.shape[1]
+    groups = int(x.meta["val"].shape[_input_dim(x, axis, node)]) // weight.shape[1]
     source = found.get(Axis(x, _input_dim(x, axis, node)))
     if source is None:
         source = Constant(weight.new_zeros(groups * weight.shape[1]), weight.new_zeros((), dtype=torch.bool))
@@ -163,7 +162,7 @@ def _input_dim(x: Node, axis: Axis, node: Node) -> int:
 
 def _nothing_known(node: Node, axis: Axis) -> Constant:
     value = node.meta["val"]
-    size = whole_number(value.shape[axis.dim])
+    size = int(value.shape[axis.dim])
     zeros = torch.zeros(size, dtype=value.dtype, device=value.device)
     return Constant(zeros, torch.zeros(size, dtype=torch.bool, device=value.device))
 

@@ -92,7 +92,7 @@ class Reader:
     def shape(self, value: Any) -> tuple[Any, ...] | None:
         """Sizes of a node's tensor, symbols among them; None where it has none."""
         found = value.meta.get("val") if isinstance(value, Node) else None
-        return tuple(map(whole_number, found.shape)) if isinstance(found, Tensor) else None
+        return tuple(map(_number, found.shape)) if isinstance(found, Tensor) else None
 
     def rank(self, value: Any) -> int:
         return len(self.shape(value) or ())
@@ -165,7 +165,7 @@ def is_pointwise(name: str) -> bool:
     )
 
 
-def whole_number(size: int | torch.SymInt) -> int | torch.SymInt:
+def _number(size: int | torch.SymInt) -> int | torch.SymInt:
     """A symbol that the model fixed at a number is that number."""
     if isinstance(size, torch.SymInt) and size.node.expr.is_number:
         return int(size)
