@@ -21,7 +21,7 @@ from tabulate import tabulate
 from torch import nn
 from torch.optim import AdamW
 
-from benchmarks.cells import Cell, Settings, environments, parser, run_cells
+from benchmarks.cells import Cell, Settings, environments, parser, read_cells, run_cells
 from benchmarks.tasks import bytes as byte_text
 from benchmarks.tasks import digits
 from benchmarks.tasks.comparison import DENSE, Task, paired, plan_of, run, scores, settings_of
@@ -47,6 +47,7 @@ SPARSITIES = (0.9, 0.95, 0.98, 0.99)
 EXTRA = 0.95  # where GraBo and GraEst are shown
 TASKS = {"digits": digits.TASK, "bytes": byte_text.TASK}
 MODELS = {"digits": ("MLP", "ViT"), "bytes": ("transformer",)}
+ALL_MODELS = [model for models in MODELS.values() for model in models]
 DIGITS = {"digits": 2, "bytes": 3}  # after the point
 
 
@@ -55,7 +56,11 @@ def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
     grid = [s for name in options.tasks for s in grid_of(name, options.seeds, options.quick)]
-    cells = run_cells(grid, measure, options.output, seconds=25)
+    if options.finished:
+        cells = [cell for cell in read_cells(options.output) if cell.settings in grid]
+        print(f"{len(cells)} of {len(grid)} cells are finished")
+    else:
+        cells = run_cells(grid, measure, options.output, seconds=25)
     print(f"\n{environments(cells)}\n{table(cells)}")
     if options.figure:
         draw(cells, options.figure)
@@ -123,7 +128,7 @@ def table(cells: Sequence[Cell]) -> str:
     """Scores with paired differences to RigL, processor time and memory, in GitHub's markdown."""
     by_row = scores(cells)
     rows = []
-    for (model, sparsity, method), values in by_row.items():
+    for (model, sparsity, method), values in sorted(by_row.items(), key=_place):
         of_row = _of(cells, model, sparsity, method)
         task = TASKS[of_row[0].settings["task"]]
         deviation = f"{statistics.stdev(values):.{DIGITS[task.name]}f}" if len(values) > 1 else "-"
@@ -132,6 +137,7 @@ def table(cells: Sequence[Cell]) -> str:
                 model,
                 f"{sparsity:.0%}",
                 LABELS[method],
+                str(len(values)),
                 f"{statistics.mean(values):.{DIGITS[task.name]}f}",
                 deviation,
                 *against_rigl(task, values, by_row.get((model, sparsity, RIGL), []), method),
@@ -140,7 +146,16 @@ def table(cells: Sequence[Cell]) -> str:
                 f"{held_bytes(of_row[0]) / 1e6:.2f}",
             ]
         )
-    headers = ["model", "zeros", "method", "score", "deviation", "difference to RigL", "beyond 2 errors"]
+    headers = [
+        "model",
+        "zeros",
+        "method",
+        "seeds",
+        "score",
+        "deviation",
+        "difference to RigL",
+        "beyond 2 errors",
+    ]
     headers += ["step (ms)", "update step (ms)", "memory (MB)"]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
@@ -170,10 +185,10 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
     models = list(dict.fromkeys(model for model, _, _ in by_row))
     figure = Figure(figsize=(3.6 * len(models), 3.4), layout="constrained")
     for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
-        sparsities = sorted({s for m, s, method in by_row if m == model and method == GSE})
         for shift, method in enumerate((GSE, RIGL, SET, STATIC)):
-            rows = [by_row[model, sparsity, method] for sparsity in sparsities]
-            places = [i + 0.1 * shift - 0.15 for i in range(len(rows))]
+            found = [i for i, sparsity in enumerate(SPARSITIES) if (model, sparsity, method) in by_row]
+            rows = [by_row[model, SPARSITIES[i], method] for i in found]
+            places = [i + 0.1 * shift - 0.15 for i in found]
             errors = [2 * statistics.stdev(r) / len(r) ** 0.5 if len(r) > 1 else 0.0 for r in rows]
             means = [statistics.mean(r) for r in rows]
             axes.errorbar(
@@ -182,9 +197,9 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
         if (model, 0.0, DENSE) in by_row:
             level = statistics.mean(by_row[model, 0.0, DENSE])
             axes.axhline(level, color="gray", linewidth=0.8, label=DENSE)
-        axes.set_xticks(range(len(sparsities)), [f"{sparsity:.0%}" for sparsity in sparsities])
+        axes.set_xticks(range(len(SPARSITIES)), [f"{sparsity:.0%}" for sparsity in SPARSITIES])
         axes.set_xlabel("zeros")
-        axes.set_ylabel(TASKS[_of(cells, model, sparsities[0], GSE)[0].settings["task"]].score)
+        axes.set_ylabel(next(task.score for name, task in TASKS.items() if model in MODELS[name]))
         axes.set_title(model)
         axes.legend(fontsize=7)
     figure.savefig(path, dpi=110)
@@ -192,6 +207,11 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
 
 def _of(cells: Sequence[Cell], *row: object) -> list[Cell]:
     return [c for c in cells if (c.settings["model"], c.settings["sparsity"], c.settings["method"]) == row]
+
+
+def _place(row: tuple[tuple[str, float, str], object]) -> tuple[int, float, int]:
+    model, sparsity, method = row[0]
+    return ALL_MODELS.index(model), sparsity or 1.0, list(LABELS).index(method)
 
 
 def _median(values: Sequence[float | None]) -> str:
@@ -203,6 +223,7 @@ def _options() -> Any:
     made = parser(__doc__, output="benchmarks/results/gse_training.json")
     made.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     made.add_argument("--seeds", type=int, help="of every task (default: %(default)s)", default=5)
+    made.add_argument("--finished", action="store_true", help="show the cells of the file, and run none")
     made.add_argument("--figure", type=Path, metavar="FILE", help="draw the scores by sparsity")
     return made.parse_args()
 
