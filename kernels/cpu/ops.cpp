@@ -185,7 +185,7 @@ struct Panel {
 };
 
 // Vectors of a panel.  From 4 MiB on half of them are faster: 65,536 wide, 41 entries a row, 32 tokens at once took 0.6 of
-// the time of 64, while 16 were no faster.
+// the time of 64 on a busy machine, while 16 were no faster.
 int64_t most_vectors(int64_t features, const Table& table) {
   const bool half = features * table.most_vectors * table.lanes * 4 >= (1 << 22);
   return half ? std::max<int64_t>(1, table.most_vectors / 2) : table.most_vectors;
