@@ -1,7 +1,7 @@
 """What one may ask of an fx graph and do to it, without policy: names, call sites, safe edits."""
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,9 @@ SITE_OPS: dict[Callable[..., Any], str] = {
     F.conv_transpose3d: "conv_transpose3d",
 }
 """Normal form of the ops that may become sparse: input, weight and bias are the first three arguments."""
+
+CONVOLUTION = ("stride", "padding", "dilation", "groups")
+"""What follows input, weight and bias in the arguments of a convolution, in order."""
 
 PRODUCTS: dict[Callable[..., Any], tuple[int, int, int | None]] = {
     torch.mm: (0, 1, None),
@@ -105,6 +108,23 @@ def is_parameter(gm: GraphModule, node: object) -> bool:
 def argument(node: Node, position: int, name: str) -> Any:
     """An argument given by position or by name; None when it was left out."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name)
+
+
+def given_arguments(node: Node, names: Sequence[str]) -> dict[str, Any] | None:
+    """{name: value} of those arguments after the third that are given; None where the graph computes one of them."""
+    found = {name: argument(node, 3 + place, name) for place, name in enumerate(names)}
+    given = {name: value for name, value in found.items() if value is not None}
+    return None if any(isinstance(value, Node) for value in given.values()) else given
+
+
+def convolution_arguments(node: Node, shape: Sequence[int]) -> dict[str, Any]:
+    """Those that a call of a convolution on a weight of `shape` is given, and ``kernel_size``, by name."""
+    given = given_arguments(node, CONVOLUTION)
+    assert given is not None, "storage is chosen where every argument is a number"
+    plain = {
+        name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in given.items()
+    }
+    return {"kernel_size": tuple(shape[2:]), **plain}
 
 
 def sites(gm: GraphModule, name: str | None = None) -> list[Site]:

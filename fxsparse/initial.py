@@ -46,8 +46,8 @@ def initial_positions(ctx: PassContext, name: str) -> Tensor:
     if ctx.state is None:
         on_meta = fetch(ctx.program.skeleton, name).is_meta
         return _random_positions(ctx, name) if on_meta else to_positions(initial_mask(ctx, name))
-    rows, columns = ctx.weights[name].shape
-    return csr.positions_in(ctx.state[f"{name}.indices"], (rows, columns))
+    rows, *fan_in = ctx.weights[name].shape
+    return csr.positions_in(ctx.state[f"{name}.indices"], (rows, torch.Size(fan_in).numel()))
 
 
 def capacity(ctx: PassContext, name: str) -> int:

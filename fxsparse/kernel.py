@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,17 +17,19 @@ class Problem:
     """One call site, as far as a kernel may care."""
 
     op: str
-    """"linear" or "conv2d"."""
+    """"linear" or "conv2d", which stands for one dimension, too."""
     shape: tuple[int, ...]
     """Dense shape of the weight."""
     batch: int
-    """Rows of the input: the product of its leading dimensions."""
+    """Rows of the input, the product of its leading dimensions; of a convolution, output pixels of all samples."""
     nnz: int
     dtype: torch.dtype
     device: torch.device
     training: bool
     fan_in: int | None = None
     """Nonzeros of every active row where that is one number, else None."""
+    arguments: tuple[tuple[str, Any], ...] = ()
+    """Of a convolution: kernel_size, stride, padding, dilation and groups by name, as its kernels' `run` takes them."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class Kernel:
     """A kernel entry; `refuses` answers with reasons and never raises.
 
     `pack` turns a dense weight (zeros are zeros) into buffers; `run` and `reference` take
-    ``(x, bias, *buffers in order, activation="none")``, so that a pass can write them into a graph.
+    ``(x, bias, *buffers in order, activation="none", **problem.arguments)``, so that a pass can write them into a
+    graph.
     """
 
     name: str
@@ -68,8 +72,12 @@ class Choice:
     reason: str
 
 
-TRAINING = "cpu-csr-train"
-"""The kernel that compact storage trains with; its `run` also takes ``probe_key``."""
+TRAINING = {
+    "linear": "cpu-csr-train",
+    "conv1d": "cpu-csr-conv-train",
+    "conv2d": "cpu-csr-conv-train",
+}
+"""The kernels that compact storage trains with, by op; their `run` also takes ``probe_key``."""
 
 _REGISTRY: dict[str, Kernel] = {}
 _CHOICES: dict[tuple, Choice] = {}
@@ -171,8 +179,8 @@ def _measured(problem: Problem, usable, refusals, call, advantage: float, rounds
     timers = {}
     for kernel in usable:
         timer, output = _prepared(kernel, problem, *call)
-        error = _error(output, *call)
-        allowed = tolerance(problem.dtype, problem.shape[-1] + 1)
+        error = _error(output, dict(problem.arguments), *call)
+        allowed = tolerance(problem.dtype, torch.Size(problem.shape[1:]).numel() + 1)
         if error > allowed:
             refusals[kernel.name] = [
                 f"its result is wrong here: relative error {error:.1e}, allowed {allowed:.1e}"
@@ -193,24 +201,27 @@ def _prepared(
     kernel: Kernel, problem: Problem, x, weight, bias, activation
 ) -> tuple[Callable[[], None], Tensor]:
     """A function that runs `kernel` once as `problem` says, and its output."""
+    arguments = dict(problem.arguments)
     buffers = [tensor.detach() for tensor in kernel.pack(weight.detach()).values()]
     if not problem.training:
         x = x.detach()
 
         def infer() -> Tensor:
             with torch.no_grad():
-                return kernel.run(x, bias, *buffers, activation=activation)
+                return kernel.run(x, bias, *buffers, activation=activation, **arguments)
 
         return _synchronised(infer, problem.device), infer()
     x = x.detach().requires_grad_()
     for tensor in buffers:
         tensor.requires_grad_(tensor.is_floating_point())
     leaves = [x, *(tensor for tensor in buffers if tensor.requires_grad)]
-    output = kernel.run(x, bias, *buffers, activation=activation)
+    output = kernel.run(x, bias, *buffers, activation=activation, **arguments)
     upstream = torch.ones_like(output)
 
     def train() -> object:
-        return torch.autograd.grad(kernel.run(x, bias, *buffers, activation=activation), leaves, upstream)
+        return torch.autograd.grad(
+            kernel.run(x, bias, *buffers, activation=activation, **arguments), leaves, upstream
+        )
 
     return _synchronised(train, problem.device), output.detach()
 
@@ -224,16 +235,25 @@ def _synchronised(call: Callable[[], object], device: torch.device) -> Callable[
     return run
 
 
-def _error(output: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> float:
+def _error(
+    output: Tensor,
+    arguments: Mapping[str, Any],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+) -> float:
     """Largest difference from the fp64 result, relative to the largest sum of magnitudes."""
     from fxsparse.kernels.library import activate
 
+    given = {name: value for name, value in arguments.items() if name != "kernel_size"}
+    op: Any = {2: F.linear, 3: F.conv1d, 4: F.conv2d}[weight.dim()]
     with torch.no_grad():
         inputs = [None if t is None else t.double() for t in (x, weight, bias)]
-        exact = activate(F.linear(*inputs), activation)  # pyright: ignore[reportArgumentType]
+        exact = activate(op(*inputs, **given), activation)
         if exact.numel() == 0:
             return 0.0
-        scale = F.linear(*(None if t is None else t.abs() for t in inputs)).max()  # pyright: ignore[reportArgumentType]
+        scale = op(*(None if t is None else t.abs() for t in inputs), **given).max()
         return ((output.double() - exact).abs().max() / scale.clamp_min(torch.finfo(scale.dtype).tiny)).item()
 
 

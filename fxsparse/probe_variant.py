@@ -7,12 +7,11 @@ import torch.nn.functional as F
 from torch.fx import Graph, Node
 
 from fxsparse import kernel
-from fxsparse.graph import SITE_OPS, argument, swaps_two_axes
+from fxsparse.graph import CONVOLUTION, SITE_OPS, argument, given_arguments, swaps_two_axes
 from fxsparse.kernels import probe
 from fxsparse.method import Method, Probe
-from fxsparse.observed import ProbeSwitch
+from fxsparse.observed import ProbeSwitch, Watched
 
-_CONV = ("stride", "padding", "dilation", "groups")
 _TRANSPOSED_CONV = ("stride", "padding", "output_padding", "groups", "dilation")
 
 
@@ -25,6 +24,7 @@ def probe_variant(graph: Graph, method: Method, switch: ProbeSwitch) -> Graph:
     graph = copy.deepcopy(graph)
     plain, dense_grad = method.reparam.function(False)[0], method.reparam.function(True)[0]
     guided = method.rule is not None and method.rule.probe is Probe.GUIDED
+    compact = {kernel.registered()[name].run for name in kernel.TRAINING.values()}
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
@@ -33,10 +33,18 @@ def probe_variant(graph: Graph, method: Method, switch: ProbeSwitch) -> Graph:
             readers = _readers(node) if guided else None
             for site in readers or ():
                 _watch(site, str(node.args[0].target), switch)
-        elif node.target is kernel.registered()[kernel.TRAINING].run:
+        elif node.target in compact:
             name = str(node.args[2].target).removesuffix(".values")
-            node.kwargs = {**node.kwargs, "probe_key": switch.watch(name).key}
+            node.kwargs = {**node.kwargs, "probe_key": _watched(node, name, switch).key}
     return graph
+
+
+def _watched(call: Node, name: str, switch: ProbeSwitch) -> Watched:
+    """What the kernel call on a compact weight computes, in terms of the op that it stands for."""
+    if "kernel_size" not in call.kwargs:
+        return switch.watch(name)
+    op = F.conv1d if len(call.kwargs["kernel_size"]) == 1 else F.conv2d  # type: ignore[arg-type]
+    return switch.watch(name, op, {key: call.kwargs[key] for key in CONVOLUTION if key in call.kwargs})
 
 
 def _readers(effective: Node) -> list[Node] | None:
@@ -53,10 +61,8 @@ def _reads_whole(user: Node, forms: list[Node]) -> bool:
 def _arguments(site: Node) -> dict[str, Any] | None:
     """Keyword arguments of a call apart from input, weight and bias; None where the graph computes one of them."""
     op = SITE_OPS[site.target]  # type: ignore[index]
-    names = () if site.target is F.linear else _TRANSPOSED_CONV if "transpose" in op else _CONV
-    found = {name: argument(site, 3 + place, name) for place, name in enumerate(names)}
-    given = {name: value for name, value in found.items() if value is not None}
-    return None if any(isinstance(value, Node) for value in given.values()) else given
+    names = () if site.target is F.linear else _TRANSPOSED_CONV if "transpose" in op else CONVOLUTION
+    return given_arguments(site, names)
 
 
 def _watch(site: Node, name: str, switch: ProbeSwitch) -> None:

@@ -70,7 +70,7 @@ def _check_indices(
     if indices.dtype != torch.int32:
         raise CheckpointError(f"{name}.indices: expected int32, got {indices.dtype}.")
     try:
-        got = len(csr.positions_in(indices, weight.shape))
+        got = len(csr.positions_in(indices, weight.matrix_shape))
     except PatternError as error:
         raise CheckpointError(f"{name}.indices are broken: {error}. {_ADVICE}") from error
     if weight.values.requires_grad:

@@ -6,6 +6,7 @@ update rule cannot tell them apart.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -97,8 +98,9 @@ class MaskedWeight:
 
 
 class CompactWeight(nn.Module):
-    """A linear weight as its nonzeros: takes the place of the dense parameter in the module that owned it.
+    """A weight as its nonzeros: takes the place of the dense parameter in the module that owned it.
 
+    That of a convolution is indexed as the matrix [out, in / groups * kernel], which has the same flat positions.
     There is room for `capacity` entries, and a move may use less of it.  Unused slots follow the last entry: 0 in
     `values` and in its gradient, -1 in the indices.
 
@@ -115,15 +117,16 @@ class CompactWeight(nn.Module):
     rows_t: Tensor
     perm: Tensor
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
+    """[out, in] or [out, in / groups, *kernel]."""
 
     def __init__(
-        self, shape: tuple[int, int], positions: Tensor, values: Tensor, capacity: int | None = None
+        self, shape: tuple[int, ...], positions: Tensor, values: Tensor, capacity: int | None = None
     ) -> None:
         """The entries `values` [nnz] at flat `positions` [nnz], with room for `capacity`, by default for no more."""
         super().__init__()
         self.shape = shape
-        index = csr.from_flat(positions, shape, capacity)
+        index = csr.from_flat(positions, self.matrix_shape, capacity)
         self.values = nn.Parameter(F.pad(values, (0, index.capacity - len(values))))
         self.register_buffer("indices", index.indices)
         for name in ("crow", "ccol", "rows_t", "perm"):
@@ -133,6 +136,11 @@ class CompactWeight(nn.Module):
     def index(self) -> csr.CsrIndex:
         """The index buffers as they are now."""
         return csr.CsrIndex(self.indices, self.crow, self.ccol, self.rows_t, self.perm)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(out, fan-in)."""
+        return self.shape[0], prod(self.shape[1:])
 
     def active(self) -> Tensor:
         """Flat positions of the stored entries, int64, ascending."""
@@ -155,7 +163,7 @@ class CompactWeight(nn.Module):
     @torch.no_grad()
     def reindex(self) -> None:
         """Rebuild in place what is derived from `indices`, after something else was loaded into them."""
-        csr.move_(self.index, csr.positions_in(self.indices, self.shape))
+        csr.move_(self.index, csr.positions_in(self.indices, self.matrix_shape))
 
     @torch.no_grad()
     def zero_unused(self) -> None:
@@ -164,10 +172,10 @@ class CompactWeight(nn.Module):
 
     def dense(self) -> Tensor:
         """The dense weight, zeros filled in."""
-        return csr.to_dense(self.values.detach(), self.index)
+        return csr.to_dense(self.values.detach(), self.index).view(self.shape)
 
     def extra_repr(self) -> str:
-        return f"{self.shape[0]}x{self.shape[1]}, nnz={self.index.nnz}, capacity={self.index.capacity}"
+        return f"{'x'.join(map(str, self.shape))}, nnz={self.index.nnz}, capacity={self.index.capacity}"
 
 
 def read_weights(

@@ -71,7 +71,7 @@ def poisoned_memory() -> Iterator[None]:
 def forbid_tensors_of(numel: int) -> Iterator[None]:
     """Raise AssertionError at the first op inside the block that returns a tensor of `numel` entries or more.
 
-    Every op counts that torch dispatches, backward's too; what one allocates for itself does not.
+    Every op counts that torch dispatches, backward's too; what one allocates for itself does not, nor what is on meta.
     """
     with _Forbid(numel):
         yield
@@ -85,7 +85,7 @@ class _Forbid(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            large = isinstance(tensor, Tensor) and tensor.numel() >= self.numel
+            large = isinstance(tensor, Tensor) and tensor.numel() >= self.numel and not tensor.is_meta
             assert not large, f"{func} made {list(tensor.shape)}: {self.numel} entries or more are forbidden"
         return result
 

@@ -10,9 +10,10 @@ from torch.optim import Optimizer
 
 from fxsparse.errors import InvariantError
 from fxsparse.kernels import probe
+from fxsparse.kernels.csr.conv_gradient import conv_gradient_at, conv_gradient_tiles
 from fxsparse.kernels.csr.sampled import gradient_at
 from fxsparse.method import JointRule, Method, Probe, Proposal, WeightView, WholeRule
-from fxsparse.observed import Evidence, marginals, sum_over_ranks
+from fxsparse.observed import Evidence, Observed, marginals, sum_over_ranks
 from fxsparse.pattern import Pattern
 from fxsparse.rng import generator_for
 from fxsparse.selection import MaskChange
@@ -178,7 +179,12 @@ def _tiles(store: MaskedWeight | CompactWeight, name: str, step: UpdateStep) -> 
     if isinstance(store, MaskedWeight):
         yield 0, store.rows(step.evidence.gradients[name])
         return
-    for row, tile in probe.gradient_tiles(_pairs(name, step), store.shape):
+    observed = step.evidence.observed[name]
+    if len(store.shape) == 2:
+        tiles = probe.gradient_tiles(_pairs(observed), store.matrix_shape)
+    else:
+        tiles = conv_gradient_tiles(_windows(observed), store.shape)
+    for row, tile in tiles:
         sum_over_ranks(tile)
         yield row, tile
 
@@ -188,10 +194,18 @@ def _gradient_at(
 ) -> Tensor:
     if isinstance(store, MaskedWeight):
         return store.at(step.evidence.gradients[name], positions)
-    sampled = gradient_at(_pairs(name, step), positions, store.shape)
+    observed = step.evidence.observed[name]
+    if len(store.shape) == 2:
+        sampled = gradient_at(_pairs(observed), positions, store.matrix_shape)
+    else:
+        sampled = conv_gradient_at(_windows(observed), positions, store.shape)
     sum_over_ranks(sampled)
     return sampled
 
 
-def _pairs(name: str, step: UpdateStep) -> list[tuple[Tensor, Tensor]]:
-    return [(seen.inputs, seen.gradients) for seen in step.evidence.observed[name]]
+def _pairs(observed: Sequence[Observed]) -> list[tuple[Tensor, Tensor]]:
+    return [(seen.inputs, seen.gradients) for seen in observed]
+
+
+def _windows(observed: Sequence[Observed]) -> list[tuple[Tensor, Tensor, Mapping[str, Any]]]:
+    return [(seen.inputs, seen.gradients, seen.arguments) for seen in observed]

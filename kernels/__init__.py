@@ -1,16 +1,23 @@
 """Kernels: one family a folder.  Importing this registers the shipped ones."""
 
 from fxsparse.kernels.condensed.linear import condensed_linear
+from fxsparse.kernels.csr.conv import csr_conv2d
+from fxsparse.kernels.csr.conv_gradient import conv_gradient_at, conv_gradient_tiles
 from fxsparse.kernels.csr.linear import csr_linear
 from fxsparse.kernels.csr.sampled import gradient_at
 from fxsparse.kernels.csr.topology import position_change
+from fxsparse.kernels.dense.conv import MASKED_CONV
 from fxsparse.kernels.dense.linear import DENSE, MASKED
 from fxsparse.kernels.lookup.linear import lookup_linear
 
 __all__ = [
     "DENSE",
     "MASKED",
+    "MASKED_CONV",
     "condensed_linear",
+    "conv_gradient_at",
+    "conv_gradient_tiles",
+    "csr_conv2d",
     "csr_linear",
     "gradient_at",
     "lookup_linear",

@@ -1,7 +1,7 @@
 """Decide, weight by weight, whether training holds a dense tensor beside a mask or the nonzeros only."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -9,7 +9,16 @@ from torch.fx import GraphModule, Node
 
 from fxsparse import kernel
 from fxsparse.errors import PlanError, UnsupportedError
-from fxsparse.graph import Site, argument, attribute_nodes, fetch, sites
+from fxsparse.graph import (
+    CONVOLUTION,
+    Site,
+    argument,
+    attribute_nodes,
+    convolution_arguments,
+    fetch,
+    given_arguments,
+    sites,
+)
 from fxsparse.kernel import Problem
 from fxsparse.method import Method
 from fxsparse.pipeline import Decision, PassContext, WeightSpec
@@ -67,7 +76,11 @@ def _decide(gm: GraphModule, name: str, decision: Decision, ctx: PassContext) ->
         if ctx.plan.storage == "auto":
             asked = "created compact: on meta there is no dense weight to measure against"
         decision.reason = asked + (f"; in plain PyTorch: {slow[0]}" if slow else "")
-    decision.storage, decision.format, decision.kernel = "compact", "csr", kernel.TRAINING
+    decision.storage, decision.format, decision.kernel = (
+        "compact",
+        "csr",
+        kernel.TRAINING[ctx.weights[name].op],
+    )
 
 
 def _check_score(name: str, method: Method) -> None:
@@ -91,11 +104,14 @@ def _refusals(gm: GraphModule, spec: WeightSpec, decision: Decision, ctx: PassCo
     method, graphs = ctx.plan.method, [graph for _, graph in ctx.program.distinct_graphs()]
     found = [site for graph in graphs for site in sites(graph, spec.name)]
     tests = {
-        f"there is no compact {spec.op} kernel": spec.op != "linear",
+        f"there is no compact {spec.op} kernel": spec.op not in kernel.TRAINING,
         "it is stored transposed": spec.transposed,
         f"it is tied to {', '.join(spec.aliases)}": bool(spec.aliases),
         "an op reads only a part of it": any(site.sliced for site in found),
-        "something other than a linear op reads it": any(
+        "the graph computes an argument of its convolution": any(
+            given_arguments(site.node, CONVOLUTION) is None for site in found if site.op != "linear"
+        ),
+        f"something other than a {'linear op' if spec.op == 'linear' else 'convolution'} reads it": any(
             _other_users(graph, spec.name, found) for graph in graphs
         ),
         "the module walk does not see who else reads it": ctx.program.tier == "walk",
@@ -112,8 +128,9 @@ def _kernel_refusals(gm: GraphModule, spec: WeightSpec, decision: Decision, ctx:
     """Why only the kernel's PyTorch reference could run."""
     weight = fetch(gm, spec.name)
     device = ctx.device if weight.is_meta else weight.device
-    problem = Problem("linear", spec.shape, 1, decision.nnz, spec.dtype, device, training=True)
-    return kernel.registered()[kernel.TRAINING].refuses(problem)
+    op = "linear" if spec.op == "linear" else "conv2d"
+    problem = Problem(op, spec.shape, 1, decision.nnz, spec.dtype, device, training=True)
+    return kernel.registered()[kernel.TRAINING[spec.op]].refuses(problem)
 
 
 def _other_users(gm: GraphModule, name: str, found: list[Site]) -> bool:
@@ -124,22 +141,35 @@ def _other_users(gm: GraphModule, name: str, found: list[Site]) -> bool:
 def _measure(gm: GraphModule, name: str, decision: Decision, ctx: PassContext) -> kernel.Choice | None:
     """The measured choice at the example shapes; None without example inputs."""
     found = sites(gm, name)
-    value = (
-        found[0].node.args[0].meta.get("val") if found and isinstance(found[0].node.args[0], Node) else None
-    )
+    given = argument(found[0].node, 0, "input") if found else None
+    value = given.meta.get("val") if isinstance(given, Node) else None
+    result = found[0].node.meta.get("val") if found else None
     weight = fetch(gm, name).detach()
-    if value is None or weight.is_meta or ctx.example_inputs is None:
+    if value is None or result is None or weight.is_meta or ctx.example_inputs is None:
         return None
-    batch = torch.Size(_hint(size) for size in value.shape[:-1]).numel()
+    shape, batch = [_hint(size) for size in value.shape], [_hint(size) for size in result.shape]
+    arguments: dict[str, Any] = {}
+    if found[0].op != "linear":
+        arguments = convolution_arguments(found[0].node, weight.shape)
+    del batch[-1 if found[0].op == "linear" else 1 - weight.dim()]  # what is left counts outputs of one row
     problem = Problem(
-        "linear", tuple(weight.shape), batch, decision.nnz, weight.dtype, weight.device, training=True
+        "linear" if found[0].op == "linear" else "conv2d",
+        tuple(weight.shape),
+        torch.Size(batch).numel(),
+        decision.nnz,
+        weight.dtype,
+        weight.device,
+        training=True,
+        arguments=tuple(arguments.items()),
     )
     generator = torch.Generator(weight.device).manual_seed(0)
     score = torch.rand(weight.shape, generator=generator, device=weight.device)
     sample = torch.where(decision.pattern.project(score, decision.nnz), torch.randn_like(score), 0).to(
         weight.dtype
     )
-    x = torch.randn(batch, weight.shape[1], generator=generator, device=weight.device).to(weight.dtype)
+    if found[0].op == "linear":
+        shape = [problem.batch, shape[-1]]
+    x = torch.randn(shape, generator=generator, device=weight.device).to(weight.dtype)
     return kernel.choose(problem, x, sample, _bias(gm, found[0]))
 
 

@@ -6,17 +6,27 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
-from fxsparse.graph import attribute_nodes, eliminate_dead_code, fetch, insert_get_attr, owner, replace
+from fxsparse.graph import (
+    CONVOLUTION,
+    attribute_nodes,
+    eliminate_dead_code,
+    fetch,
+    insert_get_attr,
+    owner,
+    replace,
+)
 from fxsparse.packed import replace_parameter
 from fxsparse.pipeline import PassContext
 from fxsparse.storage import CompactWeight
 
 _VALUES = ".values"
+_OPS = {2: F.linear, 3: F.conv1d, 4: F.conv2d}
+"""By the dimensions of the weight."""
 
 
 @dataclass(frozen=True)
 class FoldMasks:
-    """reparam(w, mask) becomes the effective weight, and the CSR product of a compact weight an ``F.linear``.
+    """reparam(w, mask) becomes the effective weight, and the product of a compact weight the dense op that it was.
 
     The skeleton gets new Parameters; those of the training module are left as they are.  So selection starts from
     one normal form whatever training held.
@@ -61,7 +71,9 @@ def _fold_compact(gm: GraphModule) -> int:
             replace_parameter(gm, name, compact.dense())
         known = attribute_nodes(gm.graph, name)
         weight = known[0] if known else insert_get_attr(gm.graph, name, node)
-        replace(node, F.linear, (node.args[0], weight, node.args[1]))
+        op = _OPS[fetch(gm, name).dim()]
+        given = {key: value for key, value in node.kwargs.items() if key in CONVOLUTION}
+        replace(node, op, (node.args[0], weight, node.args[1]), **given)
     return len(found)
 
 

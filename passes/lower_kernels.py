@@ -8,19 +8,29 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxsparse import kernel
-from fxsparse.graph import argument, attribute_nodes, fetch, insert_get_attr, owner, replace
+from fxsparse.graph import (
+    argument,
+    attribute_nodes,
+    convolution_arguments,
+    fetch,
+    insert_get_attr,
+    owner,
+    replace,
+)
 from fxsparse.initial import capacity, initial_positions, note_drawn, stored_values
-from fxsparse.pipeline import PassContext
+from fxsparse.pipeline import PassContext, WeightSpec
 from fxsparse.storage import CompactWeight
 
-INDEX = ("crow", "cols", "ccol", "rows_t", "perm")
+LINEAR = ("crow", "cols", "ccol", "rows_t", "perm")
+CONVOLUTION = ("crow", "cols")
+"""What the kernels read of the index, in order."""
 
 
 @dataclass(frozen=True)
 class LowerKernels:
-    """F.linear(x, w, b) becomes the CSR training kernel on ``w.values``; the dense Parameter leaves the tree.
+    """A linear or convolution of (x, w, b) becomes the CSR training kernel on ``w.values``.
 
-    The user's own module keeps its Parameter: only the skeleton changes.
+    The dense Parameter leaves the tree.  The user's own module keeps its Parameter: only the skeleton changes.
     """
 
     name: ClassVar[str] = "lower-kernels"
@@ -37,7 +47,7 @@ class LowerKernels:
                 compact_in_tree(ctx, name)
                 # Storage was only chosen where linear ops are the only readers, in every graph of the program.
                 readers = [user for node in attribute_nodes(gm.graph, name) for user in node.users]
-                rewrites += sum(_lower(gm, node, name) for node in readers)
+                rewrites += sum(_lower(gm, node, name, ctx.weights[name]) for node in readers)
         return rewrites
 
 
@@ -56,19 +66,21 @@ def compact_in_tree(ctx: PassContext, name: str) -> None:
     module.add_module(leaf, compact.train(module.training))
 
 
-def _lower(gm: GraphModule, node, name: str) -> int:
+def _lower(gm: GraphModule, node, name: str, spec: WeightSpec) -> int:
     graph = gm.graph
     bias = argument(node, 2, "bias")
     values = insert_get_attr(graph, f"{name}.values", node)
     indices = insert_get_attr(graph, f"{name}.indices", node)
     with graph.inserting_before(node):
         cols = graph.call_function(operator.getitem, (indices, 1))
-    rest = {
-        part: insert_get_attr(graph, f"{name}.{part}", node) for part in ("crow", "ccol", "rows_t", "perm")
-    }
-    index = [cols if part == "cols" else rest[part] for part in INDEX]
+    parts, arguments = LINEAR, {}
+    if spec.op != "linear":
+        parts, arguments = CONVOLUTION, convolution_arguments(node, spec.shape)
+    rest = {part: insert_get_attr(graph, f"{name}.{part}", node) for part in parts if part != "cols"}
+    index = [cols if part == "cols" else rest[part] for part in parts]
     old = attribute_nodes(graph, name)
-    replace(node, kernel.registered()[kernel.TRAINING].run, (node.args[0], bias, values, *index))
+    run = kernel.registered()[kernel.TRAINING[spec.op]].run
+    replace(node, run, (argument(node, 0, "input"), bias, values, *index), **arguments)
     for weight in old:
         if not weight.users:
             graph.erase_node(weight)

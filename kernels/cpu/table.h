@@ -17,6 +17,13 @@ struct Sparse {
   bool far = false;  // the panels that it gathers from do not fit L2
 };
 
+// The same rows over planes of pixels: entry e reads the pixels from offsets[e] on.
+struct Shifted {
+  const float* values;
+  const int32_t* start;
+  const int32_t* offsets;
+};
+
 // Row-major [tokens, features] in memory.
 struct Matrix {
   void* data;
@@ -67,6 +74,13 @@ struct Table {
                           int64_t end, const Epilogue&, const Matrix& dst, int64_t first);
   // dst[:, rows[i]] = activation(bias) for i < count.
   void (*fill)(const Epilogue&, const int32_t* rows, int64_t count, const Matrix& dst);
+  // y[r - begin, t] = bias[r] + sum of values * panel[offset + t] for rows begin <= r < end and positions t < count, and
+  // up to the next whole vector; rows of y lie `stride` apart, and bias may be null.
+  void (*add_shifted)(const float* panel, const Shifted&, int64_t begin, int64_t end, const float* bias, int64_t count,
+                      float* y, int64_t stride);
+  // sums[e] += dot(grads[r], panel[offset ...]) over the same positions, for every entry e of rows begin <= r < end.
+  void (*dot_shifted)(const float* grads, int64_t stride, const float* panel, const Shifted&, int64_t begin,
+                      int64_t end, int64_t count, float* sums);
 };
 
 constexpr int64_t kFewTokens = 2;  // from 3 on, a panel of one vector is faster than gathering for each

@@ -187,7 +187,7 @@ CSR = register(
 )
 CSR_TRAIN = register(
     Kernel(
-        TRAINING,
+        TRAINING["linear"],
         "linear",
         "csr",
         _pack_training,

@@ -17,10 +17,7 @@ def gradient_at(pairs: Sequence[tuple[Tensor, Tensor]], positions: Tensor, shape
     `pairs` are (x [..., in], grad_y [..., out]), one for each backward.  Time and memory grow with the tokens and
     with n; nothing has the size of the weight.
     """
-    rows, columns = shape
-    crow = torch.zeros(rows + 1, dtype=torch.int32, device=positions.device)
-    crow[1:] = torch.bincount(positions // columns, minlength=rows).cumsum(0)
-    cols = (positions % columns).int()
+    crow, cols = row_index(positions, shape)
     total = None
     for x, grad in flattened(pairs):
         exact = x.dtype not in COMPILED
@@ -29,6 +26,14 @@ def gradient_at(pairs: Sequence[tuple[Tensor, Tensor]], positions: Tensor, shape
         total = part if total is None else total.add_(part)
     assert total is not None, "a weight that was not probed has no gradient"
     return total
+
+
+def row_index(positions: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Row pointers [out + 1] and columns [n], both int32, of flat `positions` in a weight [out, in]."""
+    rows, columns = shape
+    crow = torch.zeros(rows + 1, dtype=torch.int32, device=positions.device)
+    crow[1:] = torch.bincount(positions // columns, minlength=rows).cumsum(0)
+    return crow, (positions % columns).int()
 
 
 def _fake(grad: Tensor, x: Tensor, crow: Tensor, cols: Tensor) -> Tensor:

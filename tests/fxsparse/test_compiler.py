@@ -131,9 +131,9 @@ def linear(**options):
 
 
 def compact_conv():
-    model = nn.Conv2d(3, 8, 3)
+    model = nn.Conv3d(3, 8, 3)
     return fxsparse.compile(
-        model, Plan(sparsity=0.5, storage="compact"), example_inputs=torch.randn(1, 3, 8, 8), strict=True
+        model, Plan(sparsity=0.5, storage="compact"), example_inputs=torch.randn(1, 3, 8, 8, 8), strict=True
     )
 
 
@@ -263,7 +263,7 @@ BAD = {
     "strict compact": (
         compact_conv,
         UnsupportedError,
-        r"'weight': no compact storage: there is no compact conv2d kernel",
+        r"'weight': no compact storage: there is no compact conv3d kernel",
     ),
     "lazy": (
         lambda: fxsparse.compile(nn.LazyLinear(4), Plan(sparsity=0.5)),

@@ -13,12 +13,13 @@ from fxsparse.reparam import HardMask
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.conv, self.a, self.b = nn.Conv2d(1, 4, 3), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.deep, self.conv = nn.Conv3d(1, 4, 1), nn.Conv2d(1, 4, 3)
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
         self.b.weight = self.a.weight
         self.read, self.free = nn.Linear(16, 16), nn.Linear(16, 16)
 
     def forward(self, x):
-        x = self.conv(x).flatten(1)[:, :16]
+        x = self.conv(self.deep(x.unsqueeze(2))[:, :1, 0]).flatten(1)[:, :16]
         x = self.free(self.b(self.a(x)))
         return self.read(x) + self.read.weight.sum()
 
@@ -31,7 +32,8 @@ def storages(plan, model=None, x=None):
 def test_compact_where_nothing_refuses_and_a_reason_everywhere_else():
     found = storages(Plan(sparsity=0.5, storage="compact"))
     assert found == {
-        "conv.weight": ("masked", "no compact storage: there is no compact conv2d kernel"),
+        "deep.weight": ("masked", "no compact storage: there is no compact conv3d kernel"),
+        "conv.weight": ("compact", "the plan asks for compact storage"),
         "a.weight": ("masked", "no compact storage: it is tied to b.weight"),
         "read.weight": ("masked", "no compact storage: something other than a linear op reads it"),
         "free.weight": ("compact", "the plan asks for compact storage"),
@@ -63,6 +65,15 @@ def test_auto_takes_what_measured_faster_and_says_by_how_much():
     found = storages(Plan(sparsity=0.97, allocation="uniform"), model, torch.randn(256, 1024))
     storage, why = found["0.weight"]
     assert (storage, "x of dense" in why) == ("compact", True)
+    assert all(" us" in why for _, why in found.values())
+
+
+def test_auto_measures_convolutions_at_their_shapes():
+    model = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, 2, 1, stride=8), nn.Flatten(2))
+    model.append(nn.Conv1d(2, 4, 1))
+    found = storages(Plan(sparsity=0.97, allocation="uniform"), model, torch.randn(2, 64, 16, 16))
+    storage, why = found["0.weight"]
+    assert (storage, "x of dense-conv-masked" in why) == ("compact", True)
     assert all(" us" in why for _, why in found.values())
 
 

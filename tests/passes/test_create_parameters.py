@@ -13,11 +13,11 @@ from fxsparse.storage import CompactWeight
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.conv, self.norm, self.fc = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Linear(16, 32)
+        self.conv, self.norm, self.fc = nn.Conv3d(1, 4, (1, 3, 3)), nn.BatchNorm2d(4), nn.Linear(16, 32)
         self.head = nn.Linear(32, 4)
 
     def forward(self, x):
-        return self.head(torch.relu(self.fc(self.norm(self.conv(x)).flatten(1))))
+        return self.head(torch.relu(self.fc(self.norm(self.conv(x.unsqueeze(2)).squeeze(2)).flatten(1))))
 
 
 X = torch.randn(3, 1, 4, 4)
@@ -47,7 +47,7 @@ def test_the_report_says_what_was_created_where_and_why_it_is_dense():
     assert row["notes"] == [
         "created on cpu: 1 weights compact, 7 other parameters dense, with the values of reset_parameters() of their "
         "modules",
-        "conv.weight [4, 1, 3, 3] is created dense: no compact storage: there is no compact conv2d kernel",
+        "conv.weight [4, 1, 1, 3, 3] is created dense: no compact storage: there is no compact conv3d kernel",
         "head.weight [4, 32] is created dense: excluded by 'head'",
     ]
     assert "verified shapes only, as tensors are on meta" in sparse.report.notes

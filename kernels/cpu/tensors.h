@@ -1,0 +1,162 @@
+// What every op needs of its tensors: checks, views, fp32 copies and new tensors; the instruction set, scratch memory and
+// threads.  On torch's stable ABI.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "table.h"
+
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // torch 2.11 has the older name only
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
+namespace fxsparse {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+enum Level : int64_t { kPortable, kAvx2, kAvx512, kVbmi };
+
+inline int64_t best_level() {
+#if defined(FXSPARSE_X86)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq"))
+    return __builtin_cpu_supports("avx512vbmi") ? kVbmi : kAvx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
+#endif
+  return kPortable;
+}
+
+inline std::atomic<int64_t> chosen_level{best_level()};
+
+inline const Table& table() {
+#if defined(FXSPARSE_X86)
+  if (chosen_level >= kAvx512) return table_avx512();
+  if (chosen_level == kAvx2) return table_avx2();
+#endif
+  return table_portable();
+}
+
+// Large ones ask for huge pages: gathers from a panel of 16 MB missed the TLB of 4 KiB pages at nearly every entry.
+struct Buffer {
+  explicit Buffer(int64_t count)
+      : align(count * 4 >= 2 * kHugePage ? kHugePage : 64),
+        data(static_cast<float*>(::operator new(std::max<int64_t>(count, 1) * sizeof(float), std::align_val_t(align)))) {
+#if defined(__linux__)
+    if (align == kHugePage) madvise(data, count * sizeof(float), MADV_HUGEPAGE);
+#endif
+  }
+  Buffer(Buffer&& other) noexcept : align(other.align), data(std::exchange(other.data, nullptr)) {}
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { ::operator delete(data, std::align_val_t(align)); }
+
+  static constexpr int64_t kHugePage = 1 << 21;
+  const int64_t align;
+  float* data;
+};
+
+// ---- checks and views
+
+inline Scalar scalar_of(const Tensor& t, const char* name) {
+  const auto type = t.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, "fxsparse: expected ", name,
+                  " in float32 or bfloat16");
+  return type == ScalarType::Float ? Scalar::f32 : Scalar::bf16;
+}
+
+inline Matrix matrix(const Tensor& t, const char* name) {
+  const int64_t features = t.size(-1);
+  return {t.mutable_data_ptr(), scalar_of(t, name), features ? t.numel() / features : 0, features};
+}
+
+inline int64_t tokens_of(const Tensor& x) {
+  int64_t tokens = 1;
+  for (int64_t d = 0; d + 1 < x.dim(); d++) tokens *= x.size(d);
+  return tokens;
+}
+
+inline const int32_t* index32(const Tensor& t, int64_t count, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int && t.is_contiguous() && t.numel() == count, "fxsparse: expected ",
+                  name, " int32, contiguous, with ", count, " elements, got ", t.numel());
+  return static_cast<const int32_t*>(t.const_data_ptr());
+}
+
+// fp32 copies of `t`, or its own memory where that is fp32.
+inline const float* as_floats(const Tensor& t, std::vector<Buffer>& owned) {
+  if (scalar_of(t, "values and bias") == Scalar::f32) return static_cast<const float*>(t.const_data_ptr());
+  owned.emplace_back(t.numel());
+  float* to = owned.back().data;
+  const auto* from = static_cast<const uint16_t*>(t.const_data_ptr());
+  for (int64_t i = 0; i < t.numel(); i++) {
+    const uint32_t bits = uint32_t(from[i]) << 16;
+    __builtin_memcpy(to + i, &bits, 4);
+  }
+  return to;
+}
+
+inline void put_floats(const float* from, const Tensor& t) {
+  if (scalar_of(t, "a gradient") == Scalar::f32) {
+    std::copy(from, from + t.numel(), static_cast<float*>(t.mutable_data_ptr()));
+    return;
+  }
+  auto* to = static_cast<uint16_t*>(t.mutable_data_ptr());
+  for (int64_t i = 0; i < t.numel(); i++) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, from + i, 4);
+    to[i] = from[i] == from[i] ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0;
+  }
+}
+
+// The next three avoid torch's lookup of operators by name, 1 to 2 us each.
+inline Tensor empty(int32_t dtype, const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor empty(const Tensor& type, const std::vector<int64_t>& sizes) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(type.get(), &dtype));
+  return empty(dtype, sizes);
+}
+
+inline Tensor in_order(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+inline Tensor like(const Tensor& x, int64_t last) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = last;
+  return empty(x, sizes);
+}
+
+// ---- threads
+
+// f(part, parts) for every part; a part is a thread's share.
+template <class F>
+void share(int64_t parts, const F& f) {
+  if (parts <= 1) return f(int64_t(0), int64_t(1));
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; part++) f(part, parts);
+  });
+}
+
+// Threads worth waking for `work` multiply-adds.
+inline int64_t threads_for(int64_t work) {
+  return std::min<int64_t>(torch::stable::get_num_threads(), 1 + work / 200000);
+}
+
+}  // namespace fxsparse
