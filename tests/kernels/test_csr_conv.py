@@ -64,6 +64,7 @@ def check(size, shape, density, dtype, arguments, samples=2):
         testing.assert_close(actual, right, tolerance(dtype, samples * 400), max(scale, 1e-9))
 
 
+@pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")  # torch, of its own dense op
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(
     ("size", "shape", "arguments"),
