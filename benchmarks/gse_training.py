@@ -48,6 +48,7 @@ EXTRA = 0.95  # where GraBo and GraEst are shown
 TASKS = {"digits": digits.TASK, "bytes": byte_text.TASK}
 MODELS = {"digits": ("MLP", "ViT"), "bytes": ("transformer",)}
 ALL_MODELS = [model for models in MODELS.values() for model in models]
+SEEDS = 5
 DIGITS = {"digits": 2, "bytes": 3}  # after the point
 
 
@@ -161,7 +162,10 @@ def table(cells: Sequence[Cell]) -> str:
 
 
 def against_rigl(task: Task, values: Sequence[float], rigl: Sequence[float], method: str) -> tuple[str, str]:
-    """Mean difference over the seeds that both have, with its standard error; and whether it exceeds two of them."""
+    """Mean difference over the seeds that both have, with its standard error; and whether it exceeds two of them.
+
+    An error of fewer than five seeds is too rough to judge by, and the row says so.
+    """
     shared = min(len(values), len(rigl))
     if method in (RIGL, RIGL_MASKED, DENSE) or shared < 2:
         return "", ""
@@ -169,6 +173,8 @@ def against_rigl(task: Task, values: Sequence[float], rigl: Sequence[float], met
     places = DIGITS[task.name]
     better = found.mean < 0 if task is TASKS["bytes"] else found.mean > 0
     verdict = "" if found.equal else "better" if better else "**worse**"
+    if shared < SEEDS:
+        verdict = "few seeds"
     return f"{found.mean:+.{places}f} ± {found.error:.{places}f}", verdict
 
 
@@ -222,7 +228,7 @@ def _median(values: Sequence[float | None]) -> str:
 def _options() -> Any:
     made = parser(__doc__, output="benchmarks/results/gse_training.json")
     made.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    made.add_argument("--seeds", type=int, help="of every task (default: %(default)s)", default=5)
+    made.add_argument("--seeds", type=int, help="of every task (default: %(default)s)", default=SEEDS)
     made.add_argument("--finished", action="store_true", help="show the cells of the file, and run none")
     made.add_argument("--figure", type=Path, metavar="FILE", help="draw the scores by sparsity")
     return made.parse_args()
