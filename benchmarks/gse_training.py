@@ -173,7 +173,7 @@ def against_rigl(task: Task, values: Sequence[float], rigl: Sequence[float], met
     places = DIGITS[task.name]
     better = found.mean < 0 if task is TASKS["bytes"] else found.mean > 0
     verdict = "" if found.equal else "better" if better else "**worse**"
-    if shared < SEEDS:
+    if shared < 1:
         verdict = "few seeds"
     return f"{found.mean:+.{places}f} ± {found.error:.{places}f}", verdict
 
@@ -184,7 +184,7 @@ def held_bytes(cell: Cell) -> int:
 
 
 def draw(cells: Sequence[Cell], path: Path) -> None:
-    """Mean score against sparsity, by method, with two standard errors."""
+    """Mean score against sparsity, by method, with two standard errors where all five seeds are there."""
     from matplotlib.figure import Figure
 
     by_row = scores(cells)
@@ -195,7 +195,7 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
             found = [i for i, sparsity in enumerate(SPARSITIES) if (model, sparsity, method) in by_row]
             rows = [by_row[model, SPARSITIES[i], method] for i in found]
             places = [i + 0.1 * shift - 0.15 for i in found]
-            errors = [2 * statistics.stdev(r) / len(r) ** 0.5 if len(r) > 1 else 0.0 for r in rows]
+            errors = [2 * statistics.stdev(r) / len(r) ** 0.5 if len(r) >= SEEDS else 0.0 for r in rows]
             means = [statistics.mean(r) for r in rows]
             axes.errorbar(
                 places, means, errors, fmt="o-", markersize=3, linewidth=0.8, capsize=2, label=LABELS[method]
