@@ -173,7 +173,7 @@ def against_rigl(task: Task, values: Sequence[float], rigl: Sequence[float], met
     places = DIGITS[task.name]
     better = found.mean < 0 if task is TASKS["bytes"] else found.mean > 0
     verdict = "" if found.equal else "better" if better else "**worse**"
-    if shared < 1:
+    if shared < SEEDS:
         verdict = "few seeds"
     return f"{found.mean:+.{places}f} ± {found.error:.{places}f}", verdict
 
