@@ -54,7 +54,7 @@ def test_all_methods_share_allocation_and_update_schedule():
 
 def test_an_update_is_timed_apart_and_gradients_are_counted():
     found = {method: measure(settings(method)) for method in (GSE, STATIC, DENSE, RIGL_MASKED)}
-    assert found[GSE]["update_ms"] > found[GSE]["processor_ms"] > 0
+    assert found[GSE]["update_ms"] > 2 * found[GSE]["processor_ms"] > 0
     assert found[STATIC]["update_ms"] is None
     dense = 4 * sum(p.numel() for p in TASKS["digits"].models["MLP"]().parameters())
     assert found[DENSE]["gradient_bytes"] == found[RIGL_MASKED]["gradient_bytes"] == dense
