@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fxsparse.errors import NumericsError
 from fxsparse.method import Probe, Proposal, WeightView
-from fxsparse.selection import MaskChange, union
+from fxsparse.selection import MaskChange, ascending, union
 from fxsparse.topk import top_mask
 
 PRIME = 2**31 - 1
@@ -103,8 +103,7 @@ def _joined(scores: Sequence[Tensor]) -> Tensor:
 
 def inactive(drawn: Tensor, active: Tensor) -> Tensor:
     """The distinct positions among `drawn` that are not in `active` (ascending): int64, ascending."""
-    distinct = drawn.sort().values.unique_consecutive()
-    return MaskChange.between(active, distinct).grown
+    return MaskChange.between(active, ascending(drawn).unique_consecutive()).grown
 
 
 def up(number: float) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ def random_positions(count: int, numel: int, generator: torch.Generator) -> Tens
     found = torch.empty(0, dtype=torch.int64, device=generator.device)
     while len(found) < count:
         more = torch.randint(numel, (count - len(found),), generator=generator, device=generator.device)
-        found = torch.cat([found, more]).unique()
+        found = ascending(torch.cat([found, more])).unique_consecutive()
     return found
 
 
@@ -58,11 +59,15 @@ def check_positions(positions: Tensor, numel: int, where: str) -> None:
 
 def union(one: Tensor, other: Tensor) -> Tensor:
     """Both together in ascending order; each is ascending, and they share no position."""
-    both = torch.cat([one, other])
-    if not both.is_cpu:
-        return both.sort().values
     # NumPy's stable sort merges two runs in linear time: 0.7 ms for 671,088 entries where torch takes 35, one core.
-    return torch.from_numpy(np.sort(both.numpy(), kind="stable"))
+    return ascending(torch.cat([one, other]), kind="stable")
+
+
+def ascending(positions: Tensor, kind: Literal["quicksort", "stable"] = "quicksort") -> Tensor:
+    """The positions in order; those of the CPU by NumPy, as torch also makes the order's indices."""
+    if not positions.is_cpu:
+        return positions.sort().values
+    return torch.from_numpy(np.sort(positions.numpy(), kind=kind))
 
 
 @dataclass(frozen=True, eq=False)
