@@ -2,8 +2,9 @@
 
 ``python -m benchmarks.scaling --figure docs/scaling.png``: three square layers ("mlp") and a transformer block ("vit",
 whose hidden layer is four times as wide), 2,048 to 65,536 wide, 99 % zeros at 4,096, Adam.  Every cell has a process of
-its own, so that peak memory is its own, and keeps what it frees.  Prints a table, and the exponents of cost ~ width ** exponent.  Dense and
-masked weights stop at 8,192 (three layers of it need 3 and 5 GB with gradients and Adam's moments).
+its own, so that peak memory is its own, and keeps what it frees.  Prints a table, and the exponents of
+cost ~ width ** exponent.  Dense and masked weights stop at 8,192 (three layers of it need 3 and 5 GB with gradients
+and Adam's moments).
 """
 
 import json
