@@ -18,8 +18,8 @@ from torch import nn
 
 import fxsparse
 from benchmarks.footprint import AllocatedBytes, network, resident
-from benchmarks.timing import processor
 from fxsparse import Plan, SparseModule
+from fxsparse.machine import processor
 from fxsparse.methods import gse
 
 EVERY = 3

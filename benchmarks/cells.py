@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.timing import processor
+from fxsparse.machine import processor
 
 Settings = Mapping[str, Any]
 

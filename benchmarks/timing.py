@@ -1,12 +1,11 @@
 """What the benchmarks share: their options, and what a table must say about where its numbers come from."""
 
 import argparse
-import platform
-from pathlib import Path
 
 import torch
 
 from fxsparse.kernels import cpu
+from fxsparse.machine import processor
 
 
 def environment(dtype: torch.dtype) -> str:
@@ -33,14 +32,3 @@ def arguments(description: str, rounds: int) -> argparse.Namespace:
 def ratio(of: float, to: float | None) -> str:
     """How many times faster than `of` the time `to` is; a dash where one was not measured."""
     return "-" if to is None else f"{of / to:.2f}x"
-
-
-def processor() -> str:
-    """The name of the processor."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists():
-        return platform.processor() or platform.machine()
-    lines = cpuinfo.read_text().splitlines()
-    return next(
-        (line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine()
-    )

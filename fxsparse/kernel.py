@@ -1,13 +1,18 @@
 """One way to run one op on one format: the registry, and the measured choice among candidates."""
 
+import functools
+import hashlib
+import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxsparse import machine
 from fxsparse.errors import UnsupportedError
 from fxsparse.timing import interleaved_medians
 
@@ -70,6 +75,8 @@ class Choice:
     """Median of each candidate, microseconds."""
     refusals: Mapping[str, list[str]]
     reason: str
+    recalled: bool = False
+    """The times are an earlier process's on this machine."""
 
 
 TRAINING = {
@@ -119,14 +126,28 @@ def choose(
 
     `weight` is dense with its zeros in place.  Candidates run in turns, `rounds` times each, and the medians
     count: a sparse kernel is taken only where its median is at most `advantage` of the best dense one.
-    Training problems time forward + backward with gradients of x and the weight.  Choices are remembered for
-    the life of the process.  UnsupportedError, with the reasons of every kernel, if none can run.
+    Training problems time forward + backward with gradients of x and the weight.  Times are remembered, in this
+    process and on disk (`fxsparse.machine`), for the same problem, processor, threads and kernels.  UnsupportedError,
+    with the reasons of every kernel, if none can run.
     """
-    key = (problem, bias is not None, activation, torch.get_num_threads(), tuple(registered()))
-    if key not in _CHOICES:
-        usable, refusals = candidates(problem)
-        _CHOICES[key] = _measured(problem, usable, refusals, (x, weight, bias, activation), advantage, rounds)
-    return _CHOICES[key]
+    device = torch.cuda.get_device_name(problem.device) if problem.device.type == "cuda" else "cpu"
+    key = (problem, bias is not None, activation, device, torch.get_num_threads(), _kernel_versions())
+    if (key, advantage) not in _CHOICES:
+        found = machine.recall(key)
+        if found is None:
+            usable, refusals = candidates(problem)
+            times, refusals = _measured(problem, usable, refusals, (x, weight, bias, activation), rounds)
+            machine.remember(key, {"times_us": times, "refusals": refusals})
+            _CHOICES[key, advantage] = _fastest(times, refusals, advantage)
+        else:
+            _CHOICES[key, advantage] = replace(_fastest(**found, advantage=advantage), recalled=True)
+    return _CHOICES[key, advantage]
+
+
+def limit_us(kernel: Kernel, problem: Problem) -> float:
+    """Microseconds that the FLOPs and the weight's bytes of this kernel take at the least (`machine.limit_us`)."""
+    cost = kernel.cost(problem)
+    return machine.limit_us(cost.flops, cost.bytes, problem.dtype)
 
 
 def tolerance(dtype: torch.dtype, terms: int) -> float:
@@ -174,7 +195,23 @@ def _either_mode(kernel: Kernel, dtype: torch.dtype) -> list[str]:
     return min((kernel.refuses(problem) for problem in modes), key=len)
 
 
-def _measured(problem: Problem, usable, refusals, call, advantage: float, rounds: int) -> Choice:
+def _kernel_versions() -> tuple[str, ...]:
+    """Every kernel with what its code is: times of other code say nothing."""
+    from fxsparse.kernels import cpu
+
+    modules = {name: sys.modules.get(kernel.run.__module__) for name, kernel in registered().items()}
+    return cpu.version(), *(f"{n} {_digest(getattr(m, '__file__', None))}" for n, m in modules.items())
+
+
+@functools.cache
+def _digest(file: str | None) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] if file else ""
+
+
+def _measured(
+    problem: Problem, usable, refusals, call, rounds: int
+) -> tuple[dict[str, float], dict[str, list[str]]]:
+    """Microseconds of every usable kernel whose result is right, and why the others are not among them."""
     refusals = dict(refusals)
     timers = {}
     for kernel in usable:
@@ -189,12 +226,18 @@ def _measured(problem: Problem, usable, refusals, call, advantage: float, rounds
             timers[kernel.name] = timer
     if not timers:
         raise UnsupportedError(_nothing_runs(problem, refusals))
-    times = interleaved_medians(timers, rounds=rounds, warm_up=0)
-    dense = [name for name in times if registered()[name].format == "dense"]
-    fastest = min(times, key=times.__getitem__)
-    best_dense = min(dense, key=times.__getitem__, default=fastest)
-    taken = fastest if times[fastest] <= advantage * times[best_dense] else best_dense
-    return Choice(registered()[taken], times, refusals, _reason(taken, best_dense, fastest, times, refusals))
+    return interleaved_medians(timers, rounds=rounds, warm_up=0), refusals
+
+
+def _fastest(times_us: Mapping[str, float], refusals: Mapping[str, list[str]], advantage: float) -> Choice:
+    """The choice by these times."""
+    dense = [name for name in times_us if registered()[name].format == "dense"]
+    fastest = min(times_us, key=times_us.__getitem__)
+    best_dense = min(dense, key=times_us.__getitem__, default=fastest)
+    taken = fastest if times_us[fastest] <= advantage * times_us[best_dense] else best_dense
+    return Choice(
+        registered()[taken], times_us, refusals, _reason(taken, best_dense, fastest, times_us, refusals)
+    )
 
 
 def _prepared(

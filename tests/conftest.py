@@ -6,14 +6,28 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
+from itertools import count
+
 import hypothesis
 import pytest
 import torch
+
+from fxsparse import machine
 
 torch.set_num_threads(1)
 # The first example of a torch function may take seconds, so a deadline measures the machine and not the code.
 hypothesis.settings.register_profile("fxsparse", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("fxsparse")
+
+
+_TESTS = count()
+
+
+@pytest.fixture(autouse=True)
+def _measured_anew(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees what another one measured."""
+    folder = tmp_path_factory.getbasetemp() / f"measured{next(_TESTS)}"
+    monkeypatch.setattr(machine, "measured_folder", lambda: folder)
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fxsparse"
 
 LAYERS = (
-    {"errors", "report", "selection", "topk", "timing", "topology"},
+    {"errors", "report", "selection", "topk", "timing", "topology", "machine"},
     {"pattern", "graph", "method", "reparam", "schedule", "kernel"},
     {"kernels", "everything that is not named here"},
     {"passes"},
@@ -22,7 +22,7 @@ LAYERS = (
 )
 MIDDLE = 2
 FILLS_ITSELF = ("kernel", "kernels")  # the registry imports what registers itself there, at first use
-KERNELS_MAY_IMPORT = {"kernels", "kernel", "formats", "pattern", "errors", "selection", "topk"}
+KERNELS_MAY_IMPORT = {"kernels", "kernel", "formats", "pattern", "errors", "selection", "topk", "machine"}
 
 
 def module_name(path: Path) -> str:

@@ -1,5 +1,5 @@
 """The C++ kernels: built on first use, cached, and asked for what this CPU can do."""
 
-from fxsparse.kernels.cpu.build import availability, builds_for, instruction_set, load, refuses
+from fxsparse.kernels.cpu.build import availability, builds_for, instruction_set, load, refuses, version
 
-__all__ = ["availability", "builds_for", "instruction_set", "load", "refuses"]
+__all__ = ["availability", "builds_for", "instruction_set", "load", "refuses", "version"]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from fxsparse import machine
 from fxsparse.kernel import Problem
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512vbmi")
@@ -63,6 +64,11 @@ def instruction_set(name: str | None = None) -> str:
     return INSTRUCTION_SETS[torch.ops.fxsparse.cpu_level(level)]
 
 
+def version() -> str:
+    """What the C++ kernels in use are: sources, compiler and instruction set; why there are none otherwise."""
+    return availability() or f"{_built().stem} {instruction_set()}"
+
+
 def refuses(problem: Problem) -> list[str]:
     """Reasons that hold for every C++ kernel."""
     reasons = []
@@ -89,26 +95,20 @@ def _load() -> str | None:
     return None
 
 
+@functools.cache
 def _built() -> Path:
     """The shared library for these sources, compiler and architecture; built where it is not cached."""
     compiler = _compiler()
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
     sources = [(_FOLDER / name).read_bytes() for name in _SOURCES]
     stamp = repr((compiler, version, _FLAGS, _TABLES, _LOOKUP, platform.machine(), sources)).encode()
-    library = _cache_folder() / f"fxsparse_cpu_{hashlib.sha256(stamp).hexdigest()[:16]}.so"
+    library = machine.cache_folder() / f"fxsparse_cpu_{hashlib.sha256(stamp).hexdigest()[:16]}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             _compile(compiler, Path(folder))
             os.replace(Path(folder) / "out.so", library)  # atomic: two processes may build at once
     return library
-
-
-def _cache_folder() -> Path:
-    """FXSPARSE_CACHE, else ``fxsparse`` in the user's cache folder."""
-    if folder := os.environ.get("FXSPARSE_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxsparse"
 
 
 def _compiler() -> list[str]:

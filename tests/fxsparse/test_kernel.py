@@ -56,6 +56,32 @@ def test_choice_names_the_times_of_all_candidates_and_is_remembered(registry):
     assert choose(PROBLEM, x, weight, bias, rounds=3) is not choice
 
 
+def test_another_process_recalls_the_times_and_derives_the_choice_anew(registry, monkeypatch):
+    x, weight, bias = call()
+    first = choose(PROBLEM, x, weight, bias, rounds=3)
+    monkeypatch.setattr(kernels, "_CHOICES", {})
+    monkeypatch.setattr(kernels, "_measured", None)
+    second = choose(PROBLEM, x, weight, bias)
+    assert (second.times_us, second.kernel, second.reason) == (first.times_us, first.kernel, first.reason)
+    assert (first.recalled, second.recalled) == (False, True)
+    assert choose(PROBLEM, x, weight, bias, advantage=1e-6).kernel.name == "dense"
+
+
+def test_other_kernels_other_threads_or_other_code_are_measured_again(registry, monkeypatch):
+    x, weight, bias = call()
+    choose(PROBLEM, x, weight, bias, rounds=3)
+    with monkeypatch.context() as edited:
+        edited.setattr(kernels, "_digest", lambda file: "edited")
+        assert not choose(PROBLEM, x, weight, bias, rounds=3).recalled
+    register(replace(registered()["dense"], name="new"))
+    assert not choose(PROBLEM, x, weight, bias, rounds=3).recalled
+
+
+def test_the_limit_of_a_kernel_follows_from_its_cost(monkeypatch):
+    monkeypatch.setattr(kernels.machine, "limit_us", lambda *cost: cost)
+    assert kernels.limit_us(registered()["dense"], PROBLEM) == (2 * 4 * 64 * 48, 64 * 48 * 4, torch.float32)
+
+
 def test_training_problems_time_the_backward_too(registry):
     x, weight, bias = call()
     choice = choose(replace(PROBLEM, training=True), x, weight, bias, rounds=3)
