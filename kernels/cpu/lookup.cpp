@@ -1,4 +1,4 @@
-// The product of one token by table lookups, for AVX-512 VBMI.
+// The product of a few tokens by table lookups, for AVX-512 VBMI.
 //
 // vpermi2b reads 64 bytes of a table of 128 at once: with x split into the four bytes of its floats, four of them fetch
 // x for 64 entries of a window of 128 columns, and two rounds of interleaving put the bytes together.  A window moves by
@@ -44,34 +44,43 @@ inline void load_half(const uint8_t* planes, int64_t stride, int64_t window, __m
 }
 
 template <class Value>
-void look_up_groups(const uint8_t* planes, const Lookup& s, int64_t begin, int64_t end, const Epilogue& epilogue,
-                    const Matrix& dst, int64_t token) {
+inline V sum_group(const uint8_t* planes, const Lookup& s, int64_t group) {
   constexpr bool kHalf = sizeof(Value) == 2;
   const int64_t stride = plane_bytes(s.windows);
-  const Value* values = (const Value*)s.values + s.starts[begin] * int64_t(64);
-  const uint8_t* columns = s.columns + s.starts[begin] * int64_t(64);
-  for (int64_t g = begin; g < end; g++) {
-    V sum[4] = {};
-    __m512i even[4], odd[4];
-    const auto bundles = [&](int count) {
-      for (; count > 0; count--, columns += 64, values += 64) {
-        const Found x = find<kHalf>(even, odd, columns);
+  const Value* values = (const Value*)s.values + s.starts[group] * int64_t(64);
+  const uint8_t* columns = s.columns + s.starts[group] * int64_t(64);
+  V sum[4] = {};
+  __m512i even[4], odd[4];
+  const auto bundles = [&](int count) {
+    for (; count > 0; count--, columns += 64, values += 64) {
+      const Found x = find<kHalf>(even, odd, columns);
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) sum[j] += value_of(values + j * W) * x.step[j];
-      }
-    };
-    const uint8_t* counts = s.counts + g * s.windows;
-    load_half<kHalf>(planes, stride, 0, even);
-    for (int64_t window = 0; window < s.windows; window += 2) {
-      load_half<kHalf>(planes, stride, window + 1, odd);
-      bundles(counts[window]);
-      if (window + 1 == s.windows) break;
-      load_half<kHalf>(planes, stride, window + 2, even);
-      bundles(counts[window + 1]);
+      for (int j = 0; j < 4; j++) sum[j] += value_of(values + j * W) * x.step[j];
     }
+  };
+  const uint8_t* counts = s.counts + group * s.windows;
+  load_half<kHalf>(planes, stride, 0, even);
+  for (int64_t window = 0; window < s.windows; window += 2) {
+    load_half<kHalf>(planes, stride, window + 1, odd);
+    bundles(counts[window]);
+    if (window + 1 == s.windows) break;
+    load_half<kHalf>(planes, stride, window + 2, even);
+    bundles(counts[window + 1]);
+  }
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+template <class Value>
+void look_up_groups(const uint8_t* planes, const Lookup& s, int64_t begin, int64_t end, const Epilogue& epilogue,
+                    const Matrix& dst) {
+  const int64_t token_bytes = 4 * plane_bytes(s.windows);
+  for (int64_t g = begin; g < end; g++) {
     const int64_t r = g * kGroup, count = least(kGroup, s.rows - r);
-    const V total = (sum[0] + sum[1]) + (sum[2] + sum[3]) + bias_of(epilogue, r, count);
-    write_rows(dst, token, r, activate(total, epilogue.activation), count, epilogue.rows);
+    const V bias = bias_of(epilogue, r, count);
+    for (int64_t token = 0; token < dst.tokens; token++) {  // inside: the group comes from L3 or memory once for all
+      const V sum = sum_group<Value>(planes + token * token_bytes, s, g) + bias;
+      write_rows(dst, token, r, activate(sum, epilogue.activation), count, epilogue.rows);
+    }
   }
 }
 
@@ -103,9 +112,9 @@ void split(const Matrix& x, int64_t token, int64_t windows, uint8_t* planes) {
 }
 
 void look_up(const uint8_t* planes, const Lookup& s, int64_t begin, int64_t end, const Epilogue& epilogue,
-             const Matrix& dst, int64_t token) {
-  if (s.scalar == Scalar::f32) return look_up_groups<float>(planes, s, begin, end, epilogue, dst, token);
-  look_up_groups<uint16_t>(planes, s, begin, end, epilogue, dst, token);
+             const Matrix& dst) {
+  if (s.scalar == Scalar::f32) return look_up_groups<float>(planes, s, begin, end, epilogue, dst);
+  look_up_groups<uint16_t>(planes, s, begin, end, epilogue, dst);
 }
 
 }  // namespace fxsparse

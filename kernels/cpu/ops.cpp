@@ -228,12 +228,12 @@ void multiply_lookup(const Matrix& x, const Lookup& s, int64_t groups, const Epi
   };
 #if defined(FXSPARSE_X86)
   if (y.tokens <= kLookupTokens && chosen_level >= kVbmi) {
-    Buffer planes(y.tokens * plane_bytes(s.windows));
-    const auto plane = [&](int64_t token) { return reinterpret_cast<uint8_t*>(planes.data + token * plane_bytes(s.windows)); };
-    for (int64_t token = 0; token < y.tokens; token++) split(x, token, s.windows, plane(token));
+    const int64_t size = plane_bytes(s.windows);
+    Buffer planes(y.tokens * size);
+    auto* bytes = reinterpret_cast<uint8_t*>(planes.data);
+    for (int64_t token = 0; token < y.tokens; token++) split(x, token, s.windows, bytes + token * size * 4);
     return share(threads_for(y.tokens * slots * 2), [&](int64_t part, int64_t parts) {
-      const int64_t begin = share_begin(part, parts), end = share_begin(part + 1, parts);
-      for (int64_t token = 0; token < y.tokens; token++) look_up(plane(token), s, begin, end, epilogue, y, token);
+      look_up(bytes, s, share_begin(part, parts), share_begin(part + 1, parts), epilogue, y);
     });
   }
 #endif

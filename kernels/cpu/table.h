@@ -94,9 +94,8 @@ constexpr int64_t plane_bytes(int64_t windows) { return (windows + 2) * kWindow;
 
 // Lookups with AVX-512 VBMI.  planes[j] = byte j of every fp32 element of the token of x, zeros past the last.
 void split(const Matrix& x, int64_t token, int64_t windows, uint8_t* planes);
-// dst[token] = activation(product + bias) for groups begin <= g < end.
-void look_up(const uint8_t* planes, const Lookup&, int64_t begin, int64_t end, const Epilogue&, const Matrix& dst,
-             int64_t token);
+// dst = activation(product + bias) for groups begin <= g < end; `planes` are those of every token of dst in turn.
+void look_up(const uint8_t* planes, const Lookup&, int64_t begin, int64_t end, const Epilogue&, const Matrix& dst);
 
 const Table& table_portable();
 const Table& table_avx2();
