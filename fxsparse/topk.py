@@ -4,10 +4,12 @@
 mask that depended on it would differ between ranks, devices and storages.
 """
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fxsparse.errors import NumericsError
@@ -59,6 +61,51 @@ def top_of_tiles(tiles: Iterable[tuple[int, Tensor]], n: int) -> Tensor:
             chosen = top_positions(best, n)
             best, positions = best[chosen], positions[chosen]
     return torch.empty(0, dtype=torch.int64) if positions is None else positions
+
+
+def soft_topk(
+    values: Tensor, k: float | Tensor, costs: Tensor | float | None = None, beta: float | Tensor = 20.0
+) -> Tensor:
+    """Spartan's mask: between 0 and 1, of `values`' shape in at least fp32, with ``(costs * mask).sum() == k``.
+
+    It is ``sigmoid(beta * values / costs + shift)``, the entropic relaxation of the knapsack that keeps the largest
+    ``values / costs`` (Tai et al. 2022, arXiv:2205.14107, algorithm 4): as beta grows it becomes `top_mask`.
+    Differentiable in `values` (algorithm 5); the cost of the mask stays k under every change of them.
+
+    Args:
+        k: budget in units of cost; 0 gives zeros, and all that there is, or more, ones.
+        costs: above 0, broadcast to the values; 1 by default.
+
+    Raises:
+        NumericsError: values that are not finite, or costs that are not above 0.
+    """
+    with torch.autocast(values.device.type, enabled=False):
+        precise = values if values.dtype == torch.float64 else values.float()
+        price = torch.as_tensor(1.0 if costs is None else costs, dtype=precise.dtype, device=precise.device)
+        if price.numel() != 1:
+            price = price.expand_as(precise)
+        budget, sharpness = (
+            torch.as_tensor(t, dtype=torch.float64, device=precise.device) for t in (k, beta)
+        )
+        # kernels/soft_topk/shift.py
+        shift = torch.ops.fxsparse.soft_topk_shift([precise], [price], budget, sharpness)
+        return torch.sigmoid(precise * (sharpness.to(precise.dtype) / price) + shift.to(precise.dtype))
+
+
+def sinkhorn_topk(
+    values: Tensor, k: float, costs: Tensor | None = None, beta: float = 20.0, iterations: int = 100
+) -> Tensor:
+    """The mask of `soft_topk` as the paper comes to it, for comparison: its algorithm 4, without a gradient.
+
+    Every iteration is ``shift += log(k / cost of the mask)``; near the end an error shrinks by
+    ``(costs * mask ** 2).sum() / k`` each time, which is slow where the mask is sharp.
+    """
+    price = torch.ones_like(values) if costs is None else costs.expand_as(values)
+    utility, shift = beta * values / price, values.new_zeros(())
+    for _ in range(iterations):
+        log_cost = torch.logsumexp((price.log() + F.logsigmoid(utility + shift)).flatten(), 0)
+        shift = shift + math.log(k) - log_cost
+    return torch.sigmoid(utility + shift)
 
 
 def _refuse_nan(scores: Tensor) -> None:

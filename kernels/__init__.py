@@ -9,6 +9,7 @@ from fxsparse.kernels.csr.topology import position_change
 from fxsparse.kernels.dense.conv import MASKED_CONV
 from fxsparse.kernels.dense.linear import DENSE, MASKED
 from fxsparse.kernels.lookup.linear import lookup_linear
+from fxsparse.kernels.soft_topk.shift import soft_topk_shift
 
 __all__ = [
     "DENSE",
@@ -22,4 +23,5 @@ __all__ = [
     "gradient_at",
     "lookup_linear",
     "position_change",
+    "soft_topk_shift",
 ]

@@ -19,10 +19,10 @@ INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512vbmi")
 """What the kernels are compiled for; the best one that the CPU has is used."""
 
 _OPS = ("csr_forward", "csr_backward", "csr_sample", "condensed_forward", "lookup_forward")
-_OPS += ("csr_conv_forward", "csr_conv_backward", "csr_conv_sample")
+_OPS += ("csr_conv_forward", "csr_conv_backward", "csr_conv_sample", "soft_topk_sums")
 _FOLDER = Path(__file__).parent
 _HEADERS = ("table.h", "vec.h", "rows.h", "planes.h", "tensors.h")
-_SOURCES = (*_HEADERS, "products.cpp", "lookup.cpp", "ops.cpp", "conv.cpp", "topology.cpp")
+_SOURCES = (*_HEADERS, "products.cpp", "lookup.cpp", "ops.cpp", "conv.cpp", "topology.cpp", "soft_topk.cpp")
 _FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
 _TABLES = {
@@ -128,7 +128,7 @@ def _compile(compiler: list[str], folder: Path) -> None:
     torch_folder = Path(torch.__file__).parent
     headers = [f"-I{torch_folder / 'include'}", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     x86 = ["-DFXSPARSE_X86"] if _X86 else []
-    units = {name: [f"{name}.cpp", *headers, *x86] for name in ("ops", "conv", "topology")}
+    units = {name: [f"{name}.cpp", *headers, *x86] for name in ("ops", "conv", "topology", "soft_topk")}
     for name, flags in _TABLES.items():
         if _X86 or not flags:
             units[name] = ["products.cpp", f"-DFXSPARSE_TABLE=table_{name}", *flags]
