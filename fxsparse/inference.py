@@ -14,13 +14,13 @@ from torch import nn
 from fxsparse.artefact import emit
 from fxsparse.errors import InvariantError, PlanError
 from fxsparse.inputs import has_meta
-from fxsparse.module import MAX_DENSE_BYTES, SparseModule
+from fxsparse.module import SparseModule
 from fxsparse.passes import RemoveDeadNeurons, SelectKernels, inference_pipeline
+from fxsparse.passes.select_entry_kernels import why_not_dense
 from fxsparse.pipeline import Pass, PassContext, Program, run_passes
 from fxsparse.plans import Plan
 from fxsparse.report import Report
 from fxsparse.skeleton import bind, copy_structure
-from fxsparse.storage import CompactWeight
 from fxsparse.trace import capture
 from fxsparse.verify import compare, copied_inputs, observe
 
@@ -49,21 +49,28 @@ def compile_for_inference(
     compared with the model and timed against its dense form; where it is below `NEVER_SLOWER`, the least profitable
     kernels are given up, with a note.  Without them nothing can be measured and every weight stays dense.
 
+    Where compact weights together would take more than ``module.MAX_DENSE_BYTES`` as dense ones, no tensor of a dense
+    weight's size is made: kernels pack the nonzeros, and the result is compared with the training module in evaluation
+    mode and timed against that, with a note.
+
     Raises:
-        PlanError: a model compiled for inference already, or compact weights too large to be made dense.
+        PlanError: a model compiled for inference already.
         InvariantError: the result computes something else than the model (a bug).
     """
     _check(model)
     source, plan = _capture(model, example_inputs, strict)
     measured = example_inputs is not None and not has_meta(example_inputs)
-    dense = _dense_form(model) if measured else None
+    dense: nn.Module | None = None
     keep_dense: dict[str, str] = {}
     while True:
         ctx = PassContext(plan, "infer", _copied(source), Report(), example_inputs)
         run_passes(_pipeline(keep_dense), ctx)
         sparse = emit(model, ctx)
-        if dense is None:
+        if not measured:
             return sparse
+        if ctx.entries:
+            return _beside_training(_copied(source).graphs["eval"], sparse, ctx)
+        dense = dense or _dense_form(model)
         _compare(dense, sparse, example_inputs)
         speed = _speed(dense, sparse, example_inputs)
         sparse.report.notes.append(
@@ -104,15 +111,6 @@ def _check(model: nn.Module) -> None:
         raise PlanError(
             "compile: this model is compiled for inference already; compile the model it was made from."
         )
-    if isinstance(model, SparseModule):
-        compact = [weight for _, weight in model.weights() if isinstance(weight, CompactWeight)]
-        needed = sum(math.prod(weight.shape) * weight.values.element_size() for weight in compact)
-        if needed > MAX_DENSE_BYTES:
-            raise PlanError(
-                f"compile: mode='infer' compares kernels on dense copies of the weights, here {needed:,} bytes, more "
-                f"than {MAX_DENSE_BYTES:,}: expected weights that fit. Serve this module itself, which is never dense: "
-                "sparse.eval() under torch.no_grad(), also from fxsparse.load."
-            )
 
 
 def _capture(model: nn.Module, example_inputs: Any, strict: bool) -> tuple[Program, Plan | None]:
@@ -136,6 +134,17 @@ def _copied(program: Program) -> Program:
 def _dense_form(model: nn.Module) -> nn.Module:
     """What the artefact is compared with: the dense model in evaluation mode, run by its own forward."""
     return (model.to_dense() if isinstance(model, SparseModule) else copy_structure(model)).eval()
+
+
+def _beside_training(trained: nn.Module, sparse: SparseModule, ctx: PassContext) -> SparseModule:
+    """Compare and time an artefact whose weights do not fit as dense ones with the training graph in evaluation."""
+    _compare(trained, sparse, ctx.example_inputs)
+    speed = _speed(trained, sparse, ctx.example_inputs)
+    sparse.report.notes.append(
+        f"the training module {speed.dense_us:.1f} us, this {speed.sparse_us:.1f} us: {speed.ratio:.2f}x; "
+        f"{why_not_dense(ctx)}"
+    )
+    return sparse
 
 
 def _compare(dense: nn.Module, sparse: SparseModule, example_inputs: Any) -> None:

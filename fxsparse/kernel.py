@@ -48,10 +48,23 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Entries:
+    """A weight by its nonzeros, by row and then by column; what is packed where a dense weight would not fit."""
+
+    values: Tensor
+    """[nnz]."""
+    indices: Tensor
+    """int32 [2, nnz]: rows and columns in the matrix [out, fan-in]."""
+    shape: tuple[int, ...]
+    """Dense shape of the weight."""
+
+
+@dataclass(frozen=True)
 class Kernel:
     """A kernel entry; `refuses` answers with reasons and never raises.
 
-    `pack` turns a dense weight (zeros are zeros) into buffers; `run` and `reference` take
+    `pack` turns a dense weight (zeros are zeros) into buffers; `pack_entries` makes the same of the nonzeros, without a
+    tensor of the dense size, and a kernel that has none serves dense weights only.  `run` and `reference` take
     ``(x, bias, *buffers in order, activation="none", **problem.arguments)``, so that a pass can write them into a
     graph.
     """
@@ -64,6 +77,7 @@ class Kernel:
     reference: Callable[..., Tensor]
     refuses: Callable[[Problem], list[str]]
     cost: Callable[[Problem], Cost]
+    pack_entries: Callable[[Entries], Mapping[str, Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +100,9 @@ TRAINING = {
 }
 """The kernels that compact storage trains with, by op; their `run` also takes ``probe_key``."""
 
+_CHECKED_PRODUCTS = 1 << 22
+"""Multiply-adds of the plain PyTorch product that checks a kernel on a weight given by its entries."""
+
 _REGISTRY: dict[str, Kernel] = {}
 _CHOICES: dict[tuple, Choice] = {}
 
@@ -105,9 +122,12 @@ def registered() -> dict[str, Kernel]:
     return dict(_REGISTRY)
 
 
-def candidates(problem: Problem) -> tuple[list[Kernel], dict[str, list[str]]]:
-    """The kernels that can run `problem`, and for each of the others its reasons not to."""
-    refusals = {name: _reasons(kernel, problem) for name, kernel in registered().items()}
+def candidates(problem: Problem, *, by_entries: bool = False) -> tuple[list[Kernel], dict[str, list[str]]]:
+    """The kernels that can run `problem`, and for each of the others its reasons not to.
+
+    With `by_entries` the weight is there as `Entries` only.
+    """
+    refusals = {name: _reasons(kernel, problem, by_entries) for name, kernel in registered().items()}
     usable = [kernel for name, kernel in registered().items() if not refusals[name]]
     return usable, {name: reasons for name, reasons in refusals.items() if reasons}
 
@@ -115,7 +135,7 @@ def candidates(problem: Problem) -> tuple[list[Kernel], dict[str, list[str]]]:
 def choose(
     problem: Problem,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Entries,
     bias: Tensor | None = None,
     activation: str = "none",
     *,
@@ -124,18 +144,27 @@ def choose(
 ) -> Choice:
     """Measure every candidate on `x` and return the fastest one that is correct.
 
-    `weight` is dense with its zeros in place.  Candidates run in turns, `rounds` times each, and the medians
-    count: a sparse kernel is taken only where its median is at most `advantage` of the best dense one.
-    Training problems time forward + backward with gradients of x and the weight.  Times are remembered, in this
-    process and on disk (`fxsparse.machine`), for the same problem, processor, threads and kernels.  UnsupportedError,
-    with the reasons of every kernel, if none can run.
+    `weight` is dense with its zeros in place, or its `Entries`, which no dense kernel packs.  Candidates run in turns,
+    `rounds` times each, and the medians count: a sparse kernel is taken only where its median is at most `advantage`
+    of the best dense one.  Training problems time forward + backward with gradients of x and the weight.  Times are
+    remembered, in this process and on disk (`fxsparse.machine`), for the same problem, processor, threads and kernels.
+    UnsupportedError, with the reasons of every kernel, if none can run.
     """
     device = torch.cuda.get_device_name(problem.device) if problem.device.type == "cuda" else "cpu"
-    key = (problem, bias is not None, activation, device, torch.get_num_threads(), _kernel_versions())
+    by_entries = isinstance(weight, Entries)
+    key = (
+        problem,
+        by_entries,
+        bias is not None,
+        activation,
+        device,
+        torch.get_num_threads(),
+        _kernel_versions(),
+    )
     if (key, advantage) not in _CHOICES:
         found = machine.recall(key)
         if found is None:
-            usable, refusals = candidates(problem)
+            usable, refusals = candidates(problem, by_entries=by_entries)
             times, refusals = _measured(problem, usable, refusals, (x, weight, bias, activation), rounds)
             machine.remember(key, {"times_us": times, "refusals": refusals})
             _CHOICES[key, advantage] = _fastest(times, refusals, advantage)
@@ -181,10 +210,19 @@ def capabilities() -> list[dict[str, object]]:
     return rows
 
 
-def _reasons(kernel: Kernel, problem: Problem) -> list[str]:
+def packed(kernel: Kernel, weight: Tensor | Entries) -> Mapping[str, Tensor]:
+    """The buffers of `kernel`, which has to be able to pack such a weight."""
+    if isinstance(weight, Tensor):
+        return kernel.pack(weight.detach())
+    assert kernel.pack_entries is not None, f"{kernel.name} is no candidate"
+    return kernel.pack_entries(weight)
+
+
+def _reasons(kernel: Kernel, problem: Problem, by_entries: bool) -> list[str]:
     if kernel.op != problem.op:
         return [f"it computes {kernel.op}, not {problem.op}"]
-    return kernel.refuses(problem)
+    unpacked = by_entries and kernel.pack_entries is None
+    return kernel.refuses(problem) + (["it packs dense weights only"] if unpacked else [])
 
 
 def _either_mode(kernel: Kernel, dtype: torch.dtype) -> list[str]:
@@ -216,7 +254,7 @@ def _measured(
     timers = {}
     for kernel in usable:
         timer, output = _prepared(kernel, problem, *call)
-        error = _error(output, dict(problem.arguments), *call)
+        error = _error(output, problem, *call)
         allowed = tolerance(problem.dtype, torch.Size(problem.shape[1:]).numel() + 1)
         if error > allowed:
             refusals[kernel.name] = [
@@ -245,7 +283,7 @@ def _prepared(
 ) -> tuple[Callable[[], None], Tensor]:
     """A function that runs `kernel` once as `problem` says, and its output."""
     arguments = dict(problem.arguments)
-    buffers = [tensor.detach() for tensor in kernel.pack(weight.detach()).values()]
+    buffers = [tensor.detach() for tensor in packed(kernel, weight).values()]
     if not problem.training:
         x = x.detach()
 
@@ -280,24 +318,43 @@ def _synchronised(call: Callable[[], object], device: torch.device) -> Callable[
 
 def _error(
     output: Tensor,
-    arguments: Mapping[str, Any],
+    problem: Problem,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Entries,
     bias: Tensor | None,
     activation: str,
 ) -> float:
     """Largest difference from the fp64 result, relative to the largest sum of magnitudes."""
     from fxsparse.kernels.library import activate
 
-    given = {name: value for name, value in arguments.items() if name != "kernel_size"}
-    op: Any = {2: F.linear, 3: F.conv1d, 4: F.conv2d}[weight.dim()]
+    if isinstance(weight, Entries) and problem.op == "linear":
+        few = max(1, _CHECKED_PRODUCTS // max(1, problem.nnz))
+        x, output = x.reshape(-1, x.shape[-1])[:few], output.reshape(-1, output.shape[-1])[:few]
+    op, values = _exact_op(problem, weight)
     with torch.no_grad():
-        inputs = [None if t is None else t.double() for t in (x, weight, bias)]
-        exact = activate(op(*inputs, **given), activation)
+        inputs = [None if t is None else t.double() for t in (x, values, bias)]
+        exact = activate(op(*inputs), activation)
         if exact.numel() == 0:
             return 0.0
-        scale = op(*(None if t is None else t.abs() for t in inputs), **given).max()
+        scale = op(*(None if t is None else t.abs() for t in inputs)).max()
         return ((output.double() - exact).abs().max() / scale.clamp_min(torch.finfo(scale.dtype).tiny)).item()
+
+
+def _exact_op(problem: Problem, weight: Tensor | Entries) -> tuple[Callable[..., Tensor], Tensor]:
+    """A function of (x, values, bias) in plain PyTorch, and the values: the dense weight, or its entries."""
+    arguments = dict(problem.arguments)
+    if isinstance(weight, Tensor):
+        arguments.pop("kernel_size", None)
+        op: Any = {2: F.linear, 3: F.conv1d, 4: F.conv2d}[weight.dim()]
+        return functools.partial(op, **arguments), weight
+    trained = registered()[TRAINING[problem.op]]
+    buffers = dict(packed(trained, weight))
+    stored = buffers.pop("values")
+
+    def exact(x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        return trained.reference(x, bias, values, *buffers.values(), **arguments)
+
+    return exact, stored
 
 
 def _reason(taken: str, best_dense: str, fastest: str, times: Mapping[str, float], refusals) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fxsparse import optimizer_state
 from fxsparse.formats import csr
 from fxsparse.graph import fetch
+from fxsparse.kernel import Entries
 from fxsparse.selection import MaskChange
 
 
@@ -142,6 +143,11 @@ class CompactWeight(nn.Module):
         """(out, fan-in)."""
         return self.shape[0], prod(self.shape[1:])
 
+    @property
+    def dense_bytes(self) -> int:
+        """What the dense weight would take."""
+        return prod(self.shape) * self.values.element_size()
+
     def active(self) -> Tensor:
         """Flat positions of the stored entries, int64, ascending."""
         return csr.flat_of(self.index)
@@ -169,6 +175,11 @@ class CompactWeight(nn.Module):
     def zero_unused(self) -> None:
         """Keep the slots that hold no entry at exactly 0."""
         self.values[self.index.nnz :] = 0
+
+    def entries(self) -> Entries:
+        """The stored entries, as views."""
+        nnz = self.index.nnz
+        return Entries(self.values.detach()[:nnz], self.indices[:, :nnz], self.shape)
 
     def dense(self) -> Tensor:
         """The dense weight, zeros filled in."""

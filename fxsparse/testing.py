@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fxsparse.formats import condensed
-from fxsparse.kernel import Kernel, Problem, tolerance
+from fxsparse.kernel import Entries, Kernel, Problem, tolerance
 from fxsparse.kernels.library import ACTIVATIONS, activate
 from fxsparse.method import Method, Probe, Signs, WeightView, from_dict
 from fxsparse.observed import Observed, marginals
@@ -143,6 +143,7 @@ def _check_problem(kernel: Kernel, weight: Tensor, batch: tuple[int, ...], train
     x = torch.randn(*batch, 2 * in_features, generator=generator).to(weight.dtype)[..., ::2]
     bias = torch.randn(out_features, generator=generator).to(weight.dtype)
     upstream = torch.randn(*batch, out_features, generator=generator).to(weight.dtype)
+    _check_entries(kernel, weight)
     for run, with_bias in itertools.product((kernel.run, kernel.reference), (bias, None)):
         with poisoned_memory():
             if training:
@@ -155,6 +156,19 @@ def _check_problem(kernel: Kernel, weight: Tensor, batch: tuple[int, ...], train
                 y = run(x, with_bias, *buffers, activation=activation)
                 allowed = tolerance(weight.dtype, in_features + 1)
                 assert_close(y, activate(exact, activation), allowed, scale)
+
+
+def _check_entries(kernel: Kernel, weight: Tensor) -> None:
+    """What is packed from the nonzeros alone is what is packed from the dense weight."""
+    if kernel.pack_entries is None:
+        return
+    mask = weight != 0
+    entries = Entries(weight[mask], mask.nonzero().t().int(), tuple(weight.shape))
+    expected, got = kernel.pack(weight), kernel.pack_entries(entries)
+    assert list(expected) == list(got), f"{kernel.name}: expected buffers {list(expected)}, got {list(got)}"
+    for name, tensor in expected.items():
+        same = tensor.dtype == got[name].dtype and torch.equal(tensor, got[name])
+        assert same, f"{kernel.name}: pack_entries makes another {name}"
 
 
 def _check_gradients(

@@ -19,6 +19,7 @@ from fxsparse.passes.lower_inference import LowerInference
 from fxsparse.passes.lower_kernels import LowerKernels
 from fxsparse.passes.remove_dead_neurons import RemoveDeadNeurons
 from fxsparse.passes.remove_identities import RemoveIdentities
+from fxsparse.passes.select_entry_kernels import SelectEntryKernels
 from fxsparse.passes.select_kernels import SelectKernels
 from fxsparse.pipeline import Pass
 
@@ -44,6 +45,7 @@ inference_pipeline = (
     RemoveDeadNeurons(),
     DetectPattern(),
     SelectKernels(),
+    SelectEntryKernels(),
     CountFlops(),
     LowerInference(),
     FuseEpilogue(),
@@ -76,6 +78,7 @@ __all__ = [
     "LowerKernels",
     "RemoveDeadNeurons",
     "RemoveIdentities",
+    "SelectEntryKernels",
     "SelectKernels",
     "counting_pipeline",
     "inference_pipeline",

@@ -26,6 +26,9 @@ class DetectPattern:
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         """Changes no graph, so it returns 0."""
         for name, spec in ctx.weights.items():
+            if name in ctx.entries:
+                _detect_in_entries(name, ctx)
+                continue
             weight = fetch(gm, name).detach()
             mask = (weight.t() if spec.transposed else weight) != 0
             nnz = int(mask.sum())
@@ -34,6 +37,19 @@ class DetectPattern:
             if empty:
                 ctx.notes.append(f"{name}: {empty} of {len(mask)} rows are empty")
         return 0
+
+
+def _detect_in_entries(name: str, ctx: PassContext) -> None:
+    """Of nonzeros too few to show in blocks: constant fan-in or none."""
+    entries = ctx.entries[name]
+    nnz = entries.values.numel()
+    counts = torch.bincount(entries.indices[0], minlength=entries.shape[0])
+    filled = counts[counts > 0]
+    constant = len(filled) > 0 and bool((filled == filled[0]).all())
+    pattern = ConstantFanIn(int(filled[0])) if constant else Unstructured()
+    ctx.decisions[name] = Decision(pattern, 1 - nnz / ctx.weights[name].numel, nnz)
+    if len(filled) < len(counts):
+        ctx.notes.append(f"{name}: {len(counts) - len(filled)} of {len(counts)} rows are empty")
 
 
 def detect(mask: Tensor) -> Pattern:

@@ -55,6 +55,8 @@ def _refusal(gm: GraphModule, norm: BatchNormCall, site: Site | None) -> str | N
         return "no convolution or linear layer with a weight of its own comes right before it"
     if len(site.node.users) > 1:
         return f"the output of {site.node.name} has {len(site.node.users)} readers"
+    if fetch(gm, str(site.weight.target)).is_meta:
+        return f"{site.weight.target} is stored as its nonzeros, as a dense one would not fit"
     calls = readers(gm.graph, str(site.weight.target))
     if calls > 1:
         return f"{site.weight.target} has {calls} call sites"

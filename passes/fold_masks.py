@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from fxsparse import module
 from fxsparse.graph import (
     CONVOLUTION,
     attribute_nodes,
@@ -29,7 +32,9 @@ class FoldMasks:
     """reparam(w, mask) becomes the effective weight, and the product of a compact weight the dense op that it was.
 
     The skeleton gets new Parameters; those of the training module are left as they are.  So selection starts from
-    one normal form whatever training held.
+    one normal form whatever training held.  Where the compact weights together would take more than
+    ``module.MAX_DENSE_BYTES`` as dense ones, none is made: their Parameters are on meta, and ``ctx.entries`` has
+    the nonzeros.
     """
 
     name: ClassVar[str] = "fold-masks"
@@ -38,7 +43,7 @@ class FoldMasks:
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         """Returns the number of rewritten nodes; 0 on a model that is no training module."""
-        rewrites = _fold_masked(gm, ctx) + _fold_compact(gm)
+        rewrites = _fold_masked(gm, ctx) + _fold_compact(gm, ctx)
         if rewrites:
             eliminate_dead_code(gm.graph)
         return rewrites
@@ -53,28 +58,36 @@ def _fold_masked(gm: GraphModule, ctx: PassContext) -> int:
     masks = {str(node.args[0].target): str(node.args[1].target) for node in found}
     for name, mask in masks.items():
         replace_parameter(gm, name, reparam.fold(fetch(gm, name).detach(), fetch(gm, mask)))
-        module, leaf = owner(gm, mask)
-        del module._buffers[leaf]
+        holder, leaf = owner(gm, mask)
+        del holder._buffers[leaf]
     for node in found:
         node.replace_all_uses_with(node.args[0])
         gm.graph.erase_node(node)
     return len(found)
 
 
-def _fold_compact(gm: GraphModule) -> int:
+def _fold_compact(gm: GraphModule, ctx: PassContext) -> int:
     found = [(node, name) for node in gm.graph.nodes if (name := _compact_name(gm, node)) is not None]
+    stored = {name: fetch(gm, name) for _, name in found}
+    too_large = sum(weight.dense_bytes for weight in stored.values()) > module.MAX_DENSE_BYTES
+    if too_large:
+        ctx.entries |= {name: weight.entries() for name, weight in stored.items()}
     for node, name in found:
         compact = fetch(gm, name)
         if isinstance(compact, CompactWeight):
-            module, leaf = owner(gm, name)
-            del module._modules[leaf]
-            replace_parameter(gm, name, compact.dense())
+            holder, leaf = owner(gm, name)
+            del holder._modules[leaf]
+            replace_parameter(gm, name, _on_meta(compact) if too_large else compact.dense())
         known = attribute_nodes(gm.graph, name)
         weight = known[0] if known else insert_get_attr(gm.graph, name, node)
         op = _OPS[fetch(gm, name).dim()]
         given = {key: value for key, value in node.kwargs.items() if key in CONVOLUTION}
         replace(node, op, (node.args[0], weight, node.args[1]), **given)
     return len(found)
+
+
+def _on_meta(weight: CompactWeight) -> Tensor:
+    return torch.empty(weight.shape, dtype=weight.values.dtype, device="meta")
 
 
 def _compact_name(gm: GraphModule, node: Node) -> str | None:

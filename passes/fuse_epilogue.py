@@ -35,7 +35,9 @@ class FuseEpilogue:
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         """Returns the number of fused ops."""
-        runs = {entry.run for entry in kernel.registered().values()}
+        entries = kernel.registered()
+        # The training kernels fuse no activation; weights that no other kernel can pack are served by them.
+        runs = {entry.run for name, entry in entries.items() if name not in kernel.TRAINING.values()}
         fused = 0
         for node in [node for node in gm.graph.nodes if node.op == "call_function" and node.target in runs]:
             fused += _fuse_bias(gm, node) + _fuse_activation(gm, node, ctx.notes)

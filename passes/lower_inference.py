@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxsparse import kernel
@@ -17,6 +18,7 @@ from fxsparse.graph import (
     sites,
 )
 from fxsparse.packed import PackedWeight, put_packed
+from fxsparse.passes.select_kernels import site_arguments
 from fxsparse.pipeline import PassContext
 
 
@@ -35,9 +37,8 @@ class LowerInference:
             if decision.format == "dense":
                 continue
             found, entry = sites(gm, name), kernel.registered()[decision.kernel]
-            weight = fetch(gm, name).detach()
-            matrix = weight.t().contiguous() if found[0].transposed else weight
-            packed = PackedWeight(entry.name, tuple(matrix.shape), entry.pack(matrix))
+            weight = ctx.entries.get(name) or _matrix(gm, found[0])
+            packed = PackedWeight(entry.name, tuple(weight.shape), kernel.packed(entry, weight))
             put_packed(ctx.program.skeleton, name, packed)
             for site in found:
                 _lower(gm, site, name, packed, entry)
@@ -46,10 +47,16 @@ class LowerInference:
         return lowered
 
 
+def _matrix(gm: GraphModule, site: Site) -> Tensor:
+    weight = fetch(gm, str(site.weight.target)).detach()
+    return weight.t().contiguous() if site.transposed else weight
+
+
 def _lower(gm: GraphModule, site: Site, name: str, packed: PackedWeight, entry: kernel.Kernel) -> None:
     node = site.node
     buffers = [_attribute(gm, f"{name}.{buffer}", node) for buffer, _ in packed.named_buffers()]
-    replace(node, entry.run, (argument(node, 0, "input"), argument(node, 2, "bias"), *buffers))
+    arguments = site_arguments(site, packed.shape)
+    replace(node, entry.run, (argument(node, 0, "input"), argument(node, 2, "bias"), *buffers), **arguments)
 
 
 def _attribute(gm: GraphModule, name: str, before: Node) -> Node:

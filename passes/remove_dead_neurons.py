@@ -64,6 +64,8 @@ def _refusal(gm: GraphModule, ctx: PassContext) -> str | None:
         return "no graph of the model could be captured, so nothing tells who reads them"
     if not any("val" in node.meta for node in gm.graph.nodes):
         return "shapes are unknown"
+    if ctx.entries:
+        return "weights are stored as their nonzeros, as dense ones would not fit"
     return "the weights are on the meta device" if has_meta(ctx.program.skeleton) else None
 
 

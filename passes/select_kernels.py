@@ -1,18 +1,18 @@
 """Pick the kernel of every sparse weight by measurement on the inputs that its call sites really get."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from fxsparse import kernel
 from fxsparse.formats import condensed
-from fxsparse.graph import Site, argument, attribute_nodes, fetch, sites
-from fxsparse.kernel import Choice, Problem
+from fxsparse.graph import Site, argument, attribute_nodes, convolution_arguments, fetch, sites
+from fxsparse.kernel import Choice, Kernel, Problem
 from fxsparse.passes.fuse_epilogue import activation_after
 from fxsparse.pipeline import Decision, PassContext, WeightSpec
 from fxsparse.skeleton import bind
@@ -39,6 +39,8 @@ class SelectKernels:
         """Changes no graph, so it returns 0."""
         measured: dict[str, list[Site]] = {}
         for name, decision in ctx.decisions.items():
+            if name in ctx.entries:
+                continue  # of select-entry-kernels
             found = sites(gm, name)
             reason = self.keep_dense.get(name) or _refusal(gm, ctx, ctx.weights[name], decision, found)
             decision.storage = decision.format = decision.kernel = "dense"
@@ -58,6 +60,7 @@ def site_inputs(gm: GraphModule, ctx: PassContext, nodes: list[Node]) -> dict[No
         return {}
     graph, seen = copy.deepcopy(gm.graph), _Seen({})
     wanted = {node.name for node in nodes}
+    _run_on_entries(gm, graph, ctx)
     for node in [node for node in graph.nodes if node.name in wanted]:
         with graph.inserting_before(node):
             graph.call_function(seen.keep, (node.name, node.args[0]))
@@ -65,6 +68,33 @@ def site_inputs(gm: GraphModule, ctx: PassContext, nodes: list[Node]) -> dict[No
     with frozen_state(ctx.program.skeleton, training=False), torch.no_grad():
         bind(graph, ctx.program.skeleton)(*args, **kwargs)
     return {node: seen.inputs[node.name] for node in nodes}
+
+
+def _run_on_entries(gm: GraphModule, graph: Graph, ctx: PassContext) -> None:
+    """Let ops of a copied `graph` on weights that are on meta be kernels on their nonzeros."""
+    named = {node.name: node for node in graph.nodes}
+    for name, entries in ctx.entries.items():
+        entry = kernel.registered()[kernel.TRAINING[ctx.weights[name].op]]
+        buffers = tuple(kernel.packed(entry, entries).values())
+        for site in sites(gm, name):
+            node = named[site.node.name]
+            node.target = _Stored(entry, buffers, site_arguments(site, entries.shape)).run
+            node.args, node.kwargs = (node.args[0], argument(node, 2, "bias")), {}
+
+
+@dataclass(frozen=True)
+class _Stored:
+    kernel: Kernel
+    buffers: tuple[Tensor, ...]
+    arguments: dict[str, Any]
+
+    def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return self.kernel.run(x, bias, *self.buffers, **self.arguments)
+
+
+def site_arguments(site: Site, shape: Sequence[int]) -> dict[str, Any]:
+    """What a kernel's `run` takes besides tensors at a call site of a weight of `shape`."""
+    return {} if site.op == "linear" else convolution_arguments(site.node, shape)
 
 
 @dataclass(frozen=True)

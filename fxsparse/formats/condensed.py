@@ -44,6 +44,25 @@ def pack(weight: Tensor, mask: Tensor | None = None) -> Mapping[str, Tensor]:
     return packed | {"active_rows": rows_of(active), "empty_rows": rows_of(~active)}
 
 
+def pack_entries(values: Tensor, indices: Tensor, shape: tuple[int, int]) -> Mapping[str, Tensor]:
+    """What `pack` makes, from the nonzeros: values [nnz] and int32 rows and columns [2, nnz] of a weight [out, in].
+
+    The entries are by row, then by column, and every nonempty row has as many.
+    """
+    filled = torch.bincount(indices[0], minlength=shape[0]) > 0
+    active = int(filled.sum())
+    narrow = torch.int16 if shape[1] <= _INT16_MAX else torch.int32
+    packed = {
+        "values": values.reshape(active, -1 if active else 0),
+        "indices": indices[1].to(narrow, copy=True).reshape(active, -1 if active else 0),
+    }
+    return (
+        packed
+        if active == shape[0]
+        else packed | {"active_rows": rows_of(filled), "empty_rows": rows_of(~filled)}
+    )
+
+
 def to_dense(
     values: Tensor,
     indices: Tensor,

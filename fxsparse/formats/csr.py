@@ -111,6 +111,13 @@ def move_(index: CsrIndex, flat: Tensor) -> None:
         raise PatternError(f"positions must be strictly ascending and inside the {rows} x {columns} weight")
 
 
+def pointers(rows: Tensor, count: int) -> Tensor:
+    """Where each of `count` rows starts, int32 [count + 1], in entries whose `rows` are ascending."""
+    starts = torch.zeros(count + 1, dtype=torch.int32, device=rows.device)
+    starts[1:] = torch.bincount(rows, minlength=count).cumsum(0)
+    return starts
+
+
 def flat_of(index: CsrIndex) -> Tensor:
     """Flat positions of the entries, int64 [nnz], ascending."""
     rows, cols = index.indices[:, : index.nnz]

@@ -1,11 +1,13 @@
 """Inference of linear layers with constant fan-in, in the condensed layout; rows may be empty (ablated neurons)."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fxsparse.formats import condensed
-from fxsparse.kernel import Cost, Kernel, Problem, register
+from fxsparse.kernel import Cost, Entries, Kernel, Problem, register
 from fxsparse.kernels import cpu
 from fxsparse.kernels.csr import reference as csr_reference
 from fxsparse.kernels.library import (
@@ -78,6 +80,10 @@ def _flops(x_shape, values_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * values_shape.numel() * torch.Size(x_shape[:-1]).numel()
 
 
+def _pack_entries(entries: Entries) -> Mapping[str, Tensor]:
+    return condensed.pack_entries(entries.values, entries.indices, (entries.shape[0], entries.shape[1]))
+
+
 def _run(x, bias, values, indices, active_rows=None, empty_rows=None, activation: str = "none") -> Tensor:
     return condensed_linear(x, values, indices, bias, activation, active_rows, empty_rows)
 
@@ -103,5 +109,15 @@ def _cost(problem: Problem) -> Cost:
 
 
 CONDENSED = register(
-    Kernel("cpu-condensed", "linear", "condensed", condensed.pack, _run, _reference, _refuses, _cost)
+    Kernel(
+        "cpu-condensed",
+        "linear",
+        "condensed",
+        condensed.pack,
+        _run,
+        _reference,
+        _refuses,
+        _cost,
+        _pack_entries,
+    )
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fxsparse.formats import csr
-from fxsparse.kernel import TRAINING, Cost, Kernel, Problem, register
+from fxsparse.kernel import TRAINING, Cost, Entries, Kernel, Problem, register
 from fxsparse.kernels import cpu, probe
 from fxsparse.kernels.csr import patches
 from fxsparse.kernels.library import COMPILED, autocast, define
@@ -174,6 +174,11 @@ def _pack(weight: Tensor) -> Mapping[str, Tensor]:
     return {"values": csr.values_of(matrix, index), "crow": index.crow, "cols": index.cols}
 
 
+def _pack_entries(entries: Entries) -> Mapping[str, Tensor]:
+    rows, cols = entries.indices
+    return {"values": entries.values, "crow": csr.pointers(rows, entries.shape[0]), "cols": cols}
+
+
 def csr_conv_train(x, bias, values, crow, cols, activation: str = "none", **arguments: Any) -> Tensor:
     """`csr_conv2d` in the argument order of ``Kernel.run``; `arguments` are its keywords."""
     return csr_conv2d(x, values, crow, cols, bias, **arguments)
@@ -195,5 +200,15 @@ def _cost(problem: Problem) -> Cost:
 
 
 CSR_CONV_TRAIN = register(
-    Kernel(TRAINING["conv2d"], "conv2d", "csr", _pack, csr_conv_train, _reference, _refuses, _cost)
+    Kernel(
+        TRAINING["conv2d"],
+        "conv2d",
+        "csr",
+        _pack,
+        csr_conv_train,
+        _reference,
+        _refuses,
+        _cost,
+        _pack_entries,
+    )
 )

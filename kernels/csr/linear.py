@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fxsparse.formats import csr
-from fxsparse.kernel import TRAINING, Cost, Kernel, Problem, register
+from fxsparse.kernel import TRAINING, Cost, Entries, Kernel, Problem, register
 from fxsparse.kernels import cpu, probe
 from fxsparse.kernels.csr import reference
 from fxsparse.kernels.library import ACTIVATIONS, COMPILED, activation_code, autocast, define, refuse_gradient
@@ -128,6 +128,15 @@ def _pack_inference(weight: Tensor) -> Mapping[str, Tensor]:
     }
 
 
+def _pack_entries_inference(entries: Entries) -> Mapping[str, Tensor]:
+    narrow = torch.int16 if entries.shape[1] <= 32767 else torch.int32
+    return {
+        "values": entries.values,
+        "crow": csr.pointers(entries.indices[0], entries.shape[0]),
+        "cols": entries.indices[1].to(narrow, copy=True),
+    }
+
+
 def csr_infer(x, bias, values, crow, cols, activation: str = "none") -> Tensor:
     """`csr_linear` without gradients, in the argument order of ``Kernel.run``."""
     return csr_linear(x, values, crow, cols, bias=bias, activation=activation)
@@ -139,8 +148,19 @@ def _reference_inference(x, bias, values, crow, cols, activation: str = "none") 
 
 def _pack_training(weight: Tensor) -> Mapping[str, Tensor]:
     index = csr.from_mask(weight != 0)
-    names = ("crow", "cols", "ccol", "rows_t", "perm")
-    return {"values": csr.values_of(weight, index), **{name: getattr(index, name) for name in names}}
+    return {"values": csr.values_of(weight, index), **_parts(index)}
+
+
+def _pack_entries_training(entries: Entries) -> Mapping[str, Tensor]:
+    shape = (entries.shape[0], entries.shape[1])
+    return {
+        "values": entries.values,
+        **_parts(csr.from_flat(csr.positions_in(entries.indices, shape), shape)),
+    }
+
+
+def _parts(index: csr.CsrIndex) -> Mapping[str, Tensor]:
+    return {name: getattr(index, name) for name in ("crow", "cols", "ccol", "rows_t", "perm")}
 
 
 def csr_train(
@@ -183,6 +203,7 @@ CSR = register(
         _reference_inference,
         _refuses_inference,
         _cost_inference,
+        _pack_entries_inference,
     )
 )
 CSR_TRAIN = register(
@@ -195,5 +216,6 @@ CSR_TRAIN = register(
         _reference_training,
         _refuses_training,
         _cost_training,
+        _pack_entries_training,
     )
 )

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxsparse
-from fxsparse import Plan
+from fxsparse import Plan, module
 from fxsparse.methods import set_, static
 from fxsparse.pattern import ConstantFanIn, Unstructured
 
@@ -101,12 +101,64 @@ def test_compiled_trained_updated_and_saved(method, pattern, tmp_path) -> None:
     assert all(row["nnz"] == len(before[row["name"]]) for row in sparse.report.layers)
 
 
-def test_inference_refuses_to_make_dense_what_does_not_fit() -> None:
+@pytest.mark.parametrize("pattern", [Unstructured(), ConstantFanIn()], ids=str)
+@pytest.mark.parametrize("measured", [True, False], ids=["measured", "without example inputs"])
+def test_served_without_a_dense_weight(pattern, measured, monkeypatch, tmp_path) -> None:
+    sparse = always_sparse(set_(every=2), pattern)
+    train(sparse, torch.optim.Adam(sparse.parameters()))
+    fxsparse.save(sparse, tmp_path / "file")
     with torch.device("meta"):
-        model = nn.Linear(2**16, 2**16, bias=False)
-    plan = Plan(sparsity=1 - 2**-20, method=static("random"), storage="compact")
-    sparse = fxsparse.compile(model, plan, example_inputs=torch.zeros(1, 2**16))
-    with pytest.raises(fxsparse.FxSparseError, match=r"here 17,179,869,184 bytes, more .* sparse.eval\(\)"):
-        fxsparse.compile(sparse, mode="infer")
-    with torch.no_grad():
-        assert sparse.eval()(torch.ones(1, 2**16)).count_nonzero() > 0
+        model = Mlp()
+    monkeypatch.setattr(module, "MAX_DENSE_BYTES", 2 * 4 * WIDTH * WIDTH - 1)
+    with never_dense():
+        trained = fxsparse.load(tmp_path / "file", model)
+        fast = fxsparse.compile(trained, mode="infer", example_inputs=X if measured else None)
+        got = fast(X)
+    torch.testing.assert_close(got, sparse.eval()(X).detach())
+    assert trained.training, "the model is left as it was"
+    for row, (_, weight) in zip(fast.report.layers, sparse.weights(), strict=True):
+        assert row["kernel"] in ("cpu-csr", "cpu-condensed", "cpu-csr-train")
+        assert (row["nnz"], row["dense_us"]) == (len(weight.active()), None)
+        assert (
+            "neither compared with dense nor timed against it: dense weights would take 131,072"
+            in row["reason"]
+        )
+        assert not measured or 0 < row["flops_executed"] < row["flops_dense"]
+    assert any("the training module" in note for note in fast.report.notes) == measured
+    assert torch.equal(pickle.loads(pickle.dumps(fast))(X), got)
+
+
+def test_a_dense_weight_that_fits_is_measured_against(monkeypatch) -> None:
+    monkeypatch.setattr(module, "MAX_DENSE_BYTES", 2 * 4 * WIDTH * WIDTH)
+    with pytest.raises(AssertionError, match="aten"), never_dense():
+        fxsparse.compile(always_sparse(static("random")), mode="infer", example_inputs=X)
+
+
+class Mixed(nn.Module):
+    """Convolutions with a norm, an activation to fuse, and a weight that is kept dense."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32)
+        self.other = nn.Conv2d(32, 32, 3, stride=2)
+        self.first, self.head = nn.Linear(32 * 9, 64), nn.Linear(64, 10)
+
+    def forward(self, x):
+        x = torch.relu(self.other(torch.relu(self.norm(self.conv(x)))))
+        return self.head(torch.relu(self.first(x.flatten(1))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_convolutions_and_dense_layers_are_served_beside(dtype, monkeypatch) -> None:
+    plan = Plan(sparsity=0.9, method=static("random"), storage="compact", exclude=("head",))
+    x = torch.randn(2, 3, 8, 8, dtype=dtype)
+    sparse = fxsparse.compile(Mixed().to(dtype), plan, example_inputs=x)
+    sparse(x)  # moves the statistics of the norm
+    monkeypatch.setattr(module, "MAX_DENSE_BYTES", 0)
+    fast = fxsparse.compile(sparse, mode="infer", example_inputs=x)
+    for inputs in (x, x[:1], torch.randn(5, 3, 8, 8, dtype=dtype)):
+        torch.testing.assert_close(fast(inputs).detach(), sparse.eval()(inputs).detach())
+    kernels = {row["name"]: row["kernel"] for row in fast.report.layers}
+    assert kernels["conv.weight"] == kernels["other.weight"] == "cpu-csr-conv-train"
+    if dtype == torch.float64:
+        assert kernels["first.weight"] == "cpu-csr-train", "the compiled kernels sum in fp32"

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from fxsparse import kernel as kernels
 from fxsparse.errors import UnsupportedError
-from fxsparse.kernel import Problem, candidates, capabilities, choose, register, registered
+from fxsparse.kernel import Entries, Problem, candidates, capabilities, choose, register, registered
 from fxsparse.testing import sparse_weight
 
 CPU = torch.device("cpu")
@@ -104,6 +104,24 @@ def test_a_wrong_kernel_is_never_chosen(registry):
     choice = choose(PROBLEM, *call(), rounds=3, advantage=1e9)
     assert choice.kernel.name != "wrong"
     assert "its result is wrong here: relative error" in choice.refusals["wrong"][0]
+
+
+def entries_of(weight):
+    mask = weight != 0
+    return Entries(weight[mask], mask.nonzero().t().int(), tuple(weight.shape))
+
+
+def test_given_entries_no_dense_kernel_takes_part_and_a_wrong_one_is_found(registry):
+    def wrong(x, bias, values, crow, cols, activation="none"):
+        return registered()["cpu-csr"].run(x, bias, values * 1.01, crow, cols, activation=activation)
+
+    register(replace(registered()["cpu-csr"], name="wrong", run=wrong))
+    x, weight, bias = call()
+    choice = choose(PROBLEM, x, entries_of(weight), bias, "relu", rounds=3, advantage=1e9)
+    assert set(choice.times_us) == {"cpu-csr"}
+    assert choice.refusals["dense"] == ["it packs dense weights only"]
+    assert "its result is wrong here: relative error" in choice.refusals["wrong"][0]
+    assert "dense" in choose(PROBLEM, x, weight, bias, "relu", rounds=3).times_us, "remembered apart"
 
 
 def test_a_third_party_kernel_is_a_candidate_and_names_are_unique(registry):

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxsparse import testing
 from fxsparse.formats import csr
-from fxsparse.kernel import TRAINING, Problem, registered, tolerance
+from fxsparse.kernel import TRAINING, Entries, Problem, packed, registered, tolerance
 from fxsparse.kernels import cpu, csr_conv2d, probe
 from fxsparse.kernels.csr import patches
 from fxsparse.kernels.csr.conv import window
@@ -229,3 +229,15 @@ def test_refuses_what_does_not_fit():
         csr_conv2d(
             torch.randn(1, 4, 5, 5), values[:-1], index.crow, index.cols[:-1], kernel_size=weight.shape[2:]
         )
+
+
+def test_packs_the_same_from_nonzeros_alone() -> None:
+    weight = torch.randn(6, 4, 3, 3) * (torch.rand(6, 4, 3, 3) < 0.2)
+    weight[2] = 0
+    kernel = registered()[TRAINING["conv2d"]]
+    matrix = weight.flatten(1)
+    mask = matrix != 0
+    entries = Entries(matrix[mask], mask.nonzero().t().int(), tuple(weight.shape))
+    got, expected = packed(kernel, entries), packed(kernel, weight)
+    assert list(got) == list(expected)
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())

@@ -1,0 +1,97 @@
+"""Pick the kernel of every weight that is too large to be made dense, among those that pack nonzeros."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fxsparse import kernel, module
+from fxsparse.graph import Site, argument, fetch, sites
+from fxsparse.inputs import has_meta
+from fxsparse.kernel import Choice, Entries, Problem
+from fxsparse.passes.fuse_epilogue import activation_after
+from fxsparse.passes.select_kernels import site_arguments, site_inputs
+from fxsparse.pattern import ConstantFanIn
+from fxsparse.pipeline import Decision, PassContext
+
+
+@dataclass(frozen=True)
+class SelectEntryKernels:
+    """Fill ``format``, ``kernel``, ``reason`` and ``sparse_us`` of the decisions for ``ctx.entries``.
+
+    The kernel is the one that measures fastest over all call sites on the inputs that these really get; without
+    example inputs the first that can run; where none can, that of training.
+    """
+
+    name: ClassVar[str] = "select-entry-kernels"
+    after: ClassVar[tuple[str, ...]] = ("select-kernels",)
+    preserves_function: ClassVar[bool] = True
+
+    def run(self, gm: GraphModule, ctx: PassContext) -> int:
+        """Changes no graph, so it returns 0."""
+        found = {name: sites(gm, name) for name in ctx.entries}
+        inputs = {}
+        if ctx.example_inputs is not None and not has_meta(ctx.example_inputs):
+            inputs = site_inputs(gm, ctx, [site.node for calls in found.values() for site in calls])
+        for name, calls in found.items():
+            _decide(gm, ctx, name, calls, inputs)
+        return 0
+
+
+def _decide(
+    gm: GraphModule, ctx: PassContext, name: str, calls: list[Site], inputs: dict[Node, Tensor]
+) -> None:
+    entries, decision = ctx.entries[name], ctx.decisions[name]
+    problems = [_problem(entries, decision, site, inputs.get(site.node)) for site in calls]
+    usable, refusals = kernel.candidates(problems[0], by_entries=True)
+    if usable and inputs:
+        choices = [
+            _measured(gm, site, problem, entries, inputs[site.node])
+            for site, problem in zip(calls, problems, strict=True)
+        ]
+        total = {n: sum(c.times_us[n] for c in choices) for n in choices[0].times_us}
+        taken = min(total, key=total.__getitem__)
+        decision.sparse_us, reason = total[taken], f"{taken} {total[taken]:.1f} us"
+    elif usable:
+        taken, reason = usable[0].name, "not measured: there are no example inputs"
+    else:
+        taken = kernel.TRAINING[calls[0].op]
+        reason = f"the kernel of training: {'; '.join(f'{n}: {why[0]}' for n, why in refusals.items())}"
+    decision.storage, decision.kernel = "compact", taken
+    decision.format = kernel.registered()[taken].format
+    decision.reason = f"{reason}; {why_not_dense(ctx)}"
+
+
+def why_not_dense(ctx: PassContext) -> str:
+    """What a report says of weights that were never made dense."""
+    needed = sum(torch.Size(e.shape).numel() * e.values.element_size() for e in ctx.entries.values())
+    return (
+        f"neither compared with dense nor timed against it: dense weights would take {needed:,} bytes, more than "
+        f"{module.MAX_DENSE_BYTES:,}"
+    )
+
+
+def _problem(entries: Entries, decision: Decision, site: Site, x: Tensor | None) -> Problem:
+    fan_in = decision.pattern.fan_in if isinstance(decision.pattern, ConstantFanIn) else None
+    # No kernel that convolves in inference packs nonzeros, so that only rows of linear layers are ever measured.
+    batch = 1 if x is None or site.op != "linear" else x.numel() // x.shape[-1]
+    return Problem(
+        "linear" if site.op == "linear" else "conv2d",
+        entries.shape,
+        batch,
+        decision.nnz,
+        entries.values.dtype,
+        entries.values.device,
+        training=False,
+        fan_in=fan_in,
+        arguments=tuple(site_arguments(site, entries.shape).items()),
+    )
+
+
+def _measured(gm: GraphModule, site: Site, problem: Problem, entries: Entries, x: Tensor) -> Choice:
+    bias, following = argument(site.node, 2, "bias"), activation_after(gm, site.node)
+    bias = fetch(gm, str(bias.target)).detach() if isinstance(bias, Node) and bias.op == "get_attr" else None
+    activation = "none" if isinstance(following, str) else following[0]
+    return kernel.choose(problem, x, entries, bias, activation)
