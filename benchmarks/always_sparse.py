@@ -1,7 +1,8 @@
-"""Train, save and load a network whose dense weights would not fit: three layers of 131,072 at 99.9 % zeros.
+"""Train, save, load and serve a network whose dense weights would not fit: three layers of 131,072 at 99.9 % zeros.
 
 ``python -m benchmarks.always_sparse``: builds it from meta into compact storage, trains with Adam, lets GSE move the
-nonzeros, saves everything, loads it into a new module that goes on with the same loss, and prints times and memory.
+nonzeros, saves everything, loads it into a new module that goes on with the same loss, compiles that for inference, and
+prints times and memory.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from tabulate import tabulate
-from torch import nn
+from torch import Tensor, nn
 
 import fxsparse
 from benchmarks.footprint import AllocatedBytes, network, resident
@@ -49,6 +50,8 @@ def run(width: int, sparsity: float, tokens: int, folder: Path) -> dict[str, flo
             sparse, optimizer = _loaded(file, width)
         if (loss := _step(sparse, optimizer, width, tokens, EVERY + 2)) != expected:
             raise ValueError(f"expected the loss {expected} after loading, got {loss}")
+        del optimizer
+        found |= _served(sparse, torch.randn(tokens, width))
     found["file bytes"] = file.stat().st_size
     found["largest tensor, bytes"] = counted.largest
     found["peak memory, bytes"] = resident("VmHWM")
@@ -75,6 +78,19 @@ def _loaded(file: Path, width: int) -> tuple[SparseModule, torch.optim.Optimizer
 def _empty(width: int) -> nn.Module:
     with torch.device("meta"):
         return network("mlp", width)
+
+
+def _served(sparse: SparseModule, x: Tensor) -> dict[str, float | int]:
+    """Times of compiling for inference, of one forward of the result and of the training module in evaluation."""
+    found: dict[str, float | int] = {}
+    with _timed("compile for inference", found):
+        fast = fxsparse.compile(sparse, mode="infer", example_inputs=x)
+    sparse.eval()
+    for _ in range(3):
+        for name, model in (("inference", fast), ("the same, uncompiled", sparse)):
+            with torch.no_grad(), _timed(name, found):
+                model(x)
+    return found
 
 
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, width: int, tokens: int, number: int) -> float:
