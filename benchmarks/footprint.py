@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -44,12 +45,16 @@ class AllocatedBytes(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         known = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and not tensor.is_meta and _storage(tensor) not in known:
+            if isinstance(tensor, Tensor) and _has_memory(tensor) and _storage(tensor) not in known:
                 size = tensor.untyped_storage().nbytes()
                 known.add(_storage(tensor))
                 self.total += size
                 self.largest = max(self.largest, size)
         return result
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def network(model: str, width: int) -> nn.Module:

@@ -100,7 +100,7 @@ TRAINING = {
 }
 """The kernels that compact storage trains with, by op; their `run` also takes ``probe_key``."""
 
-_CHECKED_PRODUCTS = 1 << 22
+_CHECKED_PRODUCTS = 1 << 16
 """Multiply-adds of the plain PyTorch product that checks a kernel on a weight given by its entries."""
 
 _REGISTRY: dict[str, Kernel] = {}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -71,7 +72,8 @@ def poisoned_memory() -> Iterator[None]:
 def forbid_tensors_of(numel: int) -> Iterator[None]:
     """Raise AssertionError at the first op inside the block that returns a tensor of `numel` entries or more.
 
-    Every op counts that torch dispatches, backward's too; what one allocates for itself does not, nor what is on meta.
+    Every op counts that torch dispatches, backward's too; what one allocates for itself does not, nor what is on
+    meta or fake.
     """
     with _Forbid(numel):
         yield
@@ -85,7 +87,8 @@ class _Forbid(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            large = isinstance(tensor, Tensor) and tensor.numel() >= self.numel and not tensor.is_meta
+            large = isinstance(tensor, Tensor) and tensor.numel() >= self.numel
+            large = large and not (tensor.is_meta or isinstance(tensor, FakeTensor))
             assert not large, f"{func} made {list(tensor.shape)}: {self.numel} entries or more are forbidden"
         return result
 
