@@ -10,6 +10,7 @@ from fxsparse.kernels.dense.conv import MASKED_CONV
 from fxsparse.kernels.dense.linear import DENSE, MASKED
 from fxsparse.kernels.lookup.linear import lookup_linear
 from fxsparse.kernels.soft_topk.shift import soft_topk_shift
+from fxsparse.kernels.striped.linear import striped_linear
 
 __all__ = [
     "DENSE",
@@ -24,4 +25,5 @@ __all__ = [
     "lookup_linear",
     "position_change",
     "soft_topk_shift",
+    "striped_linear",
 ]

@@ -18,7 +18,7 @@ from fxsparse.kernel import Problem
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512vbmi")
 """What the kernels are compiled for; the best one that the CPU has is used."""
 
-_OPS = ("csr_forward", "csr_backward", "csr_sample", "condensed_forward", "lookup_forward")
+_OPS = ("csr_forward", "csr_backward", "csr_sample", "condensed_forward", "lookup_forward", "striped_forward")
 _OPS += ("csr_conv_forward", "csr_conv_backward", "csr_conv_sample", "soft_topk_sums")
 _FOLDER = Path(__file__).parent
 _HEADERS = ("table.h", "vec.h", "rows.h", "planes.h", "tensors.h")

@@ -276,6 +276,47 @@ Tensor lookup_forward(const Tensor& x_any, const Tensor& values, const Tensor& c
   return y;
 }
 
+template <class T>
+const T* narrow(const Tensor& t, ScalarType type, int64_t count, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous() && t.numel() == count, "fxsparse: expected ", name,
+                  " of ", int64_t(sizeof(T)), " bytes, contiguous, with ", count, " elements, got ", t.numel());
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+Tensor striped_forward(const Tensor& x_any, const Tensor& values, const Tensor& columns, const Tensor& rows,
+                       const Tensor& lengths, const Tensor& starts, const Tensor& dense, std::optional<Tensor> bias,
+                       int64_t activation) {
+  check_same_type(x_any, values);
+  const int64_t segments = rows.numel(), nnz = values.numel(), out = dense.size(1), in = dense.size(2);
+  STD_TORCH_CHECK(x_any.size(-1) == in, "fxsparse: expected x [..., ", in, "], got ", x_any.size(-1), " features");
+  const int64_t chunks = (out + kChunk - 1) / kChunk, stripes = (in + kStripe - 1) / kStripe;
+  const Striped s{values.const_data_ptr(),
+                  scalar_of(values, "values"),
+                  bytes(columns, nnz, "columns"),
+                  narrow<int16_t>(rows, ScalarType::Short, segments, "rows"),
+                  bytes(lengths, segments, "lengths"),
+                  index32(starts, 2 * (chunks * stripes + 1), "starts"),
+                  stripes,
+                  out};
+  const int32_t* end = s.starts + 2 * chunks * stripes;
+  STD_TORCH_CHECK(end[0] == segments && end[1] == nnz, "fxsparse: expected starts to end with ", segments, " and ", nnz);
+  std::vector<Buffer> owned;
+  const Tensor x = in_order(x_any);
+  Epilogue epilogue;
+  Tensor y = output(x, out, {}, bias, activation, owned, epilogue);
+  if (y.numel() == 0) return y;
+  Matrix from = matrix(x, "x");
+  const Matrix to = matrix(y, "y");
+  from.tokens = to.tokens;
+  multiply_all(
+      from, to.tokens * (nnz + from.features + to.features),
+      [&](const float* panel, int64_t vectors, int64_t begin, int64_t stop, int64_t first) {
+        table().multiply_striped(panel, vectors, s, begin, stop, epilogue, to, first);
+      },
+      [&](int64_t part, int64_t parts) { return chunks * part / parts; });
+  return y;
+}
+
 struct Needs {
   bool x, values, bias;
 };
@@ -409,4 +450,5 @@ STABLE_TORCH_LIBRARY_IMPL(fxsparse, CPU, m) {
   m.impl("csr_sample", TORCH_BOX(&csr_sample));
   m.impl("condensed_forward", TORCH_BOX(&condensed_forward));
   m.impl("lookup_forward", TORCH_BOX(&lookup_forward));
+  m.impl("striped_forward", TORCH_BOX(&striped_forward));
 }

@@ -411,6 +411,69 @@ void multiply_lookup(const float* panel, int64_t features, int64_t vectors, cons
   }
 }
 
+// sums [NV * W] += the entries of one row in one stripe.
+template <int NV, class Value>
+inline void add_segment(const float* panel, const Value* values, const uint8_t* columns, int64_t count, float* sums) {
+  constexpr int kSets = NV >= 4 ? 1 : 4 / NV;  // from 4 on other rows hide the latency of the additions
+  V sum[kSets][NV] = {};
+#pragma GCC unroll 8
+  for (int j = 0; j < NV; j++) sum[0][j] = load<V>(sums + j * W);
+  int64_t e = 0;
+  const auto add = [&](int s) {
+    const float* row = panel + int64_t(columns[e + s]) * (NV * W);
+    const V value = splat(value_at(values, e + s));
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; j++) sum[s][j] += value * load<V>(row + j * W);
+  };
+  for (; e + kSets <= count; e += kSets)
+#pragma GCC unroll 4
+    for (int s = 0; s < kSets; s++) add(s);
+  for (; e < count; e++) add(0);
+#pragma GCC unroll 8
+  for (int j = 0; j < NV; j++) {
+#pragma GCC unroll 4
+    for (int s = 1; s < kSets; s++) sum[0][j] += sum[s][j];
+    store(sums + j * W, sum[0][j]);
+  }
+}
+
+template <int NV, class Value>
+void multiply_chunks(const float* panel, const Striped& s, int64_t begin, int64_t end, const Epilogue& epilogue,
+                     const Matrix& dst, int64_t first) {
+  alignas(64) float sums[kChunk * NV * W];
+  const bool streamed = is_streamed(dst, epilogue.rows);
+  for (int64_t chunk = begin; chunk < end; chunk++) {
+    const int64_t base = chunk * kChunk, stop = least(base + kChunk, s.out);
+    __builtin_memset(sums, 0, (stop - base + W - 1) / W * W * NV * W * sizeof(float));
+    for (int64_t stripe = 0; stripe < s.stripes; stripe++) {
+      const int32_t* tile = s.starts + 2 * (chunk * s.stripes + stripe);
+      const float* rows = panel + stripe * kStripe * NV * W;
+      int64_t e = tile[1];
+      for (int64_t i = tile[0]; i < tile[2]; e += s.lengths[i], i++)
+        add_segment<NV>(rows, (const Value*)s.values + e, s.columns + e, s.lengths[i], sums + s.rows[i] * (NV * W));
+    }
+    finish_rows<NV>(sums, base, stop, epilogue, dst, first, streamed);
+  }
+  if (streamed) stream_end();
+}
+
+template <int NV>
+void multiply_striped_panel(const float* panel, const Striped& s, int64_t begin, int64_t end, const Epilogue& epilogue,
+                            const Matrix& dst, int64_t first) {
+  if (s.scalar == Scalar::f32) return multiply_chunks<NV, float>(panel, s, begin, end, epilogue, dst, first);
+  multiply_chunks<NV, uint16_t>(panel, s, begin, end, epilogue, dst, first);
+}
+
+void multiply_striped(const float* panel, int64_t vectors, const Striped& s, int64_t begin, int64_t end,
+                      const Epilogue& epilogue, const Matrix& dst, int64_t first) {
+  switch (vectors) {
+    case 1: return multiply_striped_panel<1>(panel, s, begin, end, epilogue, dst, first);
+    case 2: return multiply_striped_panel<2>(panel, s, begin, end, epilogue, dst, first);
+    case 4: return multiply_striped_panel<4>(panel, s, begin, end, epilogue, dst, first);
+    default: return multiply_striped_panel<8>(panel, s, begin, end, epilogue, dst, first);
+  }
+}
+
 void fill(const Epilogue& epilogue, const int32_t* rows, int64_t count, const Matrix& dst) {
   for (int64_t r = 0; r < count; r += W) {
     const int64_t lanes = least(W, count - r);
@@ -423,7 +486,8 @@ void fill(const Epilogue& epilogue, const int32_t* rows, int64_t count, const Ma
 
 const Table& FXSPARSE_TABLE() {
   static const Table table = {W,            kMostVectors, transpose,       multiply, sample,
-                              multiply_few, add_rows,     multiply_lookup, fill,     add_shifted, dot_shifted};
+                              multiply_few, add_rows,     multiply_lookup, multiply_striped,
+                              fill,         add_shifted,  dot_shifted};
   return table;
 }
 

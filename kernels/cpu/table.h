@@ -44,6 +44,20 @@ struct Lookup {
   int64_t rows;
 };
 
+// The same rows by stripes of kStripe columns (formats/striped.py says how): a tile is kChunk rows in a stripe, tile
+// chunk * stripes + stripe has segments starts[2 * tile] .. starts[2 * tile + 2] of a row each, and entries from
+// starts[2 * tile + 1] on.
+struct Striped {
+  const void* values;
+  Scalar scalar;
+  const uint8_t* columns;
+  const int16_t* rows;
+  const uint8_t* lengths;
+  const int32_t* starts;
+  int64_t stripes;
+  int64_t out;
+};
+
 // Added to and applied to the rows of a product; bias may be null.  Row r of the product goes to column rows[r] of the
 // output (and takes its bias), or r where rows is null.
 struct Epilogue {
@@ -72,6 +86,9 @@ struct Table {
   // multiply for groups begin <= g < end; the panel has a row of zeros at position `features`.
   void (*multiply_lookup)(const float* panel, int64_t features, int64_t vectors, const Lookup&, int64_t begin,
                           int64_t end, const Epilogue&, const Matrix& dst, int64_t first);
+  // multiply for chunks begin <= c < end.
+  void (*multiply_striped)(const float* panel, int64_t vectors, const Striped&, int64_t begin, int64_t end,
+                           const Epilogue&, const Matrix& dst, int64_t first);
   // dst[:, rows[i]] = activation(bias) for i < count.
   void (*fill)(const Epilogue&, const int32_t* rows, int64_t count, const Matrix& dst);
   // y[r - begin, t] = bias[r] + sum of values * panel[offset + t] for rows begin <= r < end and positions t < count, and
@@ -84,6 +101,9 @@ struct Table {
 };
 
 constexpr int64_t kFewTokens = 2;  // from 3 on, a panel of one vector is faster than gathering for each
+
+constexpr int64_t kStripe = 128;  // columns: 32 KiB of a panel of 64 tokens
+constexpr int64_t kChunk = 512;   // rows whose sums for 64 tokens take 128 KiB
 
 constexpr int64_t kGroup = 16;        // rows of a group in Lookup
 constexpr int64_t kWindow = 64;       // columns from one window to the next

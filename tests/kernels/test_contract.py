@@ -8,7 +8,7 @@ from fxsparse.kernel import registered
 from fxsparse.kernels import cpu
 from fxsparse.kernels.cpu.build import INSTRUCTION_SETS
 
-COMPILED = ("cpu-csr", "cpu-csr-train", "cpu-condensed")
+COMPILED = ("cpu-csr", "cpu-csr-train", "cpu-condensed", "cpu-striped")
 
 
 @pytest.fixture

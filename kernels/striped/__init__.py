@@ -1,0 +1,1 @@
+"""Large batches by stripes of columns that stay in L1."""

@@ -1,0 +1,98 @@
+"""Inference of linear layers by stripes of columns that stay in L1, for any pattern; for 16 tokens and more."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from fxsparse.formats import striped
+from fxsparse.kernel import Cost, Kernel, Problem, register
+from fxsparse.kernels import cpu
+from fxsparse.kernels.library import (
+    ACTIVATIONS,
+    COMPILED,
+    activate,
+    activation_code,
+    autocast,
+    define,
+    refuse_gradient,
+)
+
+
+def striped_linear(
+    x: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    rows: Tensor,
+    lengths: Tensor,
+    starts: Tensor,
+    dense: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """``activation(x @ W^T + bias)`` [..., out] for W packed by ``formats.striped.pack``; inference only.
+
+    x [..., in] and values are of one floating dtype.
+    """
+    x, values, bias = autocast(x, values, bias)
+    code = activation_code(activation)
+    refuse_gradient(x)
+    run = reference if x.dtype not in COMPILED else torch.ops.fxsparse.striped_forward.default
+    return run(x, values, columns, rows, lengths, starts, dense, bias, code)
+
+
+def reference(
+    x: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    rows: Tensor,
+    lengths: Tensor,
+    starts: Tensor,
+    dense: Tensor,
+    bias: Tensor | None,
+    activation: int,
+) -> Tensor:
+    """The same in plain PyTorch on the dense weight, differentiable."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    weight = torch.zeros(dense.shape[1:], dtype=wide, device=x.device)
+    weight = weight.index_put(striped.positions(columns, rows, lengths, starts, dense), values.to(wide))
+    y = F.linear(x.to(wide), weight, None if bias is None else bias.to(wide))
+    return activate(y, ACTIVATIONS[activation]).to(x.dtype)
+
+
+def _fake(x, values, columns, rows, lengths, starts, dense, bias, activation):
+    return x.new_empty(*x.shape[:-1], dense.shape[1])
+
+
+define(
+    "striped_forward(Tensor x, Tensor values, Tensor columns, Tensor rows, Tensor lengths, Tensor starts, "
+    "Tensor dense, Tensor? bias, int activation) -> Tensor",
+    reference,
+    _fake,
+)
+
+
+@register_flop_formula(torch.ops.fxsparse.striped_forward)
+def _flops(x_shape, values_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * values_shape.numel() * torch.Size(x_shape[:-1]).numel()
+
+
+def _run(x, bias, *packed, activation: str = "none") -> Tensor:
+    return striped_linear(x, *packed, bias, activation)
+
+
+def _reference(x, bias, *packed, activation: str = "none") -> Tensor:
+    return reference(x, *packed, bias, ACTIVATIONS.index(activation))
+
+
+def _refuses(problem: Problem) -> list[str]:
+    return cpu.refuses(problem) + (["it has no gradient"] if problem.training else [])
+
+
+def _cost(problem: Problem) -> Cost:
+    return Cost(2 * problem.batch * problem.nnz, problem.nnz * (problem.dtype.itemsize + 1))
+
+
+STRIPED = register(
+    Kernel("cpu-striped", "linear", "striped", striped.pack, _run, _reference, _refuses, _cost)
+)
