@@ -9,20 +9,22 @@ import torch
 from torch import Tensor
 
 from fxsparse.method import Probe, WeightView
-from fxsparse.pattern import Pattern
+from fxsparse.pattern import Pattern, Unstructured
 from fxsparse.scores import random_tiles
-from fxsparse.selection import to_positions
+from fxsparse.selection import random_positions, to_positions, union
 
 Tiles = Iterator[tuple[int, Tensor]]
 """(first row, scores [rows, fan_in]) in ascending row order."""
 
 
 class Growth(Protocol):
-    """Scores every entry for growth, larger first."""
+    """Which entries are grown."""
 
     probe: ClassVar[Probe]
 
-    def tiles(self, view: WeightView) -> Tiles: ...
+    def fill(self, view: WeightView, kept: Tensor) -> Tensor:
+        """The positions `kept` and others, ``view.nnz`` in all and as the pattern allows; int64, ascending."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -31,18 +33,30 @@ class GradientMagnitude:
 
     probe: ClassVar[Probe] = Probe.DENSE
 
+    def fill(self, view: WeightView, kept: Tensor) -> Tensor:
+        return filled(view, kept, self.tiles(view))
+
     def tiles(self, view: WeightView) -> Tiles:
         return ((first, gradient.detach().abs()) for first, gradient in view.gradient_tiles())
 
 
 @dataclass(frozen=True)
 class UniformRandom:
-    """Grow anywhere (SET, arXiv:1707.04780)."""
+    """Grow anywhere (SET, arXiv:1707.04780), every set of so many inactive entries as likely as any other.
+
+    An unstructured mask of at most half the entries takes time and memory in proportion to its nnz; other patterns
+    draw a score for every entry, in row tiles.
+    """
 
     probe: ClassVar[Probe] = Probe.NONE
 
-    def tiles(self, view: WeightView) -> Tiles:
-        return random_tiles(view.shape, view.generator, view.active.device)
+    def fill(self, view: WeightView, kept: Tensor) -> Tensor:
+        numel = prod(view.shape)
+        if not isinstance(view.pattern, Unstructured) or 2 * view.nnz > numel:
+            return filled(view, kept, random_tiles(view.shape, view.generator, kept.device))
+        taken = kept.to(view.generator.device)
+        grown = random_positions(view.nnz - len(kept), numel, view.generator, taken)
+        return union(kept, grown.to(kept.device))
 
 
 @dataclass(frozen=True)
@@ -66,8 +80,7 @@ class PruneGrow:
         if drop == 0 and len(view.active) == view.nnz:
             return view.active
         kept = _largest_active(view, budget - drop)
-        scores = put(torch.inf, kept, self.grow.tiles(view), prod(view.shape[1:]))
-        return view.pattern.project_tiles(scores, view.shape, view.nnz)
+        return self.grow.fill(view, kept)
 
 
 @dataclass(frozen=True)
@@ -93,6 +106,12 @@ def _largest_active(view: WeightView, keep: int) -> Tensor:
     whole = score.new_full(view.shape, -torch.inf)
     whole.view(-1)[view.active] = score
     return to_positions(view.pattern.prune(whole, keep))
+
+
+def filled(view: WeightView, kept: Tensor, tiles: Tiles) -> Tensor:
+    """`kept` and the best others by their score, as the pattern allows."""
+    scores = put(torch.inf, kept, tiles, prod(view.shape[1:]))
+    return view.pattern.project_tiles(scores, view.shape, view.nnz)
 
 
 def put(value: float, positions: Tensor, tiles: Tiles, fan_in: int) -> Tiles:

@@ -23,15 +23,20 @@ def to_mask(positions: Tensor, shape: Sequence[int]) -> Tensor:
     return mask
 
 
-def random_positions(count: int, numel: int, generator: torch.Generator) -> Tensor:
+def random_positions(
+    count: int, numel: int, generator: torch.Generator, taken: Tensor | None = None
+) -> Tensor:
     """`count` different flat positions below `numel` on the generator's device, int64, ascending.
 
-    Every set of so many positions is as likely as any other: what was drawn before is drawn again.  Time and memory
-    grow with `count` and not with `numel`, for counts of up to about half of it.
+    None of them is among the positions `taken` (ascending, on the same device).  Every set of so many others is as
+    likely as any other: what was drawn before is drawn again.  Time and memory grow with `count` and `taken` and not
+    with `numel`, for sums of up to about half of it.
     """
     found = torch.empty(0, dtype=torch.int64, device=generator.device)
     while len(found) < count:
         more = torch.randint(numel, (count - len(found),), generator=generator, device=generator.device)
+        if taken is not None:
+            more = MaskChange.between(taken, ascending(more).unique_consecutive()).grown
         found = ascending(torch.cat([found, more])).unique_consecutive()
     return found
 

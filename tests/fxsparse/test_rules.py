@@ -1,3 +1,6 @@
+from collections import Counter
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -196,3 +199,30 @@ def test_only_a_rule_that_reads_the_weight_alone_gives_a_mask():
 
 def test_rules_declare_their_probe():
     assert (RIGL.probe, SET.probe, LargestMagnitude().probe) == (Probe.DENSE, Probe.NONE, Probe.NONE)
+
+
+def test_random_growth_is_uniform_over_what_is_not_kept_and_may_take_back_what_was_dropped():
+    weight, seen = torch.tensor([[0.9, 0.0, 0.1, 0.0], [0.0, 0.5, 0.0, 0.0]]), Counter()
+    for step in range(3000):
+        # 2 drops; one of the six that are not kept comes in
+        (grown,) = set(SET(view(weight, [0, 2, 5], weight, 0.34, step=step)).tolist()) - {0, 5}
+        seen[grown] += 1
+    assert set(seen) == {1, 2, 3, 4, 6, 7}
+    assert all(400 < count < 600 for count in seen.values())  # 500 expected, standard deviation 20
+
+
+def test_random_growth_of_an_unstructured_mask_costs_what_its_entries_cost():
+    # A score for each of the 2 ** 40 entries would need terabytes.
+    side, active = 2**20, torch.arange(0, 2**40, 2**30)
+    values = torch.arange(1.0, len(active) + 1)
+    wide = replace(
+        view(torch.ones(1, 1), [0], torch.ones(1, 1), 0.5),
+        shape=(side, side),
+        nnz=len(active),
+        active=active,
+        values=values,
+    )
+    chosen = SET(wide)
+    assert len(chosen) == len(active)
+    assert set(active[len(active) // 2 :].tolist()) <= set(chosen.tolist()), "the larger half stays"
+    assert int(chosen.diff().min()) > 0

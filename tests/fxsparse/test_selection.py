@@ -75,6 +75,14 @@ def test_random_positions_are_distinct_and_every_set_is_as_likely():
     assert random_positions(1000, 2**40, generator).diff().min() > 0
 
 
+def test_random_positions_beside_those_that_are_taken():
+    generator, taken = torch.Generator().manual_seed(0), torch.tensor([1, 4])
+    seen = Counter(tuple(random_positions(2, 6, generator, taken).tolist()) for _ in range(3000))
+    assert set(seen) == set(itertools.combinations((0, 2, 3, 5), 2))
+    assert all(400 < count < 600 for count in seen.values())  # 500 expected, standard deviation 20
+    assert random_positions(4, 6, generator, taken).tolist() == [0, 2, 3, 5], "all that is left"
+
+
 @pytest.mark.parametrize("sizes", [(0, 0), (0, 5), (5, 0), (40, 60)])
 def test_union_of_ascending_positions(sizes):
     one, other = torch.randperm(100)[: sum(sizes)].split(sizes)
