@@ -34,9 +34,6 @@ inline Found find(const __m512i* even, const __m512i* odd, const uint8_t* column
            (V)_mm512_unpacklo_epi16(low_b, high_b), (V)_mm512_unpackhi_epi16(low_b, high_b)}};
 }
 
-inline V value_of(const float* values) { return load<V>(values); }
-inline V value_of(const uint16_t* values) { return from_bf16(load<VH>(values)); }
-
 template <bool kHalf>
 inline void load_half(const uint8_t* planes, int64_t stride, int64_t window, __m512i* half) {
 #pragma GCC unroll 4
@@ -55,7 +52,7 @@ inline V sum_group(const uint8_t* planes, const Lookup& s, int64_t group) {
     for (; count > 0; count--, columns += 64, values += 64) {
       const Found x = find<kHalf>(even, odd, columns);
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; j++) sum[j] += value_of(values + j * W) * x.step[j];
+      for (int j = 0; j < 4; j++) sum[j] += values_at(values + j * W) * x.step[j];
     }
   };
   const uint8_t* counts = s.counts + group * s.windows;

@@ -161,21 +161,21 @@ void check_same_type(const Tensor& x, const Tensor& values) {
 }
 
 // The entries end where crow does; what `values` and `cols` hold after them is never read.
-Sparse csr(const Tensor& values, const Tensor& crow, const Tensor& cols, std::vector<Buffer>& owned) {
+Sparse csr(const Tensor& values, const Tensor& crow, const Tensor& cols) {
   const int64_t capacity = values.numel();
   const int32_t* start = index32(crow, crow.numel(), "crow");
   STD_TORCH_CHECK(crow.numel() > 0 && start[crow.numel() - 1] >= 0 && start[crow.numel() - 1] <= capacity,
                   "fxsparse: expected crow to end with at most ", capacity);
   const bool index16 = cols.scalar_type() == ScalarType::Short && cols.is_contiguous() && cols.numel() == capacity;
   const void* index = index16 ? cols.const_data_ptr() : index32(cols, capacity, "cols");
-  return {as_floats(values, owned), start, index, index16, 0};
+  return {values.const_data_ptr(), scalar_of(values, "values"), start, index, index16, 0};
 }
 
 Tensor csr_forward(const Tensor& x, const Tensor& values, const Tensor& crow, const Tensor& cols,
                    std::optional<Tensor> bias, int64_t activation) {
   check_same_type(x, values);
   std::vector<Buffer> owned;
-  const Sparse s = csr(values, crow, cols, owned);
+  const Sparse s = csr(values, crow, cols);
   const int64_t rows = crow.numel() - 1;
   return forward(x, s, rows, s.start[rows], {}, bias, activation, owned);
 }
@@ -189,7 +189,8 @@ Tensor condensed_forward(const Tensor& x, const Tensor& values, const Tensor& in
                       (index16 || indices.scalar_type() == ScalarType::Int),
                   "fxsparse: expected values [out, k] and contiguous indices [out, k] in int16 or int32");
   std::vector<Buffer> owned;
-  const Sparse s{as_floats(values, owned), nullptr, indices.const_data_ptr(), index16, values.size(1)};
+  const Sparse s{values.const_data_ptr(),      scalar_of(values, "values"), nullptr,
+                 indices.const_data_ptr(), index16,                      values.size(1)};
   STD_TORCH_CHECK(active_rows.has_value() == empty_rows.has_value(),
                   "fxsparse: expected both active_rows and empty_rows, or neither");
   const int64_t active = values.size(0);
@@ -375,18 +376,19 @@ std::tuple<Tensor, Tensor, Tensor> csr_backward(const Tensor& grad_any, const Te
                       grad.scalar_type() == x.scalar_type(),
                   "fxsparse: expected x [..., ", columns, "] and grad [..., ", rows, "] of one dtype");
   std::vector<Buffer> owned;
-  Sparse by_row = csr(values, crow, cols, owned);
+  Sparse by_row = csr(values, crow, cols);
   by_row.far = is_far(columns, table());
   STD_TORCH_CHECK(!by_row.index16, "fxsparse: expected cols int32 in training");
   const int64_t nnz = by_row.start[rows];
   const int32_t* place = index32(perm, capacity, "perm");
-  Sparse by_column{nullptr, index32(ccol, columns + 1, "ccol"), index32(rows_t, capacity, "rows_t"), false, 0,
+  Sparse by_column{nullptr, Scalar::f32, index32(ccol, columns + 1, "ccol"), index32(rows_t, capacity, "rows_t"), false, 0,
                    is_far(rows, table())};
   STD_TORCH_CHECK(by_column.start[columns] == nnz, "fxsparse: expected ccol to end with ", nnz, " as crow does");
   Buffer values_t(need_x ? nnz : 0);
   if (need_x) {
+    const float* floats = as_floats(values, owned);
     share(threads_for(nnz), [&](int64_t part, int64_t parts) {
-      for (int64_t e = nnz * part / parts; e < nnz * (part + 1) / parts; e++) values_t.data[e] = by_row.values[place[e]];
+      for (int64_t e = nnz * part / parts; e < nnz * (part + 1) / parts; e++) values_t.data[e] = floats[place[e]];
     });
     by_column.values = values_t.data;
   }
@@ -427,7 +429,7 @@ Tensor csr_sample(const Tensor& grad_any, const Tensor& x_any, const Tensor& cro
                   "fxsparse: expected grad [tokens, ", rows, "] and x [tokens, in] of one dtype");
   const int32_t* start = index32(crow, rows + 1, "crow");
   STD_TORCH_CHECK(start[rows] == count, "fxsparse: expected crow to end with ", count);
-  const Sparse index{nullptr, start, index32(cols, count, "cols"), false, 0, is_far(x.size(1), table())};
+  const Sparse index{nullptr, Scalar::f32, start, index32(cols, count, "cols"), false, 0, is_far(x.size(1), table())};
   check_columns(index, rows, x.size(1));
   Tensor result = empty(aoti_torch_dtype_float32(), {count});
   auto* sums = static_cast<float*>(result.mutable_data_ptr());

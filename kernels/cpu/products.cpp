@@ -53,8 +53,8 @@ inline void fetch_row(const float* panel, int64_t index) {
 inline int64_t fetched_entries(const Sparse& s, int64_t end) { return s.far ? row_begin(s, end) - kRowsAhead : 0; }
 
 // sums [NV * W] = sum of value * panel row over the entries begin <= e < end; where kFar, kRowsAhead more have an index.
-template <int NV, bool kFar, class Index>
-inline void accumulate(const float* panel, const float* values, const Index* index, int64_t begin, int64_t end,
+template <int NV, bool kFar, class Index, class Value>
+inline void accumulate(const float* panel, const Value* values, const Index* index, int64_t begin, int64_t end,
                        float* sums) {
   constexpr int kSets = NV >= 8 ? 1 : 8 / NV;  // several sets of sums hide the latency of the additions
   V sum[kSets][NV] = {};
@@ -64,7 +64,7 @@ inline void accumulate(const float* panel, const float* values, const Index* ind
     for (int s = 0; s < kSets; s++) {
       if constexpr (kFar) fetch_row<NV>(panel, index[e + s + kRowsAhead]);
       const float* row = panel + (int64_t)index[e + s] * (NV * W);
-      const V value = splat(values[e + s]);
+      const V value = splat_at(values + e + s);
 #pragma GCC unroll 8
       for (int j = 0; j < NV; j++) sum[s][j] += value * load<V>(row + j * W);
     }
@@ -72,7 +72,7 @@ inline void accumulate(const float* panel, const float* values, const Index* ind
   for (; e < end; e++) {
     if constexpr (kFar) fetch_row<NV>(panel, index[e + kRowsAhead]);
     const float* row = panel + (int64_t)index[e] * (NV * W);
-    const V value = splat(values[e]);
+    const V value = splat_at(values + e);
 #pragma GCC unroll 8
     for (int j = 0; j < NV; j++) sum[0][j] += value * load<V>(row + j * W);
   }
@@ -130,7 +130,7 @@ inline void finish_rows(const float* block, int64_t base, int64_t stop, const Ep
   }
 }
 
-template <int NV, class Index>
+template <int NV, class Index, class Value>
 void multiply_rows(const float* panel, const Sparse& s, int64_t begin, int64_t end, const Epilogue& epilogue,
                    const Matrix& dst, int64_t first) {
   constexpr int64_t kRows = 4 * W;  // so that a token gets four vectors in a row: fewer changes of page
@@ -142,22 +142,30 @@ void multiply_rows(const float* panel, const Sparse& s, int64_t begin, int64_t e
     for (int64_t r = base; r < stop; r++) {
       const int64_t first_entry = row_begin(s, r), last = row_begin(s, r + 1);
       const auto* index = (const Index*)s.index;
+      const auto* values = (const Value*)s.values;
       float* sums = block + (r - base) * NV * W;
       if (last <= fetched)
-        accumulate<NV, true>(panel, s.values, index, first_entry, last, sums);
+        accumulate<NV, true>(panel, values, index, first_entry, last, sums);
       else
-        accumulate<NV, false>(panel, s.values, index, first_entry, last, sums);
+        accumulate<NV, false>(panel, values, index, first_entry, last, sums);
     }
     finish_rows<NV>(block, base, stop, epilogue, dst, first, streamed);
   }
   if (streamed) stream_end();
 }
 
+template <int NV, class Value>
+void multiply_values(const float* panel, const Sparse& s, int64_t begin, int64_t end, const Epilogue& epilogue,
+                     const Matrix& dst, int64_t first) {
+  if (s.index16) return multiply_rows<NV, int16_t, Value>(panel, s, begin, end, epilogue, dst, first);
+  multiply_rows<NV, int32_t, Value>(panel, s, begin, end, epilogue, dst, first);
+}
+
 template <int NV>
 void multiply_panel(const float* panel, const Sparse& s, int64_t begin, int64_t end, const Epilogue& epilogue,
                     const Matrix& dst, int64_t first) {
-  if (s.index16) return multiply_rows<NV, int16_t>(panel, s, begin, end, epilogue, dst, first);
-  multiply_rows<NV, int32_t>(panel, s, begin, end, epilogue, dst, first);
+  if (s.scalar == Scalar::f32) return multiply_values<NV, float>(panel, s, begin, end, epilogue, dst, first);
+  multiply_values<NV, uint16_t>(panel, s, begin, end, epilogue, dst, first);
 }
 
 void multiply(const float* panel, int64_t vectors, const Sparse& s, int64_t begin, int64_t end,
@@ -246,11 +254,14 @@ inline VI lanes_below(int64_t count) {
 }
 
 // The last count < W entries of a row, zeros and position 0 past them.
-template <class Index>
-inline void load_tail(const float* values, const Index* index, int64_t count, V& value, VI& position) {
+template <class Index, class Value>
+inline void load_tail(const Value* values, const Index* index, int64_t count, V& value, VI& position) {
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
   const __mmask16 mask = (1u << count) - 1;
-  value = (V)_mm512_maskz_loadu_ps(mask, values);
+  if constexpr (sizeof(Value) == 2)
+    value = from_bf16((VH)_mm256_maskz_loadu_epi16(mask, values));
+  else
+    value = (V)_mm512_maskz_loadu_ps(mask, values);
   if constexpr (sizeof(Index) == 2)
     position = (VI)_mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(mask, index));
   else
@@ -259,7 +270,7 @@ inline void load_tail(const float* values, const Index* index, int64_t count, V&
   value = V{};
   position = VI{};
   for (int64_t i = 0; i < count; i++) {
-    value[i] = values[i];
+    value[i] = splat_at(values + i)[0];
     position[i] = index[i];
   }
 #endif
@@ -268,10 +279,11 @@ inline void load_tail(const float* values, const Index* index, int64_t count, V&
 // Entries to fetch ahead: without it, weights that come from L3 took 75 us instead of 66 (768 -> 3,072, 90 % zeros).
 constexpr int64_t kAhead = 256;
 
-template <int T, class Index>
+template <int T, class Index, class Value>
 bool few_rows(const float* x, int64_t width, const Sparse& s, int64_t begin, int64_t end, const Epilogue& epilogue,
               const Matrix& dst) {
   const Index* index = (const Index*)s.index;
+  const Value* values = (const Value*)s.values;
   for (int64_t r = begin; r < end; r += W) {
     const int64_t count = least(W, end - r);
     V sum[T][W];
@@ -284,9 +296,9 @@ bool few_rows(const float* x, int64_t width, const Sparse& s, int64_t begin, int
       if (last > e && index[last - 1] >= width) return false;  // columns ascend: the last one bounds all
       V total[T] = {};
       for (; e + W <= last; e += W) {
-        const V value = load<V>(s.values + e);
+        const V value = values_at(values + e);
         const VI position = load_index(index + e);
-        __builtin_prefetch(s.values + e + kAhead);
+        __builtin_prefetch(values + e + kAhead);
         __builtin_prefetch(index + e + kAhead);
 #pragma GCC unroll 2
         for (int t = 0; t < T; t++) total[t] += value * gather(x + t * width, position);
@@ -294,7 +306,7 @@ bool few_rows(const float* x, int64_t width, const Sparse& s, int64_t begin, int
       if (e < last) {
         V value;
         VI position;
-        load_tail(s.values + e, index + e, last - e, value, position);
+        load_tail(values + e, index + e, last - e, value, position);
         const VI used = lanes_below(last - e);  // a lane past the end would turn an infinite x[0] into NaN
 #pragma GCC unroll 2
         for (int t = 0; t < T; t++) total[t] += select(used, value * gather(x + t * width, position), V{});
@@ -310,17 +322,24 @@ bool few_rows(const float* x, int64_t width, const Sparse& s, int64_t begin, int
   return true;
 }
 
-template <class Index>
+template <class Index, class Value>
 bool few(const float* x, int64_t width, const Sparse& s, int64_t begin, int64_t end, const Epilogue& epilogue,
          const Matrix& dst) {
-  if (dst.tokens == 1) return few_rows<1, Index>(x, width, s, begin, end, epilogue, dst);
-  return few_rows<2, Index>(x, width, s, begin, end, epilogue, dst);
+  if (dst.tokens == 1) return few_rows<1, Index, Value>(x, width, s, begin, end, epilogue, dst);
+  return few_rows<2, Index, Value>(x, width, s, begin, end, epilogue, dst);
+}
+
+template <class Value>
+bool few_values(const float* x, int64_t width, const Sparse& s, int64_t begin, int64_t end, const Epilogue& epilogue,
+                const Matrix& dst) {
+  if (s.index16) return few<int16_t, Value>(x, width, s, begin, end, epilogue, dst);
+  return few<int32_t, Value>(x, width, s, begin, end, epilogue, dst);
 }
 
 bool multiply_few(const float* x, int64_t width, const Sparse& s, int64_t begin, int64_t end,
                   const Epilogue& epilogue, const Matrix& dst) {
-  if (s.index16) return few<int16_t>(x, width, s, begin, end, epilogue, dst);
-  return few<int32_t>(x, width, s, begin, end, epilogue, dst);
+  if (s.scalar == Scalar::f32) return few_values<float>(x, width, s, begin, end, epilogue, dst);
+  return few_values<uint16_t>(x, width, s, begin, end, epilogue, dst);
 }
 
 void add_rows(const float* panel, int64_t vectors, int64_t begin, int64_t end, float* sums) {
@@ -332,14 +351,6 @@ void add_rows(const float* panel, int64_t vectors, int64_t begin, int64_t end, f
     V sum = sum_each(m);
     for (int64_t i = 0; i < count; i++) sums[r + i] += sum[i];
   }
-}
-
-inline float value_at(const float* values, int64_t i) { return values[i]; }
-inline float value_at(const uint16_t* values, int64_t i) {
-  const uint32_t bits = uint32_t(values[i]) << 16;
-  float value;
-  __builtin_memcpy(&value, &bits, 4);
-  return value;
 }
 
 // The panel row of each of 16 slots; an empty one reads the row of zeros after the features.
@@ -369,7 +380,7 @@ inline void accumulate_lanes(const float* panel, int64_t features, const Lookup&
       for (int step = 0; step < 4; step++)
 #pragma GCC unroll 4
         for (int l = 0; l < LANES; l++) {
-          const V value = splat(value_at(values, step * kGroup + l));
+          const V value = splat_at(values + step * kGroup + l);
 #pragma GCC unroll 8
           for (int j = 0; j < NV; j++)
             sum[l][j] += value * load<V>(panel + int64_t(row[step * 4 + lane % 4 + l]) * (NV * W) + j * W);
@@ -421,7 +432,7 @@ inline void add_segment(const float* panel, const Value* values, const uint8_t* 
   int64_t e = 0;
   const auto add = [&](int s) {
     const float* row = panel + int64_t(columns[e + s]) * (NV * W);
-    const V value = splat(value_at(values, e + s));
+    const V value = splat_at(values + e + s);
 #pragma GCC unroll 8
     for (int j = 0; j < NV; j++) sum[s][j] += value * load<V>(row + j * W);
   };

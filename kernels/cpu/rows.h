@@ -8,6 +8,9 @@ namespace {
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+inline V values_at(const float* values) { return load<V>(values); }
+inline V values_at(const uint16_t* values) { return from_bf16(load<VH>(values)); }
+
 inline V read(const Matrix& m, int64_t offset) {
   if (m.scalar == Scalar::f32) return load<V>((const float*)m.data + offset);
   return from_bf16(load<VH>((const uint16_t*)m.data + offset));

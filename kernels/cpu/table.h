@@ -7,9 +7,10 @@ namespace fxsparse {
 enum class Scalar { f32, bf16 };
 
 // Rows of a sparse matrix: row r has entries start[r] .. start[r + 1], or fan_in of them where start is null.
-// values is fp32; index holds int16 or int32 positions in the gathered dimension.
+// index holds int16 or int32 positions in the gathered dimension.
 struct Sparse {
-  const float* values;
+  const void* values;
+  Scalar scalar;  // of the values
   const int32_t* start;
   const void* index;
   bool index16;

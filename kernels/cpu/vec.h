@@ -49,6 +49,18 @@ inline void stream_end() {}
 // x - 0 is x for every x, so the compiler makes one broadcast of it; 0 + x would be computed.
 inline V splat(float x) { return x - V{}; }
 
+// All lanes the value at p, fp32 or bfloat16.
+inline V splat_at(const float* p) { return splat(*p); }
+inline V splat_at(const uint16_t* p) {
+#if defined(__AVX512BW__)  // one load and one operation, without a way through a scalar register
+  return (V)((VU)_mm512_set1_epi16((short)*p) & 0xffff0000u);
+#elif defined(__AVX2__)
+  return (V)((VU)_mm256_set1_epi16((short)*p) & 0xffff0000u);
+#else
+  return (V)((VU{} + *p) << 16);
+#endif
+}
+
 inline V from_bf16(VH half) { return (V)(__builtin_convertvector(half, VU) << 16); }
 
 // Rounds to nearest even; NaN stays NaN.
