@@ -108,7 +108,8 @@ class CompactWeight(nn.Module):
     Attributes:
         values: nn.Parameter [capacity], row-major order.
         indices: int32 [2, capacity], rows and columns; with `values` all that a checkpoint holds.
-        crow, ccol, rows_t, perm: the row pointers and the transposed index, derived and not saved.
+        crow, ccol, rows_t, perm: the row pointers and the transposed index, derived and not saved.  The last two have
+            no elements for a convolution, whose kernels go by rows alone.
     """
 
     values: nn.Parameter
@@ -127,7 +128,7 @@ class CompactWeight(nn.Module):
         """The entries `values` [nnz] at flat `positions` [nnz], with room for `capacity`, by default for no more."""
         super().__init__()
         self.shape = shape
-        index = csr.from_flat(positions, self.matrix_shape, capacity)
+        index = csr.from_flat(positions, self.matrix_shape, capacity, transposed=len(shape) == 2)
         self.values = nn.Parameter(F.pad(values, (0, index.capacity - len(values))))
         self.register_buffer("indices", index.indices)
         for name in ("crow", "ccol", "rows_t", "perm"):

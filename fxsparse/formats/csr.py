@@ -26,7 +26,7 @@ class CsrIndex:
     ccol: Tensor
     """[in + 1]: where each column starts in the column-major order."""
     rows_t: Tensor
-    """[capacity]: row of each entry, in column-major order."""
+    """[capacity]: row of each entry, in column-major order; like `perm` [0] in an index that only goes by rows."""
     perm: Tensor
     """[capacity]: position in `values` of each entry, in column-major order."""
 
@@ -43,7 +43,7 @@ class CsrIndex:
     @property
     def capacity(self) -> int:
         """How many entries there is room for."""
-        return self.perm.numel()
+        return self.indices.shape[1]
 
     @property
     def nnz(self) -> int:
@@ -51,13 +51,16 @@ class CsrIndex:
         return int(self.crow[-1])
 
 
-def from_flat(flat: Tensor, shape: tuple[int, int], capacity: int | None = None) -> CsrIndex:
+def from_flat(
+    flat: Tensor, shape: tuple[int, int], capacity: int | None = None, *, transposed: bool = True
+) -> CsrIndex:
     """The index of the entries at flat positions `flat` (int64 [nnz], ascending) of a weight of `shape`.
 
-    There is room for `capacity` entries, by default for these and no more.
+    There is room for `capacity` entries, by default for these and no more.  Only a `transposed` index has `rows_t` and
+    `perm`.
     """
     slots = flat.numel() if capacity is None else capacity
-    index = _around(torch.empty(2, slots, dtype=torch.int32, device=flat.device), shape)
+    index = _around(torch.empty(2, slots, dtype=torch.int32, device=flat.device), shape, transposed)
     move_(index, flat)
     return index
 
@@ -138,7 +141,7 @@ def to_dense(values: Tensor, index: CsrIndex) -> Tensor:
     return values.new_zeros(index.shape).index_put_(tuple(index.indices[:, :nnz].long()), values[:nnz])
 
 
-def _around(indices: Tensor, shape: tuple[int, int]) -> CsrIndex:
+def _around(indices: Tensor, shape: tuple[int, int], transposed: bool = True) -> CsrIndex:
     """An index whose other tensors are not filled in."""
     rows, columns = shape
     slots = indices.shape[1]
@@ -146,5 +149,5 @@ def _around(indices: Tensor, shape: tuple[int, int]) -> CsrIndex:
         raise PatternError(
             f"CSR counts in int32: shape {shape} with {slots} entries has more than {_INT32_MAX}"
         )
-    sizes = (rows + 1, columns + 1, slots, slots)
+    sizes = (rows + 1, columns + 1, *(slots * transposed,) * 2)
     return CsrIndex(indices, *(torch.empty(n, dtype=torch.int32, device=indices.device) for n in sizes))

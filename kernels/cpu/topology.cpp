@@ -56,7 +56,7 @@ bool ascending(const int64_t* flat, int64_t nnz, int64_t numel, int64_t parts) {
 
 struct Index {
   int64_t rows, columns, capacity;
-  int32_t *row, *column, *crow, *ccol, *rows_t, *perm;
+  int32_t *row, *column, *crow, *ccol, *rows_t, *perm;  // the last two null where they are not kept
 };
 
 // Rows, columns and crow of the entries [begin, end), and how many of them each column has.
@@ -92,7 +92,8 @@ void accumulate(std::vector<int32_t>& counts, int64_t parts, const Index& index)
 Tensor csr_move_(const Tensor& flat_positions, const Tensor& indices, const Tensor& crow, const Tensor& ccol,
                const Tensor& rows_t, const Tensor& perm) {
   const int64_t* flat = positions(flat_positions, "positions");
-  const int64_t nnz = flat_positions.numel(), capacity = perm.numel();
+  const int64_t nnz = flat_positions.numel(), capacity = indices.numel() / 2;
+  const bool transposed = perm.numel() > 0;
   STD_TORCH_CHECK(nnz <= capacity && crow.numel() > 0 && ccol.numel() > 0, "fxsparse: expected at most ", capacity,
                   " positions, and row and column pointers");
   int32_t* row = index32(indices, 2 * capacity, "indices");
@@ -103,8 +104,8 @@ Tensor csr_move_(const Tensor& flat_positions, const Tensor& indices, const Tens
                     row + capacity,
                     index32(crow, crow.numel(), "crow"),
                     index32(ccol, ccol.numel(), "ccol"),
-                    index32(rows_t, capacity, "rows_t"),
-                    index32(perm, capacity, "perm")};
+                    transposed ? index32(rows_t, capacity, "rows_t") : nullptr,
+                    transposed ? index32(perm, capacity, "perm") : nullptr};
   const int64_t threads = parts_for(nnz);
   Tensor moved = torch::stable::new_empty(flat_positions, {}, ScalarType::Bool);
   bool& is_moved = *static_cast<bool*>(moved.mutable_data_ptr());
@@ -120,6 +121,8 @@ Tensor csr_move_(const Tensor& flat_positions, const Tensor& indices, const Tens
   const int64_t last = nnz ? flat[nnz - 1] / index.columns : -1;
   std::fill(index.crow + last + 1, index.crow + index.rows + 1, int32_t(nnz));
   accumulate(counts, parts, index);
+  for (int32_t* entries : {index.row, index.column}) std::fill(entries + nnz, entries + capacity, -1);
+  if (!transposed) return moved;
   share(parts, [&](int64_t part) {
     int32_t* next = counts.data() + part * index.columns;
     for (int64_t e = nnz * part / parts; e < nnz * (part + 1) / parts; e++) {
@@ -128,8 +131,7 @@ Tensor csr_move_(const Tensor& flat_positions, const Tensor& indices, const Tens
       index.perm[slot] = int32_t(e);
     }
   });
-  for (int32_t* entries : {index.row, index.column, index.rows_t, index.perm})
-    std::fill(entries + nnz, entries + capacity, -1);
+  for (int32_t* entries : {index.rows_t, index.perm}) std::fill(entries + nnz, entries + capacity, -1);
   return moved;
 }
 

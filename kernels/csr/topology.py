@@ -13,6 +13,8 @@ from fxsparse.kernels.library import define
 def move_(flat: Tensor, indices: Tensor, crow: Tensor, ccol: Tensor, rows_t: Tensor, perm: Tensor) -> Tensor:
     """Write the index (``formats.csr.CsrIndex``) of the entries at positions `flat` into the other tensors.
 
+    `rows_t` and `perm` are left alone where they have no elements.
+
     The result is a bool scalar: false, with nothing written, unless `flat` (int64 [nnz], at most the capacity) is
     strictly ascending and inside the weight.
     """
@@ -24,8 +26,9 @@ def move_(flat: Tensor, indices: Tensor, crow: Tensor, ccol: Tensor, rows_t: Ten
     for starts, places in ((crow, rows), (ccol, cols)):
         starts[0] = 0
         starts[1:] = torch.bincount(places, minlength=starts.numel() - 1).cumsum(0)
-    order = torch.argsort(cols, stable=True)
-    for slots, entries in ((indices[0], rows), (indices[1], cols), (rows_t, rows[order]), (perm, order)):
+    order = torch.argsort(cols, stable=True) if perm.numel() else cols
+    transposed = ((rows_t, rows[order]), (perm, order)) if perm.numel() else ()
+    for slots, entries in ((indices[0], rows), (indices[1], cols), *transposed):
         slots[:nnz] = entries
         slots[nnz:] = -1
     return flat.new_ones((), dtype=torch.bool)

@@ -55,6 +55,20 @@ def test_unused_slots_follow_the_entries():
     assert str(weight) == "CompactWeight(5x6, nnz=4, capacity=6)"
 
 
+def test_a_convolution_keeps_no_transposed_index_through_moves_loads_and_copies():
+    flat = positions((1, 4, 9, 40))
+    weight = CompactWeight((4, 3, 2, 2), flat, flat + 0.5, 5)
+    weight.move(MaskChange.between(flat, positions((1, 9, 17, 20, 47))), None)
+    weight.indices.copy_(weight.indices.clone())
+    weight.reindex()
+    weight = copy.deepcopy(weight)
+    assert [weight.rows_t.numel(), weight.perm.numel(), weight.index.capacity] == [0, 0, 5]
+    assert weight.active().tolist() == [1, 9, 17, 20, 47]
+    assert weight.values.tolist() == [1.5, 9.5, 0, 0, 0]
+    assert weight.crow.tolist() == [0, 2, 4, 4, 5]
+    assert weight.dense().shape == (4, 3, 2, 2)
+
+
 def test_the_capacity_is_nnz_unless_given_and_never_less():
     assert compact().values.shape == (4,)
     assert compact((), capacity=3).active().tolist() == []

@@ -26,18 +26,20 @@ def draw(numel, nnz, seed):
     return torch.randperm(numel, generator=generator)[:nnz].sort().values
 
 
-def blank(rows, columns, capacity):
+def blank(rows, columns, capacity, transposed=True):
     """Index tensors that hold nothing sensible."""
-    sizes = ((2, capacity), (rows + 1,), (columns + 1,), (capacity,), (capacity,))
+    slots = capacity * transposed
+    sizes = ((2, capacity), (rows + 1,), (columns + 1,), (slots,), (slots,))
     return [torch.full(size, 99, dtype=torch.int32) for size in sizes]
 
 
 def check_move(rows, columns, flat, capacity):
-    got, expected = blank(rows, columns, capacity), blank(rows, columns, capacity)
-    assert torch.ops.fxsparse.csr_move_(flat, *got)
-    assert topology.move_(flat, *expected)
-    for a, b in zip(got, expected, strict=True):
-        assert torch.equal(a, b)
+    for transposed in (True, False):
+        got, expected = (blank(rows, columns, capacity, transposed) for _ in range(2))
+        assert torch.ops.fxsparse.csr_move_(flat, *got)
+        assert topology.move_(flat, *expected)
+        for a, b in zip(got, expected, strict=True):
+            assert torch.equal(a, b)
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 144), st.integers(0, 5), st.integers(0, 1000))
