@@ -3,20 +3,18 @@
 Each raises AssertionError with what was broken.
 """
 
-import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fxsparse.formats import condensed
+from fxsparse.guards import forbid_tensors_of as forbid_tensors_of
+from fxsparse.guards import poisoned_memory as poisoned_memory
 from fxsparse.kernel import Entries, Kernel, Problem, tolerance
 from fxsparse.kernels.library import ACTIVATIONS, activate
 from fxsparse.method import Method, Probe, Signs, WeightView, from_dict
@@ -30,6 +28,18 @@ SHAPES = ((1, 3), (37, 53), (64, 32), (16, 200), (130, 17))
 DENSITIES = (0.0, 0.2, 1.0)
 BATCHES = ((), (0,), (2,), (3, 7), (70,))
 """Leading dimensions of the input: none, empty, few, whole and broken panels."""
+CONVOLUTIONS: tuple[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]], ...] = (
+    ((8, 5, 3, 3), (7, 9), {"padding": 1}),
+    ((17, 6, 1, 1), (14, 14), {}),
+    ((6, 3, 1, 1), (15, 11), {"stride": 2}),
+    ((5, 4, 3, 5), (13, 40), {"stride": (2, 3), "padding": (1, 0), "dilation": (1, 2)}),
+    ((4, 2, 3, 5), (9, 9), {"padding": "same", "dilation": (3, 1)}),
+    ((6, 2, 3, 3), (8, 12), {"groups": 3, "padding": 2, "stride": 2}),
+    ((7, 3, 5), (50,), {"padding": 2, "stride": 2}),
+)
+"""(Shape of the weight, size of the images, arguments) of convolutions in one and two dimensions."""
+SAMPLES = ((), (1,), (3,))
+"""Leading dimensions of the images; without one there is one image."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _ROWS = (
     {"constant_fan_in": False, "empty_rows": True},
@@ -57,42 +67,6 @@ def assert_close(actual: Tensor, expected: Tensor, allowed: float, scale: float 
     assert mean <= allowed / 2, f"RMS relative error {mean:.2e}, allowed {allowed / 2:.2e}"
 
 
-@contextlib.contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """Fill every tensor that torch leaves uninitialised with NaN, so that an entry nobody wrote is seen."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # which is what fills them
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
-@contextlib.contextmanager
-def forbid_tensors_of(numel: int) -> Iterator[None]:
-    """Raise AssertionError at the first op inside the block that returns a tensor of `numel` entries or more.
-
-    Every op counts that torch dispatches, backward's too; what one allocates for itself does not, nor what is on
-    meta or fake.
-    """
-    with _Forbid(numel):
-        yield
-
-
-class _Forbid(TorchDispatchMode):
-    def __init__(self, numel: int) -> None:
-        super().__init__()
-        self.numel = numel
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            large = isinstance(tensor, Tensor) and tensor.numel() >= self.numel
-            large = large and not (tensor.is_meta or isinstance(tensor, FakeTensor))
-            assert not large, f"{func} made {list(tensor.shape)}: {self.numel} entries or more are forbidden"
-        return result
-
-
 def sparse_weight(
     shape: tuple[int, int], density: float, *, constant_fan_in: bool = False, empty_rows: bool = True
 ) -> Tensor:
@@ -110,12 +84,20 @@ def sparse_weight(
     return torch.randn(shape, generator=generator, dtype=torch.float64) * mask
 
 
-def problem_of(kernel: Kernel, weight: Tensor, batch: int, dtype: torch.dtype, training: bool) -> Problem:
-    """The problem of applying `weight` to `batch` rows on the CPU."""
-    mask = weight != 0
+def problem_of(
+    kernel: Kernel,
+    weight: Tensor,
+    batch: int,
+    dtype: torch.dtype,
+    training: bool,
+    arguments: Mapping[str, Any] | None = None,
+) -> Problem:
+    """The problem of applying `weight` to `batch` rows, or output pixels, on the CPU."""
+    mask = weight.flatten(1) != 0
     fan_in = condensed.fan_in(mask)
     shape, nnz = tuple(weight.shape), int(mask.sum())
-    return Problem(kernel.op, shape, batch, nnz, dtype, torch.device("cpu"), training, fan_in)
+    given = tuple((arguments or {}).items())
+    return Problem(kernel.op, shape, batch, nnz, dtype, torch.device("cpu"), training, fan_in, given)
 
 
 def check_kernel(kernel: Kernel) -> int:
@@ -127,37 +109,51 @@ def check_kernel(kernel: Kernel) -> int:
     was refused.
     """
     ran = 0
-    for shape, density, batch, rows in itertools.product(SHAPES, DENSITIES, BATCHES, _ROWS):
-        weight = sparse_weight(shape, density, **rows)
+    for weight, size, arguments in _problems(kernel.op):
         for dtype, training in itertools.product(DTYPES, (False, True)):
-            problem = problem_of(kernel, weight, torch.Size(batch).numel(), dtype, training)
+            outputs = _dense(torch.empty(size, device="meta"), weight.to("meta"), None, arguments).numel()
+            problem = problem_of(kernel, weight, outputs // len(weight), dtype, training, arguments)
             reasons = kernel.refuses(problem)
             assert all(isinstance(reason, str) and reason for reason in reasons), reasons
             if not reasons:
-                _check_problem(kernel, weight.to(dtype), batch, training)
+                _check_problem(kernel, weight.to(dtype), size, training, arguments)
                 ran += 1
     assert ran, f"{kernel.name} refused every problem"
     return ran
 
 
-def _check_problem(kernel: Kernel, weight: Tensor, batch: tuple[int, ...], training: bool) -> None:
+def _problems(op: str) -> Iterator[tuple[Tensor, tuple[int, ...], dict[str, Any]]]:
+    """(Weight in fp64, shape of the input, arguments of the kernel)."""
+    if op == "linear":
+        for shape, density, batch, rows in itertools.product(SHAPES, DENSITIES, BATCHES, _ROWS):
+            yield sparse_weight(shape, density, **rows), (*batch, shape[1]), {}
+        return
+    for (shape, size, given), density, samples in itertools.product(CONVOLUTIONS, DENSITIES, SAMPLES):
+        weight = sparse_weight((shape[0], prod(shape[1:])), density).view(shape)
+        channels = shape[1] * given.get("groups", 1)
+        yield weight, (*samples, channels, *size), {"kernel_size": shape[2:], **given}
+
+
+def _check_problem(
+    kernel: Kernel, weight: Tensor, size: tuple[int, ...], training: bool, arguments: dict[str, Any]
+) -> None:
     generator = torch.Generator().manual_seed(1)
-    out_features, in_features = weight.shape
-    x = torch.randn(*batch, 2 * in_features, generator=generator).to(weight.dtype)[..., ::2]
-    bias = torch.randn(out_features, generator=generator).to(weight.dtype)
-    upstream = torch.randn(*batch, out_features, generator=generator).to(weight.dtype)
+    x = torch.randn(*size[:-1], 2 * size[-1], generator=generator).to(weight.dtype)[..., ::2]
+    bias = torch.randn(len(weight), generator=generator).to(weight.dtype)
+    exact = _dense(x, weight, bias, arguments)
+    upstream = torch.randn(exact.shape, generator=generator).to(weight.dtype)
+    scale = _largest(_dense(x.abs(), weight.abs(), bias.abs(), arguments))
     _check_entries(kernel, weight)
     for run, with_bias in itertools.product((kernel.run, kernel.reference), (bias, None)):
         with poisoned_memory():
             if training:
-                _check_gradients(kernel, run, weight, x, with_bias, upstream)
+                _check_gradients(kernel, run, weight, x, with_bias, upstream, arguments)
                 continue
             buffers = kernel.pack(weight).values()
-            exact = _dense(x, weight, with_bias)
-            scale = _largest(_dense(x.abs(), weight.abs(), bias.abs()))
+            exact = _dense(x, weight, with_bias, arguments)
             for activation in ACTIVATIONS:
-                y = run(x, with_bias, *buffers, activation=activation)
-                allowed = tolerance(weight.dtype, in_features + 1)
+                y = run(x, with_bias, *buffers, activation=activation, **arguments)
+                allowed = tolerance(weight.dtype, prod(weight.shape[1:]) + 1)
                 assert_close(y, activate(exact, activation), allowed, scale)
 
 
@@ -165,8 +161,8 @@ def _check_entries(kernel: Kernel, weight: Tensor) -> None:
     """What is packed from the nonzeros alone is what is packed from the dense weight."""
     if kernel.pack_entries is None:
         return
-    mask = weight != 0
-    entries = Entries(weight[mask], mask.nonzero().t().int(), tuple(weight.shape))
+    mask = weight.flatten(1) != 0
+    entries = Entries(weight.flatten(1)[mask], mask.nonzero().t().int(), tuple(weight.shape))
     expected, got = kernel.pack(weight), kernel.pack_entries(entries)
     assert list(expected) == list(got), f"{kernel.name}: expected buffers {list(expected)}, got {list(got)}"
     for name, tensor in expected.items():
@@ -181,26 +177,34 @@ def _check_gradients(
     x: Tensor,
     bias: Tensor | None,
     upstream: Tensor,
+    arguments: dict[str, Any],
 ) -> None:
     buffers = [tensor.clone() for tensor in kernel.pack(weight).values()]
     values = next(tensor for tensor in buffers if tensor.is_floating_point()).requires_grad_()
     leaves = [x.detach().requires_grad_(), values, *([] if bias is None else [bias.clone().requires_grad_()])]
-    y = run(leaves[0], leaves[2] if bias is not None else None, *buffers)
+    y = run(leaves[0], leaves[2] if bias is not None else None, *buffers, **arguments)
     gradients = torch.autograd.grad(y, leaves, upstream)
 
-    g, rows = upstream.double().reshape(-1, upstream.shape[-1]), x.double().reshape(-1, x.shape[-1])
-    dense = weight.double()
-    expected = (
-        (g @ dense).reshape(x.shape),
-        _packed_like(kernel, g.t() @ rows, weight),
-        g.sum(0),
+    exact, scales = (
+        _dense_gradients(*tensors, arguments)
+        for tensors in ((x, weight, bias, upstream), (x.abs(), weight.abs(), bias, upstream.abs()))
     )
-    scales = (g.abs() @ dense.abs(), g.abs().t() @ rows.abs(), g.abs().sum(0))
-    terms = (len(weight), len(g), len(g))
-    for got, exact, scale, count in zip(gradients, expected, scales, terms, strict=False):
-        assert_close(got, exact, tolerance(x.dtype, count), _largest(scale))
-    scale = _largest(_dense(x.abs(), dense.abs(), bias))
-    assert_close(y, _dense(x, weight, bias), tolerance(x.dtype, weight.shape[1] + 1), max(scale, _largest(y)))
+    expected = (exact[0], _packed_like(kernel, exact[1], weight), *exact[2:])
+    outputs = upstream.numel() // len(weight)
+    terms = (weight.numel() // weight.shape[1], outputs, outputs)
+    for got, right, scale, count in zip(gradients, expected, scales, terms, strict=False):
+        assert_close(got, right, tolerance(x.dtype, count), _largest(scale))
+    scale = _largest(_dense(x.abs(), weight.abs(), bias, arguments))
+    allowed = tolerance(x.dtype, prod(weight.shape[1:]) + 1)
+    assert_close(y, _dense(x, weight, bias, arguments), allowed, max(scale, _largest(y)))
+
+
+def _dense_gradients(
+    x: Tensor, weight: Tensor, bias: Tensor | None, upstream: Tensor, arguments: dict[str, Any]
+) -> tuple[Tensor, ...]:
+    leaves = [t.detach().double().requires_grad_() for t in (x, weight, bias) if t is not None]
+    y = _dense(leaves[0], leaves[1], leaves[2] if bias is not None else None, arguments)
+    return torch.autograd.grad(y, leaves, upstream.double())
 
 
 def _packed_like(kernel: Kernel, gradient: Tensor, weight: Tensor) -> Tensor:
@@ -214,8 +218,10 @@ def _largest(magnitudes: Tensor) -> float:
     return magnitudes.abs().max().item() if magnitudes.numel() else 0.0
 
 
-def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, arguments: dict[str, Any]) -> Tensor:
+    op: Any = {2: F.linear, 3: F.conv1d, 4: F.conv2d}[weight.dim()]
+    given = {name: value for name, value in arguments.items() if name != "kernel_size"}
+    return op(x.double(), weight.double(), None if bias is None else bias.double(), **given)
 
 
 def check_pattern(pattern: Pattern, shape: Sequence[int], nnz: int, seed: int = 0) -> None:

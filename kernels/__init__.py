@@ -3,10 +3,11 @@
 from fxsparse.kernels.condensed.linear import condensed_linear
 from fxsparse.kernels.csr.conv import csr_conv2d
 from fxsparse.kernels.csr.conv_gradient import conv_gradient_at, conv_gradient_tiles
+from fxsparse.kernels.csr.conv_inference import csr_conv_infer
 from fxsparse.kernels.csr.linear import csr_linear
 from fxsparse.kernels.csr.sampled import gradient_at
 from fxsparse.kernels.csr.topology import position_change
-from fxsparse.kernels.dense.conv import MASKED_CONV
+from fxsparse.kernels.dense.conv import DENSE_CONV, MASKED_CONV
 from fxsparse.kernels.dense.linear import DENSE, MASKED
 from fxsparse.kernels.lookup.linear import lookup_linear
 from fxsparse.kernels.soft_topk.shift import soft_topk_shift
@@ -14,12 +15,14 @@ from fxsparse.kernels.striped.linear import striped_linear
 
 __all__ = [
     "DENSE",
+    "DENSE_CONV",
     "MASKED",
     "MASKED_CONV",
     "condensed_linear",
     "conv_gradient_at",
     "conv_gradient_tiles",
     "csr_conv2d",
+    "csr_conv_infer",
     "csr_linear",
     "gradient_at",
     "lookup_linear",

@@ -37,10 +37,12 @@ class FuseEpilogue:
         """Returns the number of fused ops."""
         entries = kernel.registered()
         # The training kernels fuse no activation; weights that no other kernel can pack are served by them.
-        runs = {entry.run for name, entry in entries.items() if name not in kernel.TRAINING.values()}
+        ops = {entry.run: entry.op for name, entry in entries.items() if name not in kernel.TRAINING.values()}
         fused = 0
-        for node in [node for node in gm.graph.nodes if node.op == "call_function" and node.target in runs]:
-            fused += _fuse_bias(gm, node) + _fuse_activation(gm, node, ctx.notes)
+        for node in [node for node in gm.graph.nodes if node.op == "call_function" and node.target in ops]:
+            # A vector added to images is one number a column, not one a channel.
+            fused += _fuse_bias(gm, node) if ops[node.target] == "linear" else 0
+            fused += _fuse_activation(gm, node, ctx.notes)
         return fused
 
 

@@ -24,7 +24,10 @@ from fxsparse.pipeline import PassContext
 
 @dataclass(frozen=True)
 class LowerInference:
-    """F.linear(x, w, b) becomes ``kernel.run(x, b, *buffers)``; a PackedWeight takes the place of w in the skeleton."""
+    """A linear or convolution of (x, w, b) becomes ``kernel.run(x, b, *buffers, **arguments of a convolution)``.
+
+    A PackedWeight takes the place of w in the skeleton.
+    """
 
     name: ClassVar[str] = "lower-inference"
     after: ClassVar[tuple[str, ...]] = ("select-kernels",)

@@ -12,7 +12,7 @@ from fxsparse.graph import Site, argument, fetch, sites
 from fxsparse.inputs import has_meta
 from fxsparse.kernel import Choice, Entries, Problem
 from fxsparse.passes.fuse_epilogue import activation_after
-from fxsparse.passes.select_kernels import site_arguments, site_inputs
+from fxsparse.passes.select_kernels import outputs_of_a_row, site_arguments, site_inputs
 from fxsparse.pattern import ConstantFanIn
 from fxsparse.pipeline import Decision, PassContext
 
@@ -75,8 +75,7 @@ def why_not_dense(ctx: PassContext) -> str:
 
 def _problem(entries: Entries, decision: Decision, site: Site, x: Tensor | None) -> Problem:
     fan_in = decision.pattern.fan_in if isinstance(decision.pattern, ConstantFanIn) else None
-    # No kernel that convolves in inference packs nonzeros, so that only rows of linear layers are ever measured.
-    batch = 1 if x is None or site.op != "linear" else x.numel() // x.shape[-1]
+    batch = 1 if x is None else outputs_of_a_row(site, x, entries.shape)
     return Problem(
         "linear" if site.op == "linear" else "conv2d",
         entries.shape,

@@ -11,7 +11,16 @@ from torch.fx import Graph, GraphModule, Node
 
 from fxsparse import kernel
 from fxsparse.formats import condensed
-from fxsparse.graph import Site, argument, attribute_nodes, convolution_arguments, fetch, sites
+from fxsparse.graph import (
+    CONVOLUTION,
+    Site,
+    argument,
+    attribute_nodes,
+    convolution_arguments,
+    fetch,
+    given_arguments,
+    sites,
+)
 from fxsparse.kernel import Choice, Kernel, Problem
 from fxsparse.passes.fuse_epilogue import activation_after
 from fxsparse.pipeline import Decision, PassContext, WeightSpec
@@ -20,6 +29,9 @@ from fxsparse.verify import copied_inputs, frozen_state
 
 ADVANTAGE = 0.95
 """A sparse kernel is taken where it needs at most this share of the time of the best dense one."""
+
+OPS = {"linear": "linear op", "conv1d": "convolution", "conv2d": "convolution"}
+"""The ops that have sparse kernels, and what to call them."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +109,15 @@ def site_arguments(site: Site, shape: Sequence[int]) -> dict[str, Any]:
     return {} if site.op == "linear" else convolution_arguments(site.node, shape)
 
 
+def outputs_of_a_row(site: Site, x: Tensor, shape: Sequence[int]) -> int:
+    """How many numbers a call site computes with one row of a weight of `shape`: tokens, or output pixels."""
+    op, arguments = site.node.target, site_arguments(site, shape)
+    arguments.pop("kernel_size", None)
+    weight = torch.empty(1, *shape[1:], device="meta", dtype=x.dtype).expand(shape)
+    assert callable(op)
+    return op(x.to("meta"), weight, **arguments).numel() // max(1, shape[0])
+
+
 @dataclass(frozen=True)
 class _Seen:
     inputs: dict[str, Tensor]
@@ -112,15 +133,19 @@ def _refusal(
     """Why a weight stays dense without being measured; None if it is to be measured."""
     if decision.nnz == spec.numel:
         return "it has no zeros"
-    if spec.op != "linear":
+    if spec.op not in OPS:
         return f"there is no sparse {spec.op} kernel"
     if any(site.sliced for site in found):
         return "an op reads only a part of it"
     if len({site.transposed for site in found}) > 1:
         return "it is read both as it is and transposed"
+    if any(site.op != "linear" and given_arguments(site.node, CONVOLUTION) is None for site in found):
+        return "the graph computes an argument of its convolution"
     known = {site.node for site in found}
     if any(reader not in known for node in attribute_nodes(gm.graph, spec.name) for reader in _readers(node)):
-        return "something other than a linear op reads it"
+        return f"something other than a {OPS[spec.op]} reads it"
+    if len({site.op for site in found}) > 1:
+        return "different ops read it"
     if ctx.program.tier == "walk":
         return "the model's own forward runs, since no graph of it could be captured"
     if ctx.example_inputs is None:
@@ -142,15 +167,17 @@ def _choose(gm: GraphModule, site: Site, decision: Decision, x: Tensor) -> Choic
     weight, bias = _matrix(gm, site), argument(site.node, 2, "bias")
     following = activation_after(gm, site.node)
     bias = fetch(gm, str(bias.target)).detach() if isinstance(bias, Node) and bias.op == "get_attr" else None
+    arguments = site_arguments(site, weight.shape)
     problem = Problem(
-        "linear",
+        "linear" if site.op == "linear" else "conv2d",
         tuple(weight.shape),
-        torch.Size(x.shape[:-1]).numel(),
+        outputs_of_a_row(site, x, weight.shape),
         decision.nnz,
         weight.dtype,
         weight.device,
         training=False,
-        fan_in=condensed.fan_in(weight != 0),
+        fan_in=condensed.fan_in(weight.flatten(1) != 0),
+        arguments=tuple(arguments.items()),
     )
     activation = "none" if isinstance(following, str) else following[0]
     return kernel.choose(problem, x, weight, bias, activation, advantage=ADVANTAGE)

@@ -19,10 +19,12 @@ INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512vbmi")
 """What the kernels are compiled for; the best one that the CPU has is used."""
 
 _OPS = ("csr_forward", "csr_backward", "csr_sample", "condensed_forward", "lookup_forward", "striped_forward")
-_OPS += ("csr_conv_forward", "csr_conv_backward", "csr_conv_sample", "soft_topk_sums")
+_OPS += ("csr_conv_forward", "csr_conv_backward", "csr_conv_sample", "csr_conv_inference", "soft_topk_sums")
 _FOLDER = Path(__file__).parent
-_HEADERS = ("table.h", "vec.h", "rows.h", "planes.h", "tensors.h")
+_HEADERS = ("table.h", "vec.h", "rows.h", "planes.h", "tensors.h", "tiles.h", "window.h")
 _SOURCES = (*_HEADERS, "products.cpp", "lookup.cpp", "ops.cpp", "conv.cpp", "topology.cpp", "soft_topk.cpp")
+_SOURCES += ("tiles.cpp", "conv_inference.cpp")
+_TORCH_UNITS = ("ops", "conv", "conv_inference", "topology", "soft_topk")
 _FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
 _TABLES = {
@@ -128,10 +130,11 @@ def _compile(compiler: list[str], folder: Path) -> None:
     torch_folder = Path(torch.__file__).parent
     headers = [f"-I{torch_folder / 'include'}", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     x86 = ["-DFXSPARSE_X86"] if _X86 else []
-    units = {name: [f"{name}.cpp", *headers, *x86] for name in ("ops", "conv", "topology", "soft_topk")}
+    units = {name: [f"{name}.cpp", *headers, *x86] for name in _TORCH_UNITS}
     for name, flags in _TABLES.items():
         if _X86 or not flags:
             units[name] = ["products.cpp", f"-DFXSPARSE_TABLE=table_{name}", *flags]
+            units[f"tiles_{name}"] = ["tiles.cpp", f"-DFXSPARSE_TILES=tiles_{name}", *flags]
     if _X86:
         units["lookup"] = _LOOKUP
     objects = [str(folder / f"{name}.o") for name in units]

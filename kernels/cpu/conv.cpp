@@ -7,6 +7,7 @@
 // Scratch memory: per thread one panel of kPanelBytes (or one output row's, if that is more) and kRows rows of results;
 // per call 8 bytes an entry.
 #include "tensors.h"
+#include "window.h"
 
 namespace {
 
@@ -15,31 +16,6 @@ using namespace fxsparse;
 constexpr int64_t kPanelBytes = 512 << 10;  // half of an L2 cache of today
 constexpr int64_t kRows = 32;               // results that are copied out together
 constexpr int64_t kSlack = 16;             // at least a vector: runs read past the last plane
-
-// One dimension of a convolution.
-struct Axis {
-  int64_t kernel, stride, before, after, dilation, in;
-  int64_t out() const { return (in + before + after - dilation * (kernel - 1) - 1) / stride + 1; }
-  int64_t phase(int64_t tap) const { return tap * dilation % stride; }
-  int64_t shift(int64_t tap) const { return tap * dilation / stride; }
-  int64_t most_shift() const { return shift(kernel - 1); }
-  // The first place in units of `stride` that has a pixel of the input, and how many there are.
-  int64_t first() const { return before / stride; }
-  int64_t places() const { return (in - 1 + before) / stride - first() + 1; }
-};
-
-struct Window {
-  Axis height, width;
-  int64_t groups;
-};
-
-Window window_of(const std::vector<int64_t>& w, const Tensor& x) {
-  STD_TORCH_CHECK(w.size() == 11 && x.dim() == 4, "fxsparse: expected x [samples, in, height, width] and 11 numbers");
-  const Window window{{w[0], w[2], w[4], w[6], w[8], x.size(2)}, {w[1], w[3], w[5], w[7], w[9], x.size(3)}, w[10]};
-  STD_TORCH_CHECK(window.height.out() > 0 && window.width.out() > 0 && w[10] > 0 && x.size(1) % w[10] == 0,
-                  "fxsparse: expected an input that the kernel fits into, its channels in ", w[10], " groups");
-  return window;
-}
 
 // [channels, height, width] of one sample.
 struct Image {

@@ -82,7 +82,8 @@ def as_images(x: Tensor, dimensions: int) -> tuple[Tensor, list[int]]:
     return x, added
 
 
-def _as_given(images: Tensor, added: Sequence[int]) -> Tensor:
+def as_given(images: Tensor, added: Sequence[int]) -> Tensor:
+    """`images` without the dimensions that `as_images` added."""
     for dimension in reversed(added):
         images = images.squeeze(dimension)
     return images
@@ -95,7 +96,7 @@ class _CsrConv(torch.autograd.Function):
         ctx.numbers, ctx.dimensions, ctx.probe_key = numbers, dimensions, probe_key
         run: Any = torch.ops.fxsparse.csr_conv_forward.default if x.dtype in COMPILED else patches.conv
         images, added = as_images(x, dimensions)
-        return _as_given(run(images, values, crow, cols, bias, numbers), added)
+        return as_given(run(images, values, crow, cols, bias, numbers), added)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -109,7 +110,7 @@ class _CsrConv(torch.autograd.Function):
         run: Any = patches.conv_backward if exact else torch.ops.fxsparse.csr_conv_backward.default
         grad_x, grad_values = run(grad, x, values, crow, cols, ctx.numbers, need_x, need_values)
         return (
-            _as_given(grad_x, added) if need_x else None,
+            as_given(grad_x, added) if need_x else None,
             grad_values if need_values else None,
             *(None,) * 2,
             grad.sum((0, 2, 3)) if need_bias else None,
@@ -188,7 +189,7 @@ def _reference(
     x, bias, values, crow, cols, activation: str = "none", probe_key: int = -1, **arguments: Any
 ) -> Tensor:
     images, added = as_images(x, len(arguments["kernel_size"]))
-    return _as_given(patches.conv(images, values, crow, cols, bias, window(**arguments)), added)
+    return as_given(patches.conv(images, values, crow, cols, bias, window(**arguments)), added)
 
 
 def _refuses(problem: Problem) -> list[str]:

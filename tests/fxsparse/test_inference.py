@@ -25,8 +25,9 @@ def sparse_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every weight with zeros measures faster on CSR, by 1 us and 1 us per thousand weights; the whole by 2x."""
 
     def choose(problem, x, weight, bias=None, activation="none", **options) -> Choice:
-        times = {"dense": 11.0 + weight.numel() / 1000, "cpu-csr": 10.0}
-        return Choice(kernel.registered()["cpu-csr"], times, {}, "measured")
+        end = "" if problem.op == "linear" else "-conv"
+        times = {f"dense{end}": 11.0 + weight.numel() / 1000, f"cpu-csr{end}": 10.0}
+        return Choice(kernel.registered()[f"cpu-csr{end}"], times, {}, "measured")
 
     monkeypatch.setattr(kernel, "choose", choose)
     monkeypatch.setattr(inference, "speed_of", lambda *call: Speed(200.0, 100.0, 2.0))
@@ -78,7 +79,7 @@ def test_computes_what_the_model_computes_at_any_batch() -> None:
     model = pruned(Net()).eval()
     fast = infer(model)
     assert kernels_of(fast) == {
-        "conv.weight": "dense", "a.weight": "cpu-csr", "b.weight": "cpu-csr", "c.weight": "cpu-csr"
+        "conv.weight": "cpu-csr-conv", "a.weight": "cpu-csr", "b.weight": "cpu-csr", "c.weight": "cpu-csr"
     }  # fmt: skip
     for x in (X, X[:1], torch.randn(7, 3, 6, 6)):
         check_equal(fast, model, x)
@@ -115,11 +116,8 @@ def test_the_artefact_is_smaller() -> None:
     left = {row["name"]: row for row in fast.report.layers}
     assert left["a.weight"]["neurons_removed"] > 0  # rows without a nonzero are gone
     # CSR: a value of 4 bytes and a column of 2 per nonzero, and a row pointer of 4 per row and one more
-    csr = sum(
-        6 * row["nnz"] + 4 * (row["shape"][0] + 1)
-        for row in map(left.get, ("a.weight", "b.weight", "c.weight"))
-    )
-    assert totals["bytes_sparse"] == csr + 4 * left["conv.weight"]["numel"]
+    csr = sum(6 * row["nnz"] + 4 * (row["shape"][0] + 1) for row in left.values())
+    assert totals["bytes_sparse"] == csr
     assert totals["numel"] == sum(row["numel"] for row in left.values()) < totals["bytes_dense"] / 4
 
 
@@ -130,8 +128,7 @@ def test_every_parameter_is_in_layers_or_untouched_with_a_reason() -> None:
     assert sorted(row["name"] for row in rows) == sorted(name for name, _ in model.named_parameters())
     assert all(row["reason"] for row in rows)
     conv = next(row for row in report["layers"] if row["name"] == "conv.weight")
-    assert conv["reason"] == "there is no sparse conv2d kernel"
-    assert (conv["dense_us"], conv["sparse_us"]) == (None, None)
+    assert (conv["dense_us"], conv["sparse_us"]) == (11.0 + 0.216, 10.0)
     first = next(row for row in report["layers"] if row["name"] == "a.weight")
     assert (first["dense_us"], first["sparse_us"]) == (11.0 + 8.192, 10.0)
     untouched = {row["name"]: row["reason"] for row in report["untouched"]}
@@ -155,7 +152,7 @@ def test_a_training_module_is_taken_without_tracing_again(
     state = {name: tensor.clone() for name, tensor in sparse.state_dict().items()}
     monkeypatch.setattr(inference, "capture", lambda *call, **options: pytest.fail("traced again"))
     fast = infer(sparse)
-    assert kernels_of(fast) | {"conv.weight": "dense"} == kernels_of(fast)
+    assert kernels_of(fast)["conv.weight"] == "cpu-csr-conv"
     assert kernels_of(fast)["a.weight"] == kernels_of(fast)["b.weight"] == "cpu-csr"
     assert all(torch.equal(tensor, state[name]) for name, tensor in sparse.state_dict().items())
     check_equal(fast, sparse.eval())
@@ -276,10 +273,10 @@ def speeds(monkeypatch: pytest.MonkeyPatch, rule: Callable[[int], float]) -> Non
 def test_gives_up_the_least_profitable_kernels_until_it_is_not_slower(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    speeds(monkeypatch, {3: 0.5, 1: 1.2}.__getitem__)
+    speeds(monkeypatch, {4: 0.5, 2: 0.6, 1: 1.2}.__getitem__)
     model = pruned(Net()).eval()
     fast = infer(model)
-    # gains grow with the size: a has 8,192, b 3,072 and c 240 of them
+    # gains grow with the size: a has 8,192, b 3,072, c 240 and the convolution 216 of them
     assert kernels_of(fast) == {
         "conv.weight": "dense", "a.weight": "cpu-csr", "b.weight": "dense", "c.weight": "dense"
     }  # fmt: skip
@@ -364,3 +361,29 @@ def test_refuses_what_cannot_be_compiled_for_inference() -> None:
     ):
         with pytest.raises(PlanError, match="this module was compiled for inference"):
             call()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18",
+        "squeezenet1_1",
+        "shufflenet_v2_x0_5",
+        "mobilenet_v3_small",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("regnet_y_400mf", "densenet121", "efficientnet_b0", "googlenet", "convnext_tiny")
+        ),
+    ],
+)
+def test_convolutions_of_vision_models_run_sparse(name: str) -> None:
+    torch.manual_seed(0)
+    options = {"init_weights": False} if name == "googlenet" else {}
+    model = pruned(pytest.importorskip("torchvision").models.get_model(name, **options), keep=0.3).eval()
+    x = torch.randn(2, 3, 64, 64)
+    fast = infer(model, x)  # which compares the two, too
+    sparse = [row for row in fast.report.layers if len(row["shape"]) == 4]
+    assert {row["kernel"] for row in sparse} == {"cpu-csr-conv"}
+    with torch.no_grad():
+        for images in (x[:1], torch.randn(3, 3, 96, 80)):
+            torch.testing.assert_close(fast(images), model(images), rtol=1e-3, atol=1e-5)

@@ -9,6 +9,7 @@ from fxsparse.kernels import cpu
 from fxsparse.kernels.cpu.build import INSTRUCTION_SETS
 
 COMPILED = ("cpu-csr", "cpu-csr-train", "cpu-condensed", "cpu-striped")
+COMPILED += ("cpu-csr-conv", "cpu-csr-conv-train")
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def instruction_set():
         cpu.instruction_set(before)
 
 
-@pytest.mark.parametrize("name", ["dense", "dense-masked"])
+@pytest.mark.parametrize("name", ["dense", "dense-masked", "dense-conv", "dense-conv-masked"])
 def test_dense_kernels_fulfil_the_contract(name):
     testing.check_kernel(registered()[name])
 

@@ -1,10 +1,10 @@
-"""The masked dense convolution as a candidate: what compact convolutions have to beat."""
+"""The dense convolutions as candidates: what sparse ones have to beat."""
 
 import torch
 import torch.nn.functional as F
 
 from fxsparse.kernel import Problem, registered
-from fxsparse.kernels import MASKED_CONV
+from fxsparse.kernels import DENSE_CONV, MASKED_CONV
 
 
 def problem(training):
@@ -29,3 +29,15 @@ def test_gradients_are_masked():
     torch.testing.assert_close(y, F.relu(F.conv1d(x, weight, **arguments)))
     y.sum().backward()
     assert not trained.grad[weight == 0].any()
+
+
+def test_inference_has_the_plain_one():
+    assert registered()["dense-conv"] is DENSE_CONV
+    assert DENSE_CONV.refuses(problem(training=True)) == ["training needs the mask: dense-conv-masked has it"]
+    assert DENSE_CONV.refuses(problem(training=False)) == []
+    assert DENSE_CONV.cost(problem(training=False)).flops == 2 * 20 * 288
+    weight, x = torch.randn(6, 4, 3), torch.randn(2, 8, 9)
+    y = DENSE_CONV.run(
+        x, None, *DENSE_CONV.pack(weight).values(), activation="silu", kernel_size=(3,), groups=2
+    )
+    torch.testing.assert_close(y, F.silu(F.conv1d(x, weight, groups=2)))

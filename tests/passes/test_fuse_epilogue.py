@@ -32,12 +32,14 @@ class After(nn.Module):
         return self.function(self, self.fc(x))
 
 
-def fused(model: nn.Module, x: Tensor) -> tuple[int, torch.fx.GraphModule, PassContext]:
+def fused(
+    model: nn.Module, x: Tensor, name: str = "cpu-csr"
+) -> tuple[int, torch.fx.GraphModule, PassContext]:
     ctx = PassContext(None, "infer", capture(model.eval(), x, modes=("eval",)), Report(), x)
     gm = ctx.program.graphs["eval"]
     for current in (Functionalize(), CollectWeights()):
         current.run(gm, ctx)
-    entry = kernel.registered()["cpu-csr"]
+    entry = kernel.registered()[name]
     ctx.decisions["fc.weight"] = Decision(Unstructured(), 0.5, format=entry.format, kernel=entry.name)
     LowerInference().run(gm, ctx)
     count = FuseEpilogue().run(gm, ctx)
@@ -140,3 +142,20 @@ def test_an_unknown_activation_stays() -> None:
     count, gm, _ = fused(model, x)
     assert count == 0
     assert activation_after(gm, kernel_call(gm)) == "no activation that kernels know reads it"
+
+
+def test_a_vector_added_to_images_is_no_bias_of_channels() -> None:
+    class Images(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.shift = nn.Conv2d(6, 5, 3, bias=False), nn.Parameter(torch.randn(5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) + self.shift
+
+    model, x = Images(), torch.randn(2, 6, 7, 7)
+    with torch.no_grad():
+        model.fc.weight[:, ::2] = 0
+    count, gm, _ = fused(model, x, "cpu-csr-conv")
+    assert count == 0
+    check_function(gm, model, x)

@@ -123,6 +123,32 @@ def test_a_transposed_weight_is_packed_as_the_op_reads_it() -> None:
     assert error(ctx, model, x) <= 4 * tolerance(torch.float32, 6)
 
 
+def test_a_convolution_keeps_its_arguments() -> None:
+    convolutions = (
+        nn.Conv2d(6, 8, 3, (2, 1), "valid", 2, groups=2),
+        nn.ReLU(),
+        nn.Flatten(2),
+        nn.Conv1d(8, 4, 3),
+    )
+    model, x = thinned(nn.Sequential(*convolutions)), torch.randn(2, 6, 9, 8)
+    ctx = lowered(model, x, {"0.weight": "cpu-csr-conv", "3.weight": "cpu-csr-conv"})
+    entry = kernel.registered()["cpu-csr-conv"]
+    first, second = ctx.program.graphs["eval"].graph.find_nodes(op="call_function", target=entry.run)
+    assert [str(arg.target).partition("weight.")[2] for arg in first.args[2:]] == [
+        "values",
+        "start",
+        "columns",
+    ]
+    assert first.kwargs == {
+        "kernel_size": (3, 3), "stride": (2, 1), "padding": "valid", "dilation": (2, 2), "groups": 2,
+        "activation": "relu",
+    }  # fmt: skip
+    assert second.kwargs["kernel_size"] == (3,)
+    assert fetch(ctx.program.skeleton, "0.weight").shape == (8, 3, 3, 3)
+    assert rewrites(ctx) == {"lower-inference": 2, "fuse-epilogue": 1}
+    assert error(ctx, model, x) <= 4 * tolerance(torch.float32, 27)
+
+
 def test_nothing_selected_changes_nothing() -> None:
     model, x = nn.Sequential(nn.Linear(6, 4), nn.ReLU()), torch.randn(3, 6)
     ctx = lowered(model, x, {})

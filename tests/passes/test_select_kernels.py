@@ -100,6 +100,22 @@ def test_measures_on_the_real_input_with_the_activation_that_follows(times) -> N
     assert second.batch == 15
 
 
+def test_measures_convolutions_with_their_arguments_and_output_pixels(times) -> None:
+    calls = times({"dense-conv": 10.0, "cpu-csr-conv": 5.0})
+    convolutions = nn.Conv2d(2, 4, 3, (2, 1), (0, 1)), nn.ReLU(), nn.Conv2d(4, 6, 1, groups=2)
+    model, x = halved(nn.Sequential(*convolutions)), torch.randn(3, 2, 7, 5)
+    decision = selected(model, x).decisions["2.weight"]
+    (first, seen, activation), (second, hidden, none) = calls
+    assert (first.op, first.batch, first.shape, first.nnz) == ("conv2d", 3 * 3 * 5, (4, 2, 3, 3), 36)
+    assert dict(first.arguments) == {
+        "kernel_size": (3, 3), "stride": (2, 1), "padding": (0, 1), "dilation": (1, 1), "groups": 1
+    }  # fmt: skip
+    assert torch.equal(seen, x)
+    assert torch.equal(hidden, model[0](x).relu())
+    assert (activation, none, second.batch, dict(second.arguments)["groups"]) == ("relu", "none", 45, 2)
+    assert (decision.storage, decision.format, decision.kernel) == ("compact", "csr", "cpu-csr-conv")
+
+
 def test_two_call_sites_get_the_kernel_that_is_fastest_over_both(times) -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -143,6 +159,15 @@ class SlicedWeight(nn.Module):
         return F.linear(x, first) + F.linear(x, second)
 
 
+class ComputedPadding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv1d(x, self.weight, padding=x.shape[-1] - 4)
+
+
 class ReadElsewhere(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -157,12 +182,18 @@ class ReadElsewhere(nn.Module):
     [
         (nn.Sequential(nn.Linear(6, 4)), "0.weight", (2, 6), "it has no zeros"),
         (
-            halved(nn.Sequential(nn.Conv2d(2, 4, 3))),
+            halved(nn.Sequential(nn.Conv3d(2, 4, 3))),
             "0.weight",
-            (1, 2, 5, 5),
-            "there is no sparse conv2d kernel",
+            (1, 2, 5, 5, 5),
+            "there is no sparse conv3d kernel",
         ),
         (halved(SlicedWeight()), "weight", (2, 6), "an op reads only a part of it"),
+        (
+            halved(ComputedPadding()),
+            "weight",
+            (1, 2, 5),
+            "the graph computes an argument of its convolution",
+        ),
         (halved(ReadElsewhere()), "fc.weight", (2, 6), "something other than a linear op reads it"),
         (
             halved(nn.Sequential(nn.Linear(6, 4))),

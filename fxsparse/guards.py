@@ -1,0 +1,47 @@
+"""What a test runs code under: memory that is NaN until written, and no tensor above a size."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fill every tensor that torch leaves uninitialised with NaN, so that an entry nobody wrote is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # which is what fills them
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@contextlib.contextmanager
+def forbid_tensors_of(numel: int) -> Iterator[None]:
+    """Raise AssertionError at the first op inside the block that returns a tensor of `numel` entries or more.
+
+    Every op counts that torch dispatches, backward's too; what one allocates for itself does not, nor what is on
+    meta or fake.
+    """
+    with _Forbid(numel):
+        yield
+
+
+class _Forbid(TorchDispatchMode):
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel = numel
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            large = isinstance(tensor, Tensor) and tensor.numel() >= self.numel
+            large = large and not (tensor.is_meta or isinstance(tensor, FakeTensor))
+            assert not large, f"{func} made {list(tensor.shape)}: {self.numel} entries or more are forbidden"
+        return result

@@ -1,0 +1,260 @@
+// Convolutions for inference with a sparse weight, its columns in blocks (formats/column_blocks.py).
+//
+// Output positions of a sample - of all samples, where one does not fill whole vectors - are numbered through, and a tile
+// of them is a panel that fits L2: for every column of the weight the pixels that it reads.  The input's planes have as
+// many columns as rows of positions, so that a tap is a shift under a mask; they are read in place, or copied where the
+// convolution has a stride (a plane for every phase of it), mixes samples in a tile, or is not in fp32.
+#include "tensors.h"
+#include "tiles.h"
+#include "window.h"
+
+namespace {
+
+using namespace fxsparse;
+
+constexpr int64_t kPanelFloats = (512 << 10) / 4;  // half of an L2 cache of today
+
+const TileTable& tiles() {
+#if defined(FXSPARSE_X86)
+  if (chosen_level >= kAvx512) return tiles_avx512();
+  if (chosen_level == kAvx2) return tiles_avx2();
+#endif
+  return tiles_portable();
+}
+
+// Output place o of a dimension reads, through one tap, place o + shift of the pixels phase, phase + stride, ...
+struct Reach {
+  int64_t phase, shift, places;  // places: pixels that the phase has
+};
+
+Reach reach(const Axis& axis, int64_t tap) {
+  const int64_t at = tap * axis.dilation - axis.before, phase = (at % axis.stride + axis.stride) % axis.stride;
+  return {phase, (at - phase) / axis.stride, std::max<int64_t>(0, (axis.in - phase + axis.stride - 1) / axis.stride)};
+}
+
+int64_t most_places(const Axis& axis) { return (axis.in + axis.stride - 1) / axis.stride; }
+
+// How positions are numbered: [samples, rows, pitch], of which out_rows x out_columns are results.
+struct Positions {
+  int64_t samples, rows, pitch, out_rows, out_columns;
+  int64_t count() const { return samples * rows * pitch; }
+  bool whole() const { return rows == out_rows && pitch == out_columns; }  // every position is a result
+};
+
+Positions positions_of(const Window& w, int64_t samples, int64_t lanes) {
+  const int64_t out_rows = w.height.out(), out_columns = w.width.out();
+  const int64_t pitch = std::max(out_columns, most_places(w.width));
+  Positions p{1, out_rows, pitch, out_rows, out_columns};
+  if (samples > 1 && p.count() % lanes) p.samples = samples, p.rows = std::max(out_rows, most_places(w.height));
+  return p;
+}
+
+// Bits of positions, a row of words for every tap of one dimension.
+struct Masks {
+  Masks(int64_t taps, int64_t positions) : words((positions + 127) / 64), bits(taps * words) {}
+  uint64_t* of(int64_t tap) { return bits.data() + tap * words; }
+  void set(int64_t tap, int64_t begin, int64_t end) {
+    for (uint64_t* row = of(tap); begin < end;) {
+      const int64_t here = std::min(end, (begin | 63) + 1), count = here - begin;
+      row[begin >> 6] |= (count == 64 ? ~uint64_t(0) : (uint64_t(1) << count) - 1) << (begin & 63);
+      begin = here;
+    }
+  }
+  int64_t words;
+  std::vector<uint64_t> bits;
+};
+
+struct Interval {
+  int64_t begin, end;
+};
+
+// The output places whose pixel lies in the input.
+Interval inside(const Reach& r, int64_t out) {
+  return {std::max<int64_t>(0, -r.shift), std::min(out, r.places - r.shift)};
+}
+
+struct Taps {
+  Masks rows, columns;
+  std::vector<Tap> taps;
+};
+
+Taps taps_of(const Window& w, const Positions& p) {
+  Taps result{Masks(w.height.kernel, p.count()), Masks(w.width.kernel, p.count()), {}};
+  for (int64_t kh = 0; kh < w.height.kernel; kh++) {
+    const Interval rows = inside(reach(w.height, kh), p.out_rows);
+    for (int64_t n = 0; n < p.samples; n++)
+      result.rows.set(kh, (n * p.rows + rows.begin) * p.pitch, (n * p.rows + rows.end) * p.pitch);
+  }
+  for (int64_t kw = 0; kw < w.width.kernel; kw++) {
+    const Interval columns = inside(reach(w.width, kw), p.out_columns);
+    for (int64_t row = 0; row < p.samples * p.rows; row++)
+      result.columns.set(kw, row * p.pitch + columns.begin, row * p.pitch + columns.end);
+  }
+  for (int64_t kh = 0; kh < w.height.kernel; kh++)
+    for (int64_t kw = 0; kw < w.width.kernel; kw++) {
+      const Reach h = reach(w.height, kh), v = reach(w.width, kw);
+      result.taps.push_back({h.phase * w.width.stride + v.phase, h.shift * p.pitch + v.shift, result.rows.of(kh),
+                             result.columns.of(kw)});
+    }
+  return result;
+}
+
+// The input as planes of positions: x itself, or copies of its phases.
+struct Source {
+  std::vector<Buffer> copies;
+  Planes planes;
+  int64_t unit;  // floats from one unit of samples to the next
+};
+
+void copy_phase(const Tensor& x, const Window& w, const Positions& p, int64_t n, int64_t channel, int64_t row_phase,
+                int64_t column_phase, float* to) {
+  const Axis &h = w.height, &v = w.width;
+  const Scalar scalar = scalar_of(x, "x");
+  const int64_t plane = (n * x.size(1) + channel) * h.in * v.in;
+  const int64_t height = (h.in - row_phase + h.stride - 1) / h.stride, width = (v.in - column_phase + v.stride - 1) / v.stride;
+  if (h.stride == 1 && v.stride == 1 && p.pitch == v.in)
+    return tiles().take(x.const_data_ptr(), scalar, plane, 1, h.in * v.in, to);
+  for (int64_t i = 0; i < height; i++)
+    tiles().take(x.const_data_ptr(), scalar, plane + (i * h.stride + row_phase) * v.in + column_phase, v.stride, width,
+                 to + i * p.pitch);
+}
+
+Source source_of(const Tensor& x, const Window& w, const Positions& p, const std::vector<Tap>& taps, int64_t threads) {
+  const int64_t channels = x.size(1), samples = x.size(0), phases = w.height.stride * w.width.stride;
+  const int64_t pixels = w.height.in * w.width.in;
+  if (phases == 1 && p.samples == 1 && p.pitch == w.width.in && scalar_of(x, "x") == Scalar::f32)
+    return {{}, {static_cast<const float*>(x.const_data_ptr()), pixels, 0}, channels * pixels};
+  const int64_t rows = std::max(p.rows, most_places(w.height)), sample = rows * p.pitch;
+  const int64_t plane = (p.samples * sample + 15) / 16 * 16, unit = channels * phases * plane, units = samples / p.samples;
+  Source source{{}, {nullptr, phases * plane, plane}, unit};
+  source.copies.emplace_back(units * unit);
+  float* data = source.copies[0].data;
+  source.planes.data = data;
+  std::vector<bool> used(phases);
+  for (const Tap& tap : taps) used[tap.plane] = true;
+  share(std::min(threads, channels), [&](int64_t part, int64_t parts) {
+    for (int64_t c = channels * part / parts; c < channels * (part + 1) / parts; c++)
+      for (int64_t f = 0; f < phases; f++)
+        for (int64_t n = 0; used[f] && n < samples; n++)
+          copy_phase(x, w, p, n, c, f / w.width.stride, f % w.width.stride,
+                     data + n / p.samples * unit + (c * phases + f) * plane + n % p.samples * sample);
+  });
+  return source;
+}
+
+// Where the positions first <= p < first + count of a unit that begins with sample `sample` lie in the output.
+void runs_of(const Positions& p, int64_t sample, int64_t rows, int64_t first, int64_t count, std::vector<Run>& runs) {
+  const int64_t pixels = p.out_rows * p.out_columns, end = std::min(first + count, p.count());
+  const int64_t period = p.whole() ? pixels : p.pitch, length = p.whole() ? pixels : p.out_columns;
+  const int64_t per_sample = p.whole() ? 1 : p.rows;
+  runs.clear();
+  for (int64_t k = first / period; k * period < end; k++) {
+    const int64_t n = sample + k / per_sample, row = k % per_sample;
+    const int64_t from = std::max(first, k * period), to = std::min(end, k * period + length);
+    if (from < to && row < p.out_rows)
+      runs.push_back({from - first, to - from, n * rows * pixels + row * p.out_columns + from - k * period});
+  }
+}
+
+struct Weight {
+  std::vector<Buffer> owned;
+  const float* values;
+  const uint16_t* columns;
+  const int32_t* start;
+  int64_t blocks, rows, fan_in, width;  // width: columns of a block
+  BlockRows block(int64_t b) const { return {values, columns, start + b * (rows + 1)}; }
+};
+
+Weight weight_of(const Tensor& values, const Tensor& start, const Tensor& columns, int64_t fan_in, int64_t groups) {
+  STD_TORCH_CHECK(start.dim() == 2 && start.size(0) > 0 && start.size(1) > 0 && (start.size(1) - 1) % groups == 0,
+                  "fxsparse: expected start [blocks, rows + 1] with rows in ", groups, " groups");
+  STD_TORCH_CHECK(columns.scalar_type() == ScalarType::Short && columns.is_contiguous() && values.is_contiguous() &&
+                      values.numel() == columns.numel(),
+                  "fxsparse: expected int16 columns and as many values");
+  Weight w{{}, nullptr, static_cast<const uint16_t*>(columns.const_data_ptr()), index32(start, start.numel(), "start"),
+           start.size(0), start.size(1) - 1, fan_in, (fan_in + start.size(0) - 1) / start.size(0)};
+  w.values = as_floats(values, w.owned);
+  return w;
+}
+
+// Entries are within their bounds, block for block.
+void check(const Weight& w, int64_t count) {
+  int64_t from = 0;
+  for (int64_t b = 0; b < w.blocks; b++) {
+    const int64_t width = std::min(w.width, w.fan_in - b * w.width);
+    const int32_t* start = w.start + b * (w.rows + 1);
+    STD_TORCH_CHECK(std::is_sorted(start, start + w.rows + 1) && start[0] == from && start[w.rows] <= count,
+                    "fxsparse: expected start to ascend to at most ", count);
+    from = start[w.rows];
+    uint16_t most = 0;
+    for (int64_t e = start[0]; e < from; e++) most = std::max(most, w.columns[e]);
+    STD_TORCH_CHECK(start[0] == from || most < width, "fxsparse: the weight has an entry in column ", most, " of ", width);
+  }
+}
+
+// What a thread needs to run tiles.
+struct Scratch {
+  Buffer panel, sums;
+  std::vector<uint16_t> masks;
+  std::vector<Run> runs;
+};
+
+Tensor csr_conv_inference(const Tensor& x_any, const Tensor& values, const Tensor& start, const Tensor& columns,
+                          std::optional<Tensor> bias, std::optional<Tensor> residual, int64_t activation,
+                          std::vector<int64_t> numbers) {
+  const Tensor x = in_order(x_any);
+  const Window w = window_of(numbers, x);
+  const int64_t samples = x.size(0), taps_count = w.height.kernel * w.width.kernel;
+  Weight weight = weight_of(values, start, columns, x.size(1) / w.groups * taps_count, w.groups);
+  check(weight, values.numel());
+  const int64_t rows = weight.rows, pixels = w.height.out() * w.width.out();
+  Tensor y = empty(x, {samples, rows, w.height.out(), w.width.out()});
+  STD_TORCH_CHECK(!bias || bias->numel() == rows, "fxsparse: expected bias [", rows, "]");
+  STD_TORCH_CHECK(!residual || (residual->dim() == 4 && residual->scalar_type() == x.scalar_type() &&
+                                std::equal(y.sizes().begin(), y.sizes().end(), residual->sizes().begin())),
+                  "fxsparse: expected a residual of the output's shape and dtype");
+  if (y.numel() == 0) return y;
+  const Tensor added = residual ? in_order(*residual) : y;
+  const TileTable& table = tiles();
+  const int64_t W = table.lanes;
+  const Positions p = positions_of(w, samples, W);
+  Taps taps = taps_of(w, p);
+  const int64_t threads = threads_for(samples * pixels * (values.numel() + rows));
+  const Source source = source_of(x, w, p, taps.taps, threads);
+  Results results{y.mutable_data_ptr(), residual ? added.const_data_ptr() : nullptr, scalar_of(x, "x"), pixels, nullptr, 0,
+                  bias ? as_floats(in_order(*bias), weight.owned) : nullptr, activation};
+
+  const int64_t vectors = (p.count() + W - 1) / W, units = samples / p.samples, group_rows = rows / w.groups;
+  const int64_t most = std::clamp<int64_t>(kPanelFloats / W / std::max<int64_t>(1, weight.width), 1, kMostTileVectors);
+  const int64_t tiles_of_unit = (vectors + most - 1) / most, items = units * tiles_of_unit * w.groups;
+  const int64_t splits = std::min(group_rows, (threads + items - 1) / items);
+  share(std::min(threads, items * splits), [&](int64_t part, int64_t parts) {
+    Scratch scratch{Buffer(weight.width * most * W), Buffer(weight.blocks > 1 ? group_rows * most * W : 0),
+                    std::vector<uint16_t>(taps_count * most), {}};
+    for (int64_t job = items * splits * part / parts; job < items * splits * (part + 1) / parts; job++) {
+      const int64_t item = job / splits, split = job % splits, unit = item / (tiles_of_unit * w.groups);
+      const int64_t tile = item / w.groups % tiles_of_unit, group = item % w.groups;
+      const int64_t from = vectors * tile / tiles_of_unit, count = vectors * (tile + 1) / tiles_of_unit - from;
+      const int64_t begin = group * group_rows + group_rows * split / splits;
+      const int64_t end = group * group_rows + group_rows * (split + 1) / splits;
+      runs_of(p, unit * p.samples, rows, from * W, count * W, scratch.runs);
+      Results here = results;
+      here.runs = scratch.runs.data();
+      here.count = scratch.runs.size();
+      Planes planes = source.planes;
+      planes.data += unit * source.unit + group * (x.size(1) / w.groups) * planes.channel;
+      for (int64_t b = 0; b < weight.blocks; b++) {
+        const int64_t first = b * weight.width, last = std::min(weight.fan_in, first + weight.width);
+        table.fill(planes, taps.taps.data(), taps_count, first, last, from * W, count, scratch.masks.data(),
+                   scratch.panel.data);
+        table.multiply(scratch.panel.data, count * W, count, weight.block(b), begin, end, scratch.sums.data, b == 0,
+                       b + 1 == weight.blocks ? &here : nullptr);
+      }
+    }
+  });
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fxsparse, CPU, m) { m.impl("csr_conv_inference", TORCH_BOX(&csr_conv_inference)); }

@@ -1,0 +1,152 @@
+"""Convolutions for inference with a sparse weight in blocks of columns, and their kernel entry.
+
+The weight is the matrix [out, in / groups * kernel] with the flat positions of the dense weight.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from fxsparse.formats import column_blocks
+from fxsparse.kernel import Cost, Entries, Kernel, Problem, register
+from fxsparse.kernels import cpu
+from fxsparse.kernels.csr import patches
+from fxsparse.kernels.csr.conv import as_given, as_images, window
+from fxsparse.kernels.library import (
+    ACTIVATIONS,
+    COMPILED,
+    activate,
+    activation_code,
+    autocast,
+    define,
+    refuse_gradient,
+)
+
+
+def csr_conv_infer(
+    x: Tensor,
+    bias: Tensor | None,
+    values: Tensor,
+    start: Tensor,
+    columns: Tensor,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    **arguments: Any,
+) -> Tensor:
+    """``activation(F.conv2d(x, W, bias, ...) + residual)`` with W in ``formats.column_blocks``; no gradient.
+
+    `arguments` are kernel_size, stride, padding, dilation and groups as of ``F.conv2d``, or ``F.conv1d`` where
+    kernel_size is one number.  x [samples, in, *size], or one sample without the first dimension, is of one floating
+    dtype with bias [out] and residual (of the output's shape); values are fp32 or of that dtype.  Sums are in fp32
+    (fp64 for fp64).  The result is contiguous.
+
+    Raises:
+        UnsupportedError: an input that requires a gradient.
+        ValueError: a kernel larger than the padded input.
+    """
+    refuse_gradient(x)
+    x, values, bias = autocast(x, values, bias)
+    numbers = window(**arguments)
+    images, added = as_images(x, len(arguments["kernel_size"]))
+    if min(patches.output_size(images.shape[2:], numbers)) < 1:
+        raise ValueError(
+            f"a kernel of {list(arguments['kernel_size'])} is larger than the padded input {list(x.shape)}"
+        )
+    if residual is not None:
+        residual, _ = as_images(residual.to(x.dtype), len(arguments["kernel_size"]))
+    run = reference if x.dtype not in COMPILED else torch.ops.fxsparse.csr_conv_inference.default
+    code = activation_code(activation)
+    return as_given(run(images, values, start, columns, bias, residual, code, numbers), added)
+
+
+def reference(
+    x: Tensor,
+    values: Tensor,
+    start: Tensor,
+    columns: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: int,
+    window: Sequence[int],
+) -> Tensor:
+    """The op in plain PyTorch: the dense convolution of the unpacked weight, on images and in at least fp32."""
+    groups, (top, left, bottom, right) = window[10], window[4:8]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    channels = x.shape[1] // groups
+    matrix = column_blocks.to_dense(
+        column_blocks.ColumnBlocks(values.to(wide), start, columns), channels * prod(window[:2])
+    )
+    weight = matrix.view(-1, channels, *window[:2])
+    padded = F.pad(x.to(wide), (left, right, top, bottom))
+    y = F.conv2d(padded, weight, None, window[2:4], 0, window[8:10], groups)
+    y = y if bias is None else y + bias.to(wide)[:, None, None]
+    y = y if residual is None else y + residual.to(wide)
+    return activate(y, ACTIVATIONS[activation]).to(x.dtype).contiguous()
+
+
+def _fake(x, values, start, columns, bias, residual, activation, window):
+    return x.new_empty(x.shape[0], start.shape[1] - 1, *patches.output_size(x.shape[2:], window))
+
+
+define(
+    "csr_conv_inference(Tensor x, Tensor values, Tensor start, Tensor columns, Tensor? bias, Tensor? residual, "
+    "int activation, int[] window) -> Tensor",
+    reference,
+    _fake,
+)
+
+
+@register_flop_formula(torch.ops.fxsparse.csr_conv_inference)
+def _flops(x_shape, values_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * values_shape[0] * x_shape[0] * prod(patches.output_size(x_shape[2:], args[-1]))
+
+
+def _pack(weight: Tensor) -> Mapping[str, Tensor]:
+    return _buffers(column_blocks.from_dense(weight.flatten(1)))
+
+
+def _pack_entries(entries: Entries) -> Mapping[str, Tensor]:
+    rows, columns = entries.indices
+    shape = (entries.shape[0], prod(entries.shape[1:]))
+    return _buffers(column_blocks.from_entries(entries.values, rows, columns, shape))
+
+
+def _buffers(blocks: column_blocks.ColumnBlocks) -> Mapping[str, Tensor]:
+    return {field.name: getattr(blocks, field.name) for field in fields(blocks)}
+
+
+def _reference(
+    x, bias, values, start, columns, activation: str = "none", residual=None, **arguments: Any
+) -> Tensor:
+    images, added = as_images(x, len(arguments["kernel_size"]))
+    if residual is not None:
+        residual, _ = as_images(residual, len(arguments["kernel_size"]))
+    code = ACTIVATIONS.index(activation)
+    return as_given(
+        reference(images, values, start, columns, bias, residual, code, window(**arguments)), added
+    )
+
+
+def _refuses(problem: Problem) -> list[str]:
+    reasons = cpu.refuses(problem)
+    if problem.training:
+        reasons.append("it has no gradient: cpu-csr-conv-train has")
+    if problem.shape[1] == 1 and dict(problem.arguments).get("groups", 1) > 1:
+        reasons.append("the convolution is depthwise: the dense one is the faster")
+    return reasons
+
+
+def _cost(problem: Problem) -> Cost:
+    rows = -(-prod(problem.shape[1:]) // column_blocks.WIDEST) * (problem.shape[0] + 1)
+    return Cost(2 * problem.batch * problem.nnz, problem.nnz * (4 + 2) + 4 * rows)
+
+
+CSR_CONV = register(
+    Kernel("cpu-csr-conv", "conv2d", "csr", _pack, csr_conv_infer, _reference, _refuses, _cost, _pack_entries)
+)
