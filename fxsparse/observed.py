@@ -29,7 +29,8 @@ class Watched:
     name: str
     op: Callable[..., Tensor]
     arguments: dict[str, Any]
-    """Keyword arguments apart from input, weight and bias."""
+    """Keyword arguments apart from input, weight and bias; of a linear op on one of n equal pieces of the weight's rows
+    ``part``, (which, n)."""
     key: int = field(default_factory=_KEYS.__next__, compare=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Watched":
@@ -116,16 +117,26 @@ class Observed:
     def sums(self, shape: Sequence[int], signs: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Sums of the two factors of those products: of their magnitudes or, with `signs` [terms], signed.
 
-        Returns (columns [groups, fan-in], rows [shape[0]]) for a weight of `shape`, in at least fp32.
+        Returns (columns [groups, fan-in], rows [shape[0]]) for a weight of `shape`, in at least fp32; the pieces of a
+        linear weight that is read in parts are groups.
         """
         gradients, inputs = (side.abs() if signs is None else side for side in self._sides)
         rows = inputs if self._is_transposed else gradients
         each = rows.new_ones(self.terms) if signs is None else signs.to(rows)
         if self.op is F.linear:
-            return (each @ inputs).unsqueeze(0), each @ rows
+            return self._in_part((each @ inputs).unsqueeze(0), each @ rows)
         each = each.view(len(rows), 1, *rows.shape[2:])
         row_sums = (rows * each).movedim(1, 0).flatten(1).sum(1)
         return self._patch_sums(shape, gradients if self._is_transposed else inputs, each), row_sums
+
+    def _in_part(self, columns: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The sums in the place of the piece of the weight that the op reads, and 0 for the other pieces."""
+        if "part" not in self.arguments:
+            return columns, rows
+        which, pieces = self.arguments["part"]
+        others = [torch.zeros_like(columns)] * pieces, [torch.zeros_like(rows)] * pieces
+        others[0][which], others[1][which] = columns, rows
+        return torch.cat(others[0]), torch.cat(others[1])
 
     def _patch_sums(self, shape: Sequence[int], patched: Tensor, each: Tensor) -> Tensor:
         """[groups, fan-in]: sums over patches are the gradient of a weight that has one row in each group."""

@@ -1,8 +1,10 @@
 """The variant of the training graph that collects what an update needs."""
 
 import copy
+import operator
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
@@ -12,6 +14,7 @@ from fxsparse.kernels import probe
 from fxsparse.method import Method, Probe
 from fxsparse.observed import ProbeSwitch, Watched
 
+_CHUNK = ("chunk", torch.chunk, torch.ops.aten.chunk.default)
 _TRANSPOSED_CONV = ("stride", "padding", "output_padding", "groups", "dilation")
 
 
@@ -31,8 +34,8 @@ def probe_variant(graph: Graph, method: Method, switch: ProbeSwitch) -> Graph:
         if node.target is plain:
             node.target = dense_grad
             readers = _readers(node) if guided else None
-            for site in readers or ():
-                _watch(site, str(node.args[0].target), switch)
+            for site, arguments in readers or ():
+                _watch(site, str(node.args[0].target), arguments, switch)
         elif node.target in compact:
             name = str(node.args[2].target).removesuffix(".values")
             node.kwargs = {**node.kwargs, "probe_key": _watched(node, name, switch).key}
@@ -47,15 +50,45 @@ def _watched(call: Node, name: str, switch: ProbeSwitch) -> Watched:
     return switch.watch(name, op, {key: call.kwargs[key] for key in CONVOLUTION if key in call.kwargs})
 
 
-def _readers(effective: Node) -> list[Node] | None:
-    """The linear and convolution calls on an effective weight; None if anything else reads it, such as a slice."""
+def _readers(effective: Node) -> list[tuple[Node, dict[str, Any]]] | None:
+    """The linear and convolution calls on an effective weight with their arguments; None if anything else reads it.
+
+    A linear call on one of equal pieces, as in cross-attention, has ``part``, (which, of how many).
+    """
     forms = [effective, *(user for user in effective.users if swaps_two_axes(user))]
-    found = [user for form in forms for user in form.users if user not in forms]
-    return found if all(_reads_whole(user, forms) for user in found) else None
+    found: list[tuple[Node, dict[str, Any]]] = []
+    for user in [user for form in forms for user in form.users if user not in forms]:
+        calls = _calls_on_pieces(user) if _chunks(user, effective) else _whole_call(user, forms)
+        if calls is None:
+            return None
+        found += calls
+    return found
 
 
-def _reads_whole(user: Node, forms: list[Node]) -> bool:
-    return user.target in SITE_OPS and argument(user, 1, "weight") in forms and _arguments(user) is not None
+def _whole_call(user: Node, forms: list[Node]) -> list[tuple[Node, dict[str, Any]]] | None:
+    if user.target not in SITE_OPS or argument(user, 1, "weight") not in forms:
+        return None
+    arguments = _arguments(user)
+    return None if arguments is None else [(user, arguments)]
+
+
+def _chunks(user: Node, effective: Node) -> bool:
+    """Whether a call cuts the rows of a weight of known shape into equal pieces."""
+    if user.target not in _CHUNK or argument(user, 2, "dim") not in (None, 0):
+        return False
+    weight, pieces = effective.meta.get("val"), argument(user, 1, "chunks")
+    return user.args[0] is effective and weight is not None and weight.shape[0] % pieces == 0
+
+
+def _calls_on_pieces(chunk: Node) -> list[tuple[Node, dict[str, Any]]] | None:
+    pieces, found = argument(chunk, 1, "chunks"), []
+    for piece in chunk.users:
+        for user in piece.users:
+            linear = user.target is F.linear and argument(user, 1, "weight") is piece
+            if piece.target is not operator.getitem or not linear:
+                return None
+            found.append((user, {"part": (piece.args[1] % pieces, pieces)}))
+    return found
 
 
 def _arguments(site: Node) -> dict[str, Any] | None:
@@ -65,8 +98,8 @@ def _arguments(site: Node) -> dict[str, Any] | None:
     return given_arguments(site, names)
 
 
-def _watch(site: Node, name: str, switch: ProbeSwitch) -> None:
-    key = switch.watch(name, site.target, _arguments(site)).key  # type: ignore[arg-type]
+def _watch(site: Node, name: str, arguments: dict[str, Any], switch: ProbeSwitch) -> None:
+    key = switch.watch(name, site.target, arguments).key  # type: ignore[arg-type]
     with site.graph.inserting_after(site):
         watched = site.graph.call_function(probe.watch, (site, argument(site, 0, "input"), key))
     watched.meta = dict(site.meta)

@@ -43,7 +43,7 @@ class InsertMaskUpdates:
 
 
 def _unguided(name: str) -> str:
-    return f"{name}: sampled uniformly, as no linear or convolution reads it as a whole"
+    return f"{name}: sampled uniformly, as something else than linear ops and convolutions reads it"
 
 
 def _update_graph(ctx: PassContext, names: list[str]) -> Graph:

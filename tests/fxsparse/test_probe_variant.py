@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import fxsparse
@@ -68,16 +69,59 @@ def test_what_is_left_behind_is_the_dense_gradient(compiled):
             probe.clear(key)
 
 
-def test_a_weight_that_is_read_in_parts_is_not_watched_and_the_report_says_so():
+class Cross(nn.Module):
+    """Cross-attention: queries from one sequence, keys and values from another."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x, memory):
+        return self.attention(x, memory, memory, need_weights=False)[0]
+
+
+def test_what_the_thirds_of_a_packed_projection_leave_behind_is_its_gradient():
     torch.manual_seed(0)
-    block = nn.TransformerDecoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    x, memory = torch.randn(2, 3, 8), torch.randn(2, 5, 8)
+    plan = Plan(sparsity=0.5, storage="masked", method=gse(sampling="grabo"))
+    sparse = fxsparse.compile(Cross(), plan, example_inputs=(x, memory))
+    switch, name = arm(sparse), "attention.in_proj_weight"
+    sparse(x, memory).square().sum().backward()
+    seen, total = switch.observed(name), torch.zeros(24, 8)
+    assert [(one.terms, one.arguments["part"]) for one in seen].count((10, (2, 3))) == 1
+    assert sorted(one.terms for one in seen) == [6, 10, 10]
+    for one in seen:
+        for term in torch.eye(one.terms):
+            columns, rows = one.sums((24, 8), term)
+            assert columns.shape == (3, 8)
+            total += rows.unsqueeze(1) * columns.repeat_interleave(8, 0)
+    gradient = dict(sparse.weights())[name].parameter.grad
+    torch.testing.assert_close(total, gradient, rtol=1e-4, atol=1e-5)
+    for key in switch.keys(name):
+        probe.clear(key)
+
+
+class Uneven(nn.Module):
+    """A weight that is read in pieces of 2 and 6 rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear1, self.packed = nn.Linear(8, 8), nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x, memory):
+        small, large = self.packed.split([2, 6])
+        return torch.cat([F.linear(self.linear1(x), small), F.linear(memory, large)], -1)
+
+
+def test_a_weight_that_is_read_in_uneven_parts_is_not_watched_and_the_report_says_so():
+    torch.manual_seed(0)
     x = torch.randn(2, 3, 8)
     plan = Plan(sparsity=0.5, storage="masked", method=gse(sampling="grabo", every=1))
-    sparse = fxsparse.compile(block, plan, example_inputs=(x, x))
+    sparse = fxsparse.compile(Uneven(), plan, example_inputs=(x, x))
     assert "linear1.weight" in {w.name for w in sparse._emitted.program.switch.watched}
     (row,) = [row for row in sparse.report.passes if row["name"] == "insert-mask-updates"]
     said = [note for note in row["notes"] if "sampled uniformly" in note]
-    assert said
+    assert [note.partition(":")[0] for note in said] == ["packed"]
     optimizer = torch.optim.SGD(sparse.parameters(), lr=0.1)
     sparse.attach(optimizer)
     before = sparse.masks()
@@ -86,3 +130,20 @@ def test_a_weight_that_is_read_in_parts_is_not_watched_and_the_report_says_so():
         optimizer.step()
     name = said[0].partition(":")[0]
     assert not torch.equal(sparse.masks()[name], before[name])
+
+
+def test_cross_attention_is_updated_by_what_was_seen():
+    torch.manual_seed(0)
+    x, memory = torch.randn(2, 3, 8), torch.randn(2, 5, 8)
+    memory[..., 1:] = 0  # keys and values can only learn from the first input
+    plan = Plan(sparsity=0.8, storage="masked", method=gse(sampling="grabo", every=1, drop_fraction=0.5))
+    sparse = fxsparse.compile(Cross(), plan, example_inputs=(x, memory))
+    optimizer = torch.optim.SGD(sparse.parameters(), lr=0.1)
+    sparse.attach(optimizer)
+    before = sparse.masks()["attention.in_proj_weight"]
+    for _ in range(3):
+        sparse(x, memory).square().sum().backward()
+        optimizer.step()
+    grown = sparse.masks()["attention.in_proj_weight"] & ~before
+    assert grown[:8, 1:].any(), "queries are drawn by their own inputs"
+    assert not grown[8:, 1:].any()
