@@ -51,7 +51,8 @@ def _decide(
             _measured(gm, site, problem, entries, inputs[site.node])
             for site, problem in zip(calls, problems, strict=True)
         ]
-        total = {n: sum(c.times_us[n] for c in choices) for n in choices[0].times_us}
+        everywhere = set.intersection(*(set(choice.times_us) for choice in choices))
+        total = {n: sum(choice.times_us[n] for choice in choices) for n in everywhere}
         taken = min(total, key=total.__getitem__)
         decision.sparse_us, reason = total[taken], f"{taken} {total[taken]:.1f} us"
     elif usable:
