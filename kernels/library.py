@@ -44,6 +44,25 @@ def activation_code(activation: str) -> int:
     return ACTIVATIONS.index(activation)
 
 
+def with_epilogue(
+    run: Callable[..., Tensor],
+    x: Tensor,
+    weight: tuple[Tensor | None, ...],
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+) -> Tensor:
+    """``run(x, *weight, bias, code, residual)``; a residual of another dtype (autocast) is added after."""
+    code = activation_code(activation)
+    refuse_gradient(x)
+    if residual is None:
+        return run(x, *weight, bias, code)
+    refuse_gradient(residual)
+    if residual.dtype == x.dtype:
+        return run(x, *weight, bias, code, residual)
+    return activate(run(x, *weight, bias, 0) + residual, activation)
+
+
 def refuse_gradient(x: Tensor) -> None:
     """Raise UnsupportedError where somebody wants a gradient through an inference kernel, which has none."""
     if x.requires_grad and torch.is_grad_enabled():

@@ -1,5 +1,6 @@
-"""Fuse a bias and an activation into the sparse kernel call before them."""
+"""Fuse a bias, a residual and an activation into the sparse kernel call before them."""
 
+import inspect
 import operator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -24,8 +25,9 @@ _ADDS = {operator.add, torch.add, torch.ops.aten.add.Tensor}
 
 @dataclass(frozen=True)
 class FuseEpilogue:
-    """kernel(x) + b, then relu, gelu or silu, become arguments of the kernel call where nothing else reads between.
+    """kernel(x) + b, + residual, then relu, gelu or silu become arguments of the call where nothing else reads between.
 
+    A residual has the shape and dtype of the result and is there before the call.
     A site that stays dense keeps its separate ops: the vendor's library and inductor do that part themselves.
     """
 
@@ -42,7 +44,7 @@ class FuseEpilogue:
         for node in [node for node in gm.graph.nodes if node.op == "call_function" and node.target in ops]:
             # A vector added to images is one number a column, not one a channel.
             fused += _fuse_bias(gm, node) if ops[node.target] == "linear" else 0
-            fused += _fuse_activation(gm, node, ctx.notes)
+            fused += _fuse_residual(node) + _fuse_activation(gm, node, ctx.notes)
         return fused
 
 
@@ -91,6 +93,42 @@ def _fuse_bias(gm: GraphModule, node: Node) -> int:
     user.replace_all_uses_with(node)
     gm.graph.erase_node(user)
     return 1
+
+
+def _fuse_residual(node: Node) -> int:
+    """``kernel(x) + residual`` where the residual is there already and nothing runs between that could change it."""
+    user = next(iter(node.users), None)
+    if (
+        user is None
+        or len(node.users) != 1
+        or user is not _next_call(node)
+        or user.target not in _ADDS
+        or user.kwargs
+    ):
+        return 0
+    residual = user.args[1] if user.args[0] is node else user.args[0]
+    if not isinstance(residual, Node) or not residual < node or not _same_kind(residual, node):
+        return 0
+    if "residual" not in inspect.signature(node.target).parameters:  # type: ignore[arg-type]
+        return 0
+    node.kwargs = {**node.kwargs, "residual": residual}
+    user.replace_all_uses_with(node)
+    node.graph.erase_node(user)
+    return 1
+
+
+def _next_call(node: Node) -> Node:
+    following = node.next
+    while following.op == "get_attr":
+        following = following.next
+    return following
+
+
+def _same_kind(a: Node, b: Node) -> bool:
+    """Whether both are tensors of one shape and dtype, as far as the example inputs show."""
+    found = [node.meta.get("val") for node in (a, b)]
+    tensors = [value for value in found if isinstance(value, torch.Tensor)]
+    return len(tensors) == 2 and tensors[0].shape == tensors[1].shape and tensors[0].dtype == tensors[1].dtype
 
 
 def _activation(gm: GraphModule, node: Node) -> str | None:

@@ -13,11 +13,11 @@ from fxsparse.kernels.csr import reference as csr_reference
 from fxsparse.kernels.library import (
     ACTIVATIONS,
     COMPILED,
-    activation_code,
+    activate,
     autocast,
     define,
-    refuse_gradient,
     scattered,
+    with_epilogue,
 )
 
 
@@ -29,18 +29,17 @@ def condensed_linear(
     activation: str = "none",
     active_rows: Tensor | None = None,
     empty_rows: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """``activation(x @ W^T + bias)`` for W [out, in] with k nonzeros in every row that has any; inference only.
+    """``activation(x @ W^T + bias + residual)`` for W [out, in] with k nonzeros in every row with any; inference only.
 
     x [..., in] and values [active, k] are of one floating dtype; indices [active, k] are columns, int16 or int32.
     With active_rows int32 [active] and empty_rows int32 [out - active] the result is [..., out], ``activation(bias)``
     where W has no entries; without them it is [..., active].
     """
     x, values, bias = autocast(x, values, bias)
-    code = activation_code(activation)
-    refuse_gradient(x)
     run = reference if x.dtype not in COMPILED else _FORWARD
-    return run(x, values, indices, active_rows, empty_rows, bias, code)
+    return with_epilogue(run, x, (values, indices, active_rows, empty_rows), bias, activation, residual)
 
 
 def reference(
@@ -51,25 +50,28 @@ def reference(
     empty_rows: Tensor | None,
     bias: Tensor | None,
     activation: int,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """The same in plain PyTorch, differentiable."""
     active, k = values.shape
     crow = torch.arange(active + 1, device=values.device) * k
     weight = values.reshape(-1), crow, indices.reshape(-1).long()
     if active_rows is None or empty_rows is None:
-        return csr_reference.linear(x, *weight, bias, activation)
-    y = csr_reference.linear(x, *weight, None if bias is None else bias[active_rows.long()], activation)
-    return scattered(y, active_rows, empty_rows, bias, activation)
+        return csr_reference.linear(x, *weight, bias, activation, residual)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = scattered(csr_reference.linear(x.to(wide), *weight, None, 0), active_rows, empty_rows, None, 0)
+    y = y if bias is None else y + bias
+    return activate(y if residual is None else y + residual, ACTIVATIONS[activation]).to(x.dtype)
 
 
-def _fake(x, values, indices, active_rows, empty_rows, bias, activation):
+def _fake(x, values, indices, active_rows, empty_rows, bias, activation, residual=None):
     empty = 0 if empty_rows is None else empty_rows.shape[0]
     return x.new_empty(*x.shape[:-1], values.shape[0] + empty)
 
 
 define(
     "condensed_forward(Tensor x, Tensor values, Tensor indices, Tensor? active_rows, Tensor? empty_rows, Tensor? bias, "
-    "int activation) -> Tensor",
+    "int activation, Tensor? residual=None) -> Tensor",
     reference,
     _fake,
 )
@@ -86,14 +88,17 @@ def _pack_entries(entries: Entries) -> Mapping[str, Tensor]:
     return condensed.pack_entries(entries.values, entries.indices, (entries.shape[0], entries.shape[1]))
 
 
-def _run(x, bias, values, indices, active_rows=None, empty_rows=None, activation: str = "none") -> Tensor:
-    return condensed_linear(x, values, indices, bias, activation, active_rows, empty_rows)
+def _run(
+    x, bias, values, indices, active_rows=None, empty_rows=None, activation: str = "none", residual=None
+) -> Tensor:
+    return condensed_linear(x, values, indices, bias, activation, active_rows, empty_rows, residual)
 
 
 def _reference(
-    x, bias, values, indices, active_rows=None, empty_rows=None, activation: str = "none"
+    x, bias, values, indices, active_rows=None, empty_rows=None, activation: str = "none", residual=None
 ) -> Tensor:
-    return reference(x, values, indices, active_rows, empty_rows, bias, ACTIVATIONS.index(activation))
+    code = ACTIVATIONS.index(activation)
+    return reference(x, values, indices, active_rows, empty_rows, bias, code, residual)
 
 
 def _refuses(problem: Problem) -> list[str]:

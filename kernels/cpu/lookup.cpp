@@ -76,7 +76,7 @@ void look_up_groups(const uint8_t* planes, const Lookup& s, int64_t begin, int64
     const V bias = bias_of(epilogue, r, count);
     for (int64_t token = 0; token < dst.tokens; token++) {  // inside: the group comes from L3 or memory once for all
       const V sum = sum_group<Value>(planes + token * token_bytes, s, g) + bias;
-      write_rows(dst, token, r, activate(sum, epilogue.activation), count, epilogue.rows);
+      write_rows(dst, token, r, finish(sum, epilogue, dst, token, r, count), count, epilogue.rows);
     }
   }
 }

@@ -112,20 +112,34 @@ Scatter scatter_of(const Tensor& active_rows, int64_t active, const Tensor& empt
   return {index32(active_rows, active, "active_rows"), index32(empty_rows, empty, "empty_rows"), empty};
 }
 
+// What is added to a product before its activation.
+struct Added {
+  std::optional<Tensor> bias;
+  std::optional<Tensor> residual;
+};
+
 // An empty y [..., out] and the epilogue that goes into it.
-Tensor output(const Tensor& x, int64_t rows, const Scatter& scatter, const std::optional<Tensor>& bias,
-              int64_t activation, std::vector<Buffer>& owned, Epilogue& epilogue) {
+Tensor output(const Tensor& x, int64_t rows, const Scatter& scatter, Added& added, int64_t activation,
+              std::vector<Buffer>& owned, Epilogue& epilogue) {
   const int64_t out = rows + scatter.empty;
+  Tensor y = like(x, out);
+  auto& [bias, residual] = added;
   STD_TORCH_CHECK(!bias || bias->numel() == out, "fxsparse: expected bias [", out, "]");
-  epilogue = {bias ? as_floats(in_order(*bias), owned) : nullptr, activation, scatter.rows};
-  return like(x, out);
+  STD_TORCH_CHECK(!residual || (residual->scalar_type() == x.scalar_type() && residual->dim() == y.dim() &&
+                                std::equal(y.sizes().begin(), y.sizes().end(), residual->sizes().begin())),
+                  "fxsparse: expected a residual of the output's shape, with ", out, " features, and of x's dtype");
+  if (residual) residual = in_order(*residual);  // kept by the caller while the product runs
+  epilogue = {bias ? as_floats(in_order(*bias), owned) : nullptr, activation, scatter.rows,
+              residual ? residual->const_data_ptr() : nullptr};
+  return y;
 }
 
 Tensor forward(const Tensor& x_any, Sparse s, int64_t rows, int64_t nnz, const Scatter& scatter,
-               const std::optional<Tensor>& bias, int64_t activation, std::vector<Buffer>& owned) {
+               Added added, int64_t activation) {
+  std::vector<Buffer> owned;
   const Tensor x = in_order(x_any);
   Epilogue epilogue;
-  Tensor y = output(x, rows, scatter, bias, activation, owned, epilogue);
+  Tensor y = output(x, rows, scatter, added, activation, owned, epilogue);
   if (y.numel() == 0) return y;
   Matrix from = matrix(x, "x");
   const Matrix to = matrix(y, "y");
@@ -172,30 +186,28 @@ Sparse csr(const Tensor& values, const Tensor& crow, const Tensor& cols) {
 }
 
 Tensor csr_forward(const Tensor& x, const Tensor& values, const Tensor& crow, const Tensor& cols,
-                   std::optional<Tensor> bias, int64_t activation) {
+                   std::optional<Tensor> bias, int64_t activation, std::optional<Tensor> residual) {
   check_same_type(x, values);
-  std::vector<Buffer> owned;
   const Sparse s = csr(values, crow, cols);
   const int64_t rows = crow.numel() - 1;
-  return forward(x, s, rows, s.start[rows], {}, bias, activation, owned);
+  return forward(x, s, rows, s.start[rows], {}, {bias, residual}, activation);
 }
 
 Tensor condensed_forward(const Tensor& x, const Tensor& values, const Tensor& indices,
                          std::optional<Tensor> active_rows, std::optional<Tensor> empty_rows,
-                         std::optional<Tensor> bias, int64_t activation) {
+                         std::optional<Tensor> bias, int64_t activation, std::optional<Tensor> residual) {
   check_same_type(x, values);
   const bool index16 = indices.scalar_type() == ScalarType::Short;
   STD_TORCH_CHECK(values.dim() == 2 && indices.numel() == values.numel() && indices.is_contiguous() &&
                       (index16 || indices.scalar_type() == ScalarType::Int),
                   "fxsparse: expected values [out, k] and contiguous indices [out, k] in int16 or int32");
-  std::vector<Buffer> owned;
   const Sparse s{values.const_data_ptr(),      scalar_of(values, "values"), nullptr,
                  indices.const_data_ptr(), index16,                      values.size(1)};
   STD_TORCH_CHECK(active_rows.has_value() == empty_rows.has_value(),
                   "fxsparse: expected both active_rows and empty_rows, or neither");
   const int64_t active = values.size(0);
   const Scatter scatter = active_rows ? scatter_of(*active_rows, active, *empty_rows) : Scatter{};
-  return forward(x, s, active, values.numel(), scatter, bias, activation, owned);
+  return forward(x, s, active, values.numel(), scatter, {bias, residual}, activation);
 }
 
 const uint8_t* bytes(const Tensor& t, int64_t count, const char* name) {
@@ -248,7 +260,7 @@ void multiply_lookup(const Matrix& x, const Lookup& s, int64_t groups, const Epi
 
 Tensor lookup_forward(const Tensor& x_any, const Tensor& values, const Tensor& columns, const Tensor& counts,
                       const Tensor& starts, const Tensor& active_rows, const Tensor& empty_rows,
-                      std::optional<Tensor> bias, int64_t activation) {
+                      std::optional<Tensor> bias, int64_t activation, std::optional<Tensor> residual) {
   check_same_type(x_any, values);
   STD_TORCH_CHECK(counts.dim() == 2, "fxsparse: expected counts [groups, windows]");
   const int64_t groups = counts.size(0), active = active_rows.numel();
@@ -266,7 +278,8 @@ Tensor lookup_forward(const Tensor& x_any, const Tensor& values, const Tensor& c
   const Tensor x = in_order(x_any);
   const Scatter scatter = scatter_of(active_rows, active, empty_rows);
   Epilogue epilogue;
-  Tensor y = output(x, active, scatter, bias, activation, owned, epilogue);
+  Added added{bias, residual};
+  Tensor y = output(x, active, scatter, added, activation, owned, epilogue);
   if (y.numel() == 0) return y;
   Matrix from = matrix(x, "x");
   const Matrix to = matrix(y, "y");
@@ -286,7 +299,7 @@ const T* narrow(const Tensor& t, ScalarType type, int64_t count, const char* nam
 
 Tensor striped_forward(const Tensor& x_any, const Tensor& values, const Tensor& columns, const Tensor& rows,
                        const Tensor& lengths, const Tensor& starts, const Tensor& dense, std::optional<Tensor> bias,
-                       int64_t activation) {
+                       int64_t activation, std::optional<Tensor> residual) {
   check_same_type(x_any, values);
   const int64_t segments = rows.numel(), nnz = values.numel(), out = dense.size(1), in = dense.size(2);
   STD_TORCH_CHECK(x_any.size(-1) == in, "fxsparse: expected x [..., ", in, "], got ", x_any.size(-1), " features");
@@ -304,7 +317,8 @@ Tensor striped_forward(const Tensor& x_any, const Tensor& values, const Tensor& 
   std::vector<Buffer> owned;
   const Tensor x = in_order(x_any);
   Epilogue epilogue;
-  Tensor y = output(x, out, {}, bias, activation, owned, epilogue);
+  Added added{bias, residual};
+  Tensor y = output(x, out, {}, added, activation, owned, epilogue);
   if (y.numel() == 0) return y;
   Matrix from = matrix(x, "x");
   const Matrix to = matrix(y, "y");

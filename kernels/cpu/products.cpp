@@ -123,9 +123,10 @@ inline void finish_rows(const float* block, int64_t base, int64_t stop, const Ep
       transpose_block(m);
 #pragma GCC unroll 16
       for (int i = 0; i < W; i++) m[i] += bias;
-      if (epilogue.activation)
-        for (int i = 0; i < W; i++) m[i] = activate(m[i], epilogue.activation);
-      write_block(m, dst, first + t, r, least(W, tokens - t), count, epilogue.rows, streamed);
+      const int64_t height = least(W, tokens - t);
+      if (epilogue.activation || epilogue.residual)
+        for (int i = 0; i < height; i++) m[i] = finish(m[i], epilogue, dst, first + t + i, r, count);
+      write_block(m, dst, first + t, r, height, count, epilogue.rows, streamed);
     }
   }
 }
@@ -317,7 +318,7 @@ bool few_rows(const float* x, int64_t width, const Sparse& s, int64_t begin, int
     const V bias = bias_of(epilogue, r, count);
 #pragma GCC unroll 2
     for (int t = 0; t < T; t++)
-      write_rows(dst, t, r, activate(sum_each(sum[t]) + bias, epilogue.activation), count, epilogue.rows);
+      write_rows(dst, t, r, finish(sum_each(sum[t]) + bias, epilogue, dst, t, r, count), count, epilogue.rows);
   }
   return true;
 }
@@ -488,8 +489,9 @@ void multiply_striped(const float* panel, int64_t vectors, const Striped& s, int
 void fill(const Epilogue& epilogue, const int32_t* rows, int64_t count, const Matrix& dst) {
   for (int64_t r = 0; r < count; r += W) {
     const int64_t lanes = least(W, count - r);
-    const V value = activate(bias_of({epilogue.bias, 0, rows}, r, lanes), epilogue.activation);
-    for (int64_t t = 0; t < dst.tokens; t++) write_rows(dst, t, r, value, lanes, rows);
+    const Epilogue here{epilogue.bias, epilogue.activation, rows, epilogue.residual};
+    const V bias = bias_of(here, r, lanes);
+    for (int64_t t = 0; t < dst.tokens; t++) write_rows(dst, t, r, finish(bias, here, dst, t, r, lanes), lanes, rows);
   }
 }
 

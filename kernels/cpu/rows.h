@@ -49,6 +49,20 @@ inline V bias_of(const Epilogue& epilogue, int64_t r, int64_t count) {
   return bias;
 }
 
+// activation(v + residual) of the rows from r on of a token, count of them used.
+inline V finish(V v, const Epilogue& epilogue, const Matrix& dst, int64_t token, int64_t r, int64_t count) {
+  if (epilogue.residual) {
+    const Matrix residual{const_cast<void*>(epilogue.residual), dst.scalar, dst.tokens, dst.features};
+    const int64_t at = token * dst.features;
+    if (!epilogue.rows) {
+      v += read_some(residual, at + r, count);
+    } else {
+      for (int64_t j = 0; j < least(W, count); j++) v[j] += read_some(residual, at + epilogue.rows[r + j], 1)[0];
+    }
+  }
+  return activate(v, epilogue.activation);
+}
+
 // dst[token, column of row r + j] = v[j] for j < count.
 inline void write_rows(const Matrix& dst, int64_t token, int64_t r, V v, int64_t count, const int32_t* rows) {
   const int64_t at = token * dst.features;

@@ -60,11 +60,12 @@ struct Striped {
 };
 
 // Added to and applied to the rows of a product; bias may be null.  Row r of the product goes to column rows[r] of the
-// output (and takes its bias), or r where rows is null.
+// output (and takes its bias), or r where rows is null.  residual has the output's layout and dtype, and may be null.
 struct Epilogue {
   const float* bias;
   int64_t activation;
   const int32_t* rows;
+  const void* residual = nullptr;
 };
 
 struct Table {
@@ -90,7 +91,7 @@ struct Table {
   // multiply for chunks begin <= c < end.
   void (*multiply_striped)(const float* panel, int64_t vectors, const Striped&, int64_t begin, int64_t end,
                            const Epilogue&, const Matrix& dst, int64_t first);
-  // dst[:, rows[i]] = activation(bias) for i < count.
+  // dst[:, rows[i]] = activation(bias + residual) for i < count.
   void (*fill)(const Epilogue&, const int32_t* rows, int64_t count, const Matrix& dst);
   // y[r - begin, t] = bias[r] + sum of values * panel[offset + t] for rows begin <= r < end and positions t < count, and
   // up to the next whole vector; rows of y lie `stride` apart, and bias may be null.

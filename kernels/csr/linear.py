@@ -11,7 +11,7 @@ from fxsparse.formats import csr
 from fxsparse.kernel import TRAINING, Cost, Entries, Kernel, Problem, register
 from fxsparse.kernels import cpu, probe
 from fxsparse.kernels.csr import reference
-from fxsparse.kernels.library import ACTIVATIONS, COMPILED, activation_code, autocast, define, refuse_gradient
+from fxsparse.kernels.library import ACTIVATIONS, COMPILED, autocast, define, with_epilogue
 
 _BACKWARD_ARGUMENTS = (
     "(Tensor grad, Tensor x, Tensor values, Tensor crow, Tensor cols, Tensor ccol, Tensor rows_t, "
@@ -30,8 +30,9 @@ def csr_linear(
     bias: Tensor | None = None,
     probe_key: int = -1,
     activation: str = "none",
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """``activation(x @ W^T + bias)`` with W [out, in] in CSR; sums in fp32 (fp64 for fp64).
+    """``activation(x @ W^T + bias + residual)`` with W [out, in] in CSR; sums in fp32 (fp64 for fp64).
 
     x [..., in] and values [capacity] are of one floating dtype; every index is int32: crow [out + 1],
     cols [capacity] (without gradients also int16; ascending in every row).  Only the first ``crow[-1]`` entries
@@ -39,15 +40,15 @@ def csr_linear(
     With the transposed index (ccol [in + 1], rows_t, perm [capacity]; ``formats.csr.CsrIndex``) the result
     is differentiable in x, values and bias, and no tensor of W's size is made.  Without it there is no
     gradient.  With ``probe_key >= 0`` backward leaves copies of x and the output gradient in
-    ``probe.PROBES[probe_key]``.  An activation goes with inference only.
+    ``probe.PROBES[probe_key]``.  An activation and a
+    residual [..., out] go with inference only.
     """
     x, values, bias = autocast(x, values, bias)
     if ccol is None:
-        refuse_gradient(x)
-        return _forward(x, values, crow, cols, bias, activation_code(activation))
-    if activation != "none":
+        return with_epilogue(_forward, x, (values, crow, cols), bias, activation, residual)
+    if activation != "none" or residual is not None:
         raise ValueError(
-            f"the differentiable CSR linear fuses no activation, got {activation!r}: apply it after"
+            f"the differentiable CSR linear fuses no activation and no residual, got {activation!r}: apply it after"
         )
     return _CsrLinear.apply(x, values, crow, cols, ccol, rows_t, perm, bias, probe_key)
 
@@ -79,14 +80,20 @@ class _CsrLinear(torch.autograd.Function):
 
 
 def _forward(
-    x: Tensor, values: Tensor, crow: Tensor, cols: Tensor, bias: Tensor | None, activation: int
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    cols: Tensor,
+    bias: Tensor | None,
+    activation: int,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """The op, or for fp64 its reference: the compiled kernels sum in fp32."""
     run = reference.linear if x.dtype not in COMPILED else torch.ops.fxsparse.csr_forward.default
-    return run(x, values, crow, cols, bias, activation)
+    return run(x, values, crow, cols, bias, activation, residual)
 
 
-def _forward_fake(x, values, crow, cols, bias, activation):
+def _forward_fake(x, values, crow, cols, bias, activation, residual=None):
     return x.new_empty(*x.shape[:-1], crow.shape[0] - 1)
 
 
@@ -99,7 +106,8 @@ def _backward_fake(grad, x, values, crow, cols, ccol, rows_t, perm, need_x, need
 
 
 define(
-    "csr_forward(Tensor x, Tensor values, Tensor crow, Tensor cols, Tensor? bias, int activation) -> Tensor",
+    "csr_forward(Tensor x, Tensor values, Tensor crow, Tensor cols, Tensor? bias, int activation, "
+    "Tensor? residual=None) -> Tensor",
     reference.linear,
     _forward_fake,
 )
@@ -137,13 +145,15 @@ def _pack_entries_inference(entries: Entries) -> Mapping[str, Tensor]:
     }
 
 
-def csr_infer(x, bias, values, crow, cols, activation: str = "none") -> Tensor:
+def csr_infer(
+    x, bias, values, crow, cols, activation: str = "none", residual: Tensor | None = None
+) -> Tensor:
     """`csr_linear` without gradients, in the argument order of ``Kernel.run``."""
-    return csr_linear(x, values, crow, cols, bias=bias, activation=activation)
+    return csr_linear(x, values, crow, cols, bias=bias, activation=activation, residual=residual)
 
 
-def _reference_inference(x, bias, values, crow, cols, activation: str = "none") -> Tensor:
-    return reference.linear(x, values, crow, cols, bias, ACTIVATIONS.index(activation))
+def _reference_inference(x, bias, values, crow, cols, activation: str = "none", residual=None) -> Tensor:
+    return reference.linear(x, values, crow, cols, bias, ACTIVATIONS.index(activation), residual)
 
 
 def _pack_training(weight: Tensor) -> Mapping[str, Tensor]:

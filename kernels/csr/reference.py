@@ -10,9 +10,15 @@ _GATHERED = 1 << 20
 
 
 def linear(
-    x: Tensor, values: Tensor, crow: Tensor, cols: Tensor, bias: Tensor | None, activation: int
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    cols: Tensor,
+    bias: Tensor | None,
+    activation: int,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """``activation(x @ W^T + bias)`` for W in CSR; differentiable; sums in at least fp32."""
+    """``activation(x @ W^T + bias + residual)`` for W in CSR; differentiable; sums in at least fp32."""
     flat = _accumulating(x.reshape(-1, x.shape[-1]))
     rows, cols, unused = entries(crow, cols)
     weight = values.to(flat.dtype).masked_fill(unused, 0)
@@ -25,6 +31,8 @@ def linear(
     y = torch.cat(parts)
     if bias is not None:
         y = y + bias.to(y.dtype)
+    if residual is not None:
+        y = y + residual.reshape(y.shape).to(y.dtype)
     return (
         activate(y, ACTIVATIONS[activation]).to(x.dtype).reshape(*x.shape[:-1], -1 if len(y) else y.shape[1])
     )

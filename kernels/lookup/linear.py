@@ -11,10 +11,9 @@ from fxsparse.kernels.csr import reference as csr_reference
 from fxsparse.kernels.library import (
     ACTIVATIONS,
     COMPILED,
-    activation_code,
     autocast,
     define,
-    refuse_gradient,
+    with_epilogue,
 )
 
 
@@ -28,16 +27,17 @@ def lookup_linear(
     empty_rows: Tensor,
     bias: Tensor | None = None,
     activation: str = "none",
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """``activation(x @ W^T + bias)`` [..., out] for W packed by ``formats.lookup.pack``; inference only.
+    """``activation(x @ W^T + bias + residual)`` [..., out], W from ``formats.lookup.pack``; inference only.
 
-    x [..., in] and values are of one floating dtype.  Rows without entries give ``activation(bias)``.
+    x [..., in], values and residual [..., out] are of one floating dtype.  Rows without entries give the activation of
+    bias + residual.
     """
     x, values, bias = autocast(x, values, bias)
-    code = activation_code(activation)
-    refuse_gradient(x)
     run = reference if x.dtype not in COMPILED else _FORWARD
-    return run(x, values, columns, counts, starts, active_rows, empty_rows, bias, code)
+    weight = values, columns, counts, starts, active_rows, empty_rows
+    return with_epilogue(run, x, weight, bias, activation, residual)
 
 
 def reference(
@@ -50,22 +50,23 @@ def reference(
     empty_rows: Tensor,
     bias: Tensor | None,
     activation: int,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """The same in plain PyTorch, differentiable."""
     entries = lookup.unpack(values, columns, counts, starts, active_rows, empty_rows)
     out_features = len(active_rows) + len(empty_rows)
     lengths = torch.bincount(entries.rows, minlength=out_features)
     crow = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    return csr_reference.linear(x, entries.values, crow, entries.columns, bias, activation)
+    return csr_reference.linear(x, entries.values, crow, entries.columns, bias, activation, residual)
 
 
-def _fake(x, values, columns, counts, starts, active_rows, empty_rows, bias, activation):
+def _fake(x, values, columns, counts, starts, active_rows, empty_rows, bias, activation, residual=None):
     return x.new_empty(*x.shape[:-1], active_rows.shape[0] + empty_rows.shape[0])
 
 
 define(
     "lookup_forward(Tensor x, Tensor values, Tensor columns, Tensor counts, Tensor starts, Tensor active_rows, "
-    "Tensor empty_rows, Tensor? bias, int activation) -> Tensor",
+    "Tensor empty_rows, Tensor? bias, int activation, Tensor? residual=None) -> Tensor",
     reference,
     _fake,
 )
@@ -79,12 +80,12 @@ def _flops(x_shape, values_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * values_shape.numel() * torch.Size(x_shape[:-1]).numel()
 
 
-def _run(x, bias, *packed, activation: str = "none") -> Tensor:
-    return lookup_linear(x, *packed, bias, activation)
+def _run(x, bias, *packed, activation: str = "none", residual: Tensor | None = None) -> Tensor:
+    return lookup_linear(x, *packed, bias, activation, residual)
 
 
-def _reference(x, bias, *packed, activation: str = "none") -> Tensor:
-    return reference(x, *packed, bias, ACTIVATIONS.index(activation))
+def _reference(x, bias, *packed, activation: str = "none", residual: Tensor | None = None) -> Tensor:
+    return reference(x, *packed, bias, ACTIVATIONS.index(activation), residual)
 
 
 def _refuses(problem: Problem) -> list[str]:

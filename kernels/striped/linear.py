@@ -12,10 +12,9 @@ from fxsparse.kernels.library import (
     ACTIVATIONS,
     COMPILED,
     activate,
-    activation_code,
     autocast,
     define,
-    refuse_gradient,
+    with_epilogue,
 )
 
 
@@ -29,16 +28,16 @@ def striped_linear(
     dense: Tensor,
     bias: Tensor | None = None,
     activation: str = "none",
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """``activation(x @ W^T + bias)`` [..., out] for W packed by ``formats.striped.pack``; inference only.
+    """``activation(x @ W^T + bias + residual)`` [..., out] for W from ``formats.striped.pack``; inference only.
 
-    x [..., in] and values are of one floating dtype.
+    x [..., in], values and residual [..., out] are of one floating dtype.
     """
     x, values, bias = autocast(x, values, bias)
-    code = activation_code(activation)
-    refuse_gradient(x)
     run = reference if x.dtype not in COMPILED else _FORWARD
-    return run(x, values, columns, rows, lengths, starts, dense, bias, code)
+    weight = values, columns, rows, lengths, starts, dense
+    return with_epilogue(run, x, weight, bias, activation, residual)
 
 
 def reference(
@@ -51,22 +50,24 @@ def reference(
     dense: Tensor,
     bias: Tensor | None,
     activation: int,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """The same in plain PyTorch on the dense weight, differentiable."""
     wide = torch.promote_types(x.dtype, torch.float32)
     weight = torch.zeros(dense.shape[1:], dtype=wide, device=x.device)
     weight = weight.index_put(striped.positions(columns, rows, lengths, starts, dense), values.to(wide))
     y = F.linear(x.to(wide), weight, None if bias is None else bias.to(wide))
+    y = y if residual is None else y + residual.to(wide)
     return activate(y, ACTIVATIONS[activation]).to(x.dtype)
 
 
-def _fake(x, values, columns, rows, lengths, starts, dense, bias, activation):
+def _fake(x, values, columns, rows, lengths, starts, dense, bias, activation, residual=None):
     return x.new_empty(*x.shape[:-1], dense.shape[1])
 
 
 define(
     "striped_forward(Tensor x, Tensor values, Tensor columns, Tensor rows, Tensor lengths, Tensor starts, "
-    "Tensor dense, Tensor? bias, int activation) -> Tensor",
+    "Tensor dense, Tensor? bias, int activation, Tensor? residual=None) -> Tensor",
     reference,
     _fake,
 )
@@ -79,12 +80,12 @@ def _flops(x_shape, values_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * values_shape.numel() * torch.Size(x_shape[:-1]).numel()
 
 
-def _run(x, bias, *packed, activation: str = "none") -> Tensor:
-    return striped_linear(x, *packed, bias, activation)
+def _run(x, bias, *packed, activation: str = "none", residual: Tensor | None = None) -> Tensor:
+    return striped_linear(x, *packed, bias, activation, residual)
 
 
-def _reference(x, bias, *packed, activation: str = "none") -> Tensor:
-    return reference(x, *packed, bias, ACTIVATIONS.index(activation))
+def _reference(x, bias, *packed, activation: str = "none", residual: Tensor | None = None) -> Tensor:
+    return reference(x, *packed, bias, ACTIVATIONS.index(activation), residual)
 
 
 def _refuses(problem: Problem) -> list[str]:

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fxsparse import testing
-from fxsparse.kernel import registered
+from fxsparse.errors import UnsupportedError
+from fxsparse.kernel import registered, tolerance
 from fxsparse.kernels import cpu
 from fxsparse.kernels.cpu.build import INSTRUCTION_SETS
 
@@ -33,6 +35,42 @@ def test_compiled_kernels_fulfil_the_contract(name, level, instruction_set):
     if instruction_set(level) != level:
         pytest.skip(f"this CPU has no {level}")
     testing.check_kernel(registered()[name])
+
+
+@pytest.mark.parametrize("level", INSTRUCTION_SETS)
+@pytest.mark.parametrize("name", ["cpu-csr", "cpu-condensed", "cpu-lookup", "cpu-striped"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inference_kernels_add_a_residual_before_the_activation(name, level, dtype, instruction_set):
+    if instruction_set(level) not in (level, "reference"):
+        pytest.skip(f"this CPU has no {level}")
+    entry, generator = registered()[name], torch.Generator().manual_seed(0)
+    columns = torch.rand(37, 53, generator=generator).topk(7, 1).indices
+    weight = torch.zeros(37, 53).scatter_(1, columns, torch.randn(37, 7, generator=generator)).to(dtype)
+    weight[4:9] = 0  # rows that condensed and lookup fill apart
+    bias, buffers = torch.randn(37, generator=generator).to(dtype), list(entry.pack(weight).values())
+    for batch in (1, 2, 5, 70):
+        x, residual = (torch.randn(batch, n, generator=generator).to(dtype) for n in (53, 37))
+        inputs = x.double(), weight.double(), bias.double()
+        exact = F.gelu(F.linear(*inputs) + residual.double())
+        scale = (F.linear(*(t.abs() for t in inputs)) + residual.double().abs()).max()
+        for run in (entry.run, entry.reference):
+            y = run(x, bias, *buffers, activation="gelu", residual=residual)
+            assert y.dtype == dtype
+            assert (y.double() - exact).abs().max() / scale < tolerance(dtype, 55)
+
+
+@pytest.mark.parametrize("name", ["cpu-csr", "cpu-condensed", "cpu-lookup", "cpu-striped"])
+def test_a_residual_of_another_dtype_is_added_after_and_of_another_shape_is_refused(name):
+    entry = registered()[name]
+    buffers, x = list(entry.pack(torch.eye(4)).values()), torch.tensor([[1.0, -2.0, 3.0, -4.0]])
+    with torch.autocast("cpu", torch.bfloat16):
+        y = entry.run(x, None, *buffers, activation="relu", residual=torch.ones(1, 4))
+    assert (y.dtype, y.tolist()) == (torch.float32, [[2.0, 0.0, 4.0, 0.0]])
+    if cpu.availability() is None:
+        with pytest.raises(RuntimeError, match="expected a residual of the output's shape, with 4 features"):
+            entry.run(x, None, *buffers, residual=torch.ones(4))
+    with pytest.raises(UnsupportedError, match="requires a gradient"):
+        entry.run(x, None, *buffers, residual=torch.ones(1, 4, requires_grad=True))
 
 
 def test_lookups_fulfil_the_contract(instruction_set):

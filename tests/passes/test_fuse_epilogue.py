@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fxsparse import kernel
 from fxsparse.kernel import tolerance
-from fxsparse.passes import CollectWeights, Functionalize, FuseEpilogue, LowerInference
+from fxsparse.passes import CollectWeights, Functionalize, FuseEpilogue, InferShapes, LowerInference
 from fxsparse.passes.fuse_epilogue import activation_after
 from fxsparse.pattern import Unstructured
 from fxsparse.pipeline import Decision, PassContext
@@ -32,12 +32,19 @@ class After(nn.Module):
         return self.function(self, self.fc(x))
 
 
+class Residual(After):
+    """A function of the input and of a linear layer of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.fc(x))
+
+
 def fused(
     model: nn.Module, x: Tensor, name: str = "cpu-csr"
 ) -> tuple[int, torch.fx.GraphModule, PassContext]:
     ctx = PassContext(None, "infer", capture(model.eval(), x, modes=("eval",)), Report(), x)
     gm = ctx.program.graphs["eval"]
-    for current in (Functionalize(), CollectWeights()):
+    for current in (Functionalize(), InferShapes(), CollectWeights()):
         current.run(gm, ctx)
     entry = kernel.registered()[name]
     ctx.decisions["fc.weight"] = Decision(Unstructured(), 0.5, format=entry.format, kernel=entry.name)
@@ -121,6 +128,55 @@ def test_other_sums_stay(function: Callable[..., Tensor]) -> None:
     assert count == 0
     assert kernel_call(gm).args[1] is None
     check_function(gm, model, x)
+
+
+@pytest.mark.parametrize("function", [lambda x, y: x + y, lambda x, y: y + x, lambda x, y: torch.add(y, x)])
+def test_fuses_a_residual(function: Callable[..., Tensor]) -> None:
+    model, x = Residual(function), torch.randn(3, 6)
+    count, gm, _ = fused(model, x)
+    assert count == 1
+    assert kernel_call(gm).kwargs["residual"].op == "placeholder"
+    check_function(gm, model, x)
+
+
+def test_fuses_a_residual_and_then_the_activation() -> None:
+    model, x = Residual(lambda x, y: F.silu(x + y)), torch.randn(3, 6)
+    count, gm, _ = fused(model, x)
+    assert count == 2
+    assert kernel_call(gm).kwargs["activation"] == "silu"
+    check_function(gm, model, x)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, y: y + y,
+        lambda x, y: x + F.gelu(y),  # the activation goes in, the sum after it does not
+        lambda x, y: torch.add(y, x, alpha=2),
+        lambda x, y: y + x[:1],  # of another shape
+        lambda x, y: y + x.double(),  # of another dtype
+        lambda x, y: y + torch.sigmoid(x),  # made after the call
+        lambda x, y: (y + x) * y.sum(),  # two readers
+    ],
+)
+def test_other_residuals_stay(function: Callable[..., Tensor]) -> None:
+    model, x = Residual(function), torch.randn(3, 6)
+    _, gm, _ = fused(model, x)
+    assert "residual" not in kernel_call(gm).kwargs
+    with torch.no_grad():
+        torch.testing.assert_close(gm(x), model(x))
+
+
+def test_a_residual_that_is_changed_before_the_sum_stays() -> None:
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        F.relu_(x)
+        return y + x
+
+    model, x = Residual(function), torch.randn(3, 6)
+    _, gm, _ = fused(model, x.clone())
+    assert "residual" not in kernel_call(gm).kwargs
+    with torch.no_grad():
+        torch.testing.assert_close(gm(x.clone()), model(x.clone()))
 
 
 def test_a_second_bias_stays() -> None:
