@@ -196,7 +196,7 @@ class Method:
     @property
     def is_joint(self) -> bool:
         """Whether an update may move entries from one weight to another."""
-        return isinstance(self.rule, JointRule)
+        return isinstance(self.rule, JointRule) or getattr(self.rule, "together", False)
 
     def nnz(self, step: int, final: int, numel: int) -> int:
         """Entries of a weight after `step` optimizer steps, on the way to `final`.

@@ -315,7 +315,7 @@ class SparseModule(nn.Module):
             return weight.dense()
         if self.plan is None:
             return weight.parameter.detach().clone()
-        return self.plan.method.reparam.fold(weight.parameter.detach(), weight.mask)
+        return self.plan.method.reparam.fold(weight.parameter.detach(), weight.factor)
 
     def _dense_bytes(self, key: str, weights: dict[str, CompactWeight | MaskedWeight]) -> int:
         weight = weights.get(key)

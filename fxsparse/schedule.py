@@ -111,6 +111,19 @@ class CubicRamp:
 
 
 @dataclass(frozen=True)
+class LinearRamp:
+    """From everything at step 0 to the final nnz at `stop`: Spartan, arXiv:2205.14107 section 3.4."""
+
+    stop: int
+
+    def __post_init__(self) -> None:
+        _check_integer("stop", self.stop, 1)
+
+    def __call__(self, step: int, final: int, numel: int) -> int:
+        return final + round((numel - final) * (1 - min(max(step, 0) / self.stop, 1.0)))
+
+
+@dataclass(frozen=True)
 class Schedule:
     """Update at step t if ``start <= t < stop`` and ``(t - start) % every == 0``.
 

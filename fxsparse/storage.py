@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fxsparse import optimizer_state
 from fxsparse.formats import csr
-from fxsparse.graph import fetch
+from fxsparse.graph import fetch, owner
 from fxsparse.kernel import Entries
 from fxsparse.selection import MaskChange
 
@@ -27,6 +27,13 @@ class MaskedWeight:
     mask: Tensor
     transposed: bool = False
     """The user's layout is [in, out]."""
+    soft: Tensor | None = None
+    """What the parameter is multiplied by where masks are not binary, 0 outside of the mask."""
+
+    @property
+    def factor(self) -> Tensor:
+        """The soft mask, or the mask."""
+        return self.mask if self.soft is None else self.soft
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -199,4 +206,6 @@ def read_weights(
         if isinstance(weight, CompactWeight):
             yield name, weight
         else:
-            yield name, MaskedWeight(weight, fetch(tree, f"{name}_mask"), is_transposed)
+            module, leaf = owner(tree, name)
+            soft = module._buffers.get(f"{leaf}_soft")
+            yield name, MaskedWeight(weight, fetch(tree, f"{name}_mask"), is_transposed, soft)

@@ -14,6 +14,7 @@ from fxsparse.passes.fuse_epilogue import FuseEpilogue
 from fxsparse.passes.infer_shapes import InferShapes
 from fxsparse.passes.insert_mask_updates import InsertMaskUpdates
 from fxsparse.passes.insert_reparam import InsertReparam
+from fxsparse.passes.insert_soft_masks import InsertSoftMasks
 from fxsparse.passes.keep_neurons import KeepNeurons
 from fxsparse.passes.lower_inference import LowerInference
 from fxsparse.passes.lower_kernels import LowerKernels
@@ -31,6 +32,7 @@ training_pipeline = (
     CreateParameters(),
     CountFlops(),
     InsertReparam(),
+    InsertSoftMasks(),
     LowerKernels(),
     Cleanup(),
     InsertMaskUpdates(),
@@ -73,6 +75,7 @@ __all__ = [
     "InferShapes",
     "InsertMaskUpdates",
     "InsertReparam",
+    "InsertSoftMasks",
     "KeepNeurons",
     "LowerInference",
     "LowerKernels",

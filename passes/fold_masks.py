@@ -19,7 +19,9 @@ from fxsparse.graph import (
     replace,
 )
 from fxsparse.packed import replace_parameter
+from fxsparse.passes.insert_soft_masks import NUMBERS
 from fxsparse.pipeline import PassContext
+from fxsparse.soft_masks import shared_shift
 from fxsparse.storage import CompactWeight
 
 _VALUES = ".values"
@@ -58,11 +60,16 @@ def _fold_masked(gm: GraphModule, ctx: PassContext) -> int:
     masks = {str(node.args[0].target): str(node.args[1].target) for node in found}
     for name, mask in masks.items():
         replace_parameter(gm, name, reparam.fold(fetch(gm, name).detach(), fetch(gm, mask)))
-        holder, leaf = owner(gm, mask)
-        del holder._buffers[leaf]
+        for buffer in {mask, f"{name}_mask"}:
+            holder, leaf = owner(gm, buffer)
+            del holder._buffers[leaf]
     for node in found:
         node.replace_all_uses_with(node.args[0])
         gm.graph.erase_node(node)
+    if NUMBERS in gm._buffers:
+        for node in gm.graph.find_nodes(op="call_function", target=shared_shift):
+            gm.graph.erase_node(node)
+        del gm._buffers[NUMBERS]
     return len(found)
 
 

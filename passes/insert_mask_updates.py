@@ -6,10 +6,14 @@ from typing import ClassVar
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from fxsparse.knapsack import KeepLargest
 from fxsparse.method import Probe
+from fxsparse.passes.insert_soft_masks import NUMBERS
 from fxsparse.pipeline import PassContext
 from fxsparse.probe_variant import probe_variant
 from fxsparse.skeleton import bind
+from fxsparse.soft_masks import SoftMask
+from fxsparse.soft_updates import keep_largest
 from fxsparse.update_mask import choose_together, move_mask, propose, update_mask
 
 
@@ -22,7 +26,7 @@ class InsertMaskUpdates:
     """
 
     name: ClassVar[str] = "insert-mask-updates"
-    after: ClassVar[tuple[str, ...]] = ("insert-reparam", "lower-kernels")
+    after: ClassVar[tuple[str, ...]] = ("insert-reparam", "insert-soft-masks", "lower-kernels")
     preserves_function: ClassVar[bool] = True
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
@@ -52,6 +56,10 @@ def _update_graph(ctx: PassContext, names: list[str]) -> Graph:
     graph = Graph()
     step = graph.placeholder("step")
     stored = [_stored(ctx, graph, name) for name in names]
+    if isinstance(ctx.plan.method.rule, KeepLargest):
+        softened = [_softened(graph, ctx, *weight) for weight in stored]
+        graph.output(graph.call_function(keep_largest, (step, graph.get_attr(NUMBERS), softened)))
+        return graph
     if ctx.plan.method.is_joint:
         proposals = tuple(graph.call_function(propose, (step, *weight)) for weight in stored)
         chosen = graph.call_function(choose_together, (step, proposals))
@@ -60,6 +68,14 @@ def _update_graph(ctx: PassContext, names: list[str]) -> Graph:
         moved = [graph.call_function(update_mask, (step, *weight)) for weight in stored]
     graph.output(tuple(moved))
     return graph
+
+
+def _softened(
+    graph: Graph, ctx: PassContext, weight: Node, mask: Node | None, name: str
+) -> tuple[Node, Node | None, Node | None, str]:
+    assert ctx.plan is not None
+    soft = graph.get_attr(f"{name}_soft") if isinstance(ctx.plan.method.reparam, SoftMask) else None
+    return weight, mask, soft, name
 
 
 def _stored(ctx: PassContext, graph: Graph, name: str) -> tuple[Node, Node | None, str]:

@@ -6,10 +6,36 @@ from fxsparse.methods.gmp import gmp
 from fxsparse.methods.gse import gse
 from fxsparse.methods.rigl import rigl
 from fxsparse.methods.set_ import set_
+from fxsparse.methods.spartan import dual_averaging, imp, spartan
 from fxsparse.methods.sr_ste import sr_ste
 from fxsparse.methods.srigl import srigl
 from fxsparse.methods.static import static
 
-METHODS = (static, set_, rigl, srigl, gse, gmp, sr_ste)  # what the contract tests run over
+METHODS = (
+    static,
+    set_,
+    rigl,
+    srigl,
+    gse,
+    spartan,
+    dual_averaging,
+    imp,
+    gmp,
+    sr_ste,
+)  # what the contract tests run over
 
-__all__ = ["METHODS", "from_dict", "gmp", "gse", "rigl", "set_", "sr_ste", "srigl", "srigl_fan_in", "static"]
+__all__ = [
+    "METHODS",
+    "dual_averaging",
+    "from_dict",
+    "gmp",
+    "gse",
+    "imp",
+    "rigl",
+    "set_",
+    "spartan",
+    "sr_ste",
+    "srigl",
+    "srigl_fan_in",
+    "static",
+]

@@ -1,7 +1,19 @@
 import pytest
 
 from fxsparse.method import Method
-from fxsparse.methods import METHODS, gmp, gse, rigl, set_, sr_ste, srigl, static
+from fxsparse.methods import (
+    METHODS,
+    dual_averaging,
+    gmp,
+    gse,
+    imp,
+    rigl,
+    set_,
+    spartan,
+    sr_ste,
+    srigl,
+    static,
+)
 from fxsparse.pattern import NM, Block, ConstantFanIn, Pattern, Unstructured
 from fxsparse.testing import check_method
 
@@ -17,6 +29,9 @@ FAST = {
     "gse, graest, all layers": gse(every=1, stop=1000, sampling="graest", scope="global"),
     "gmp": gmp(start=0, stop=999, every=1),
     "sr_ste": sr_ste(),
+    "spartan": spartan(steps=1250),
+    "dual averaging": dual_averaging(steps=1250),
+    "imp": imp(steps=1250),
 }
 PATTERNS = [Unstructured(), ConstantFanIn(), NM(2, 4), Block(2, 4)]
 

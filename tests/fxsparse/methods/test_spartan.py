@@ -1,0 +1,243 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import fxsparse
+from fxsparse import Plan
+from fxsparse.errors import PlanError
+from fxsparse.methods import dual_averaging, imp, spartan
+from fxsparse.pattern import Block
+from fxsparse.soft_masks import BETA, FROZEN, SHIFT
+from fxsparse.topk import soft_topk, top_mask
+
+METHODS = (spartan, dual_averaging, imp)
+X, Y = torch.randn(32, 64, generator=torch.Generator().manual_seed(1)), torch.arange(32) % 10
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 10))
+
+
+def build(method, sparsity: float = 0.9, **plan):
+    plan = {"allocation": "uniform"} | plan
+    sparse = fxsparse.compile(mlp(), Plan(sparsity=sparsity, method=method, **plan), example_inputs=X)
+    optimizer = torch.optim.AdamW(sparse.parameters(), lr=0.01)
+    sparse.attach(optimizer)
+    return sparse, optimizer
+
+
+def step(sparse, optimizer, parts: int = 1) -> float:
+    optimizer.zero_grad()
+    for x, y in zip(X.chunk(parts), Y.chunk(parts), strict=True):
+        (F.cross_entropy(sparse(x), y) / parts).backward()
+    optimizer.step()
+    return float(sum(p.detach().double().abs().sum() for p in sparse.parameters()))
+
+
+def magnitudes(sparse) -> Tensor:
+    return torch.cat([sparse.get_parameter(f"{i}.weight").detach().abs().flatten() for i in (0, 2)])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_budget_follows_its_schedule_exactly_and_then_stays(method):
+    # 7,400 weights of which 740 stay: 20 steps ramp over 4, and freeze after 16.
+    sparse, optimizer = build(method(steps=20))
+    counts = []
+    for _ in range(20):
+        step(sparse, optimizer)
+        counts.append(sum(int(mask.sum()) for mask in sparse.masks().values()))
+    assert counts == [740 + round(6660 * (1 - t / 4)) for t in (1, 2, 3)] + [740] * 17
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_masks_are_the_largest_magnitudes_of_all_weights_together(method):
+    sparse, optimizer = build(method(steps=20))
+    for _ in range(6):
+        step(sparse, optimizer)
+    expected = top_mask(magnitudes(sparse), 740)
+    assert torch.equal(torch.cat([mask.flatten() for mask in sparse.masks().values()]), expected)
+
+
+def test_each_layer_keeps_its_own_count_where_asked():
+    sparse, optimizer = build(spartan(steps=20, scope="layer"))
+    for _ in range(6):
+        step(sparse, optimizer)
+    assert {name: int(mask.sum()) for name, mask in sparse.masks().items()} == {
+        "0.weight": 640,
+        "2.weight": 100,
+    }
+    assert sparse.get_buffer("fxsparse_budgets").shape == (2, 3)
+
+
+def test_the_effective_weight_is_the_soft_topk_cut_to_the_hard_one():
+    sparse, optimizer = build(spartan(steps=20))
+    for _ in range(6):
+        step(sparse, optimizer)
+    beta = 1 + 9 * 6 / 16
+    numbers = sparse.get_buffer("fxsparse_budgets")[0]
+    assert numbers[BETA] == pytest.approx(beta)
+    soft = soft_topk(magnitudes(sparse), 740, beta=beta)
+    kept = torch.cat([mask.flatten() for mask in sparse.masks().values()])
+    weight = torch.cat([sparse.get_parameter(f"{i}.weight").detach().flatten() for i in (0, 2)])
+    folded = sparse.to_dense()
+    got = torch.cat([folded.get_parameter(f"{i}.weight").detach().flatten() for i in (0, 2)])
+    torch.testing.assert_close(got, weight * soft * kept, rtol=1e-5, atol=1e-8)
+
+
+def test_frozen_masks_stay_as_they_are_and_only_kept_weights_move():
+    sparse, _ = build(spartan(steps=20, scope="layer"))
+    optimizer = torch.optim.SGD(sparse.parameters(), lr=0.1)
+    sparse.attach(optimizer)
+    for _ in range(16):
+        step(sparse, optimizer)
+    numbers = sparse.get_buffer("fxsparse_budgets")[0].clone()
+    assert (float(numbers[FROZEN]), float(numbers[BETA])) == (1.0, 10.0)
+    soft, weight = sparse.get_buffer("0.weight_soft").clone(), sparse.get_parameter("0.weight")
+    before = weight.detach().clone()
+    for _ in range(4):
+        step(sparse, optimizer)
+    assert torch.equal(sparse.get_buffer("0.weight_soft"), soft)
+    moved = weight.detach() != before
+    assert bool(moved.any())
+    assert not bool((moved & (soft == 0)).any())
+    assert torch.equal(sparse.get_buffer("fxsparse_budgets")[0], numbers)
+
+
+def test_folding_keeps_the_logits_where_a_binary_mask_would_not():
+    sparse, optimizer = build(spartan(steps=20))
+    for _ in range(20):
+        step(sparse, optimizer)
+    logits = sparse.eval()(X).detach()
+    torch.testing.assert_close(sparse.to_dense().eval()(X).detach(), logits)
+    fast = fxsparse.compile(sparse, mode="infer", example_inputs=X)
+    torch.testing.assert_close(fast(X), logits, rtol=1e-4, atol=1e-5)
+    assert not [key for key in fast.state_dict() if "soft" in key or "fxsparse" in key or "mask" in key]
+    binary = copy.deepcopy(sparse)
+    for name in ("0.weight", "2.weight"):
+        binary.get_buffer(f"{name}_soft").copy_(binary.masks()[name])
+    assert float((binary(X).detach() - logits).abs().max()) > 0.1 * float(logits.abs().max())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradient_accumulation_equals_one_batch(method):
+    (one, first), (two, second) = build(method(steps=20)), build(method(steps=20))
+    for _ in range(8):
+        step(one, first)
+        step(two, second, parts=2)
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_copies_and_resumed_runs_go_on_bit_for_bit(method):
+    sparse, optimizer = build(method(steps=20))
+    for _ in range(9):
+        step(sparse, optimizer)
+    runs = [(sparse, optimizer), build(method(steps=20)), (copy.deepcopy(sparse), None)]
+    runs[1][0].load_state_dict(copy.deepcopy(sparse.state_dict()))
+    runs[2] = (runs[2][0], torch.optim.AdamW(runs[2][0].parameters(), lr=0.01))
+    for other, its_optimizer in runs[1:]:
+        its_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        other.attach(its_optimizer)
+    ends = [[step(*run) for _ in range(9)] for run in runs]
+    assert ends[0] == ends[1] == ends[2]
+
+
+def test_averaged_weights_of_a_training_module_can_be_had():
+    sparse, optimizer = build(spartan(steps=20))
+    average = torch.optim.swa_utils.AveragedModel(sparse)
+    for _ in range(6):
+        step(sparse, optimizer)
+        average.update_parameters(sparse)
+    assert average(X).shape == (32, 10)
+
+
+def test_blocks_are_kept_whole_and_as_many_as_the_budget_pays_for():
+    sparse, optimizer = build(spartan(steps=20), 0.9, pattern=Block(4, 4), exclude=("2",))
+    for _ in range(8):
+        step(sparse, optimizer)
+    mask = sparse.masks()["0.weight"]
+    Block(4, 4).check(mask)
+    assert int(mask.sum()) == 640
+    assert float(sparse.get_buffer("fxsparse_budgets")[0, BETA]) == pytest.approx(1 + (10 * 4 - 1) * 8 / 16)
+    blocks = sparse.get_buffer("0.weight_soft").view(25, 4, 16, 4)
+    assert torch.equal(blocks, blocks[:, :1, :, :1].expand_as(blocks))
+
+
+def test_blocks_that_do_not_fit_are_refused_by_name():
+    with pytest.raises(fxsparse.errors.PatternError, match=r"2.weight.*multiple of 4"):
+        build(spartan(steps=20), pattern=Block(4, 4))
+
+
+def test_compiled_training_is_the_same_in_one_graph():
+    (plain, first), (compiled, second) = build(spartan(steps=20)), build(spartan(steps=20))
+    counter = CompileCounterWithBackend("aot_eager")
+    run = torch.compile(compiled, fullgraph=True, backend=counter)
+    for _ in range(18):
+        step(plain, first)
+        second.zero_grad()
+        F.cross_entropy(run(X), Y).backward()
+        second.step()
+    for a, b in zip(plain.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1
+
+
+def test_weights_that_do_not_train_keep_their_masks():
+    model = mlp()
+    model[2].weight.requires_grad_(False)
+    sparse = fxsparse.compile(
+        model, Plan(sparsity=0.9, method=spartan(steps=20), allocation="uniform"), example_inputs=X
+    )
+    optimizer = torch.optim.SGD([p for p in sparse.parameters() if p.requires_grad], lr=0.1)
+    sparse.attach(optimizer)
+    for _ in range(6):
+        step(sparse, optimizer)
+    assert {name: int(mask.sum()) for name, mask in sparse.masks().items()} == {
+        "0.weight": 640,
+        "2.weight": 1000,
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps as the number of optimizer steps"),
+        ({"beta": 0.5}, "beta as a number >= 1"),
+        ({"beta": float("inf")}, "beta as a number >= 1"),
+        ({"scope": "all"}, "scope as global or layer"),
+        ({"warmup": 0}, "warmup as a share"),
+        ({"warmup": 0.6, "finetune": 0.5}, "at most 1"),
+    ],
+)
+def test_options_are_checked(options, message):
+    with pytest.raises(PlanError, match=message):
+        spartan(**options)
+
+
+def test_a_model_without_a_graph_is_refused_with_the_reason():
+    class Walked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(64, 10)
+            self.fc.register_forward_hook(lambda *_: None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) if float(x.sum()) > 0 else self.fc(-x)
+
+    with pytest.raises(PlanError, match="takes a graph of the model"):
+        fxsparse.compile(Walked(), Plan(sparsity=0.9, method=spartan(steps=20)), example_inputs=X)
+
+
+def test_the_shift_solves_the_budget_of_the_step():
+    sparse, optimizer = build(spartan(steps=20))
+    for _ in range(6):
+        step(sparse, optimizer)
+    numbers = sparse.get_buffer("fxsparse_budgets")[0]
+    mask = torch.sigmoid(numbers[BETA] * magnitudes(sparse).double() + numbers[SHIFT])
+    assert float(mask.sum()) == pytest.approx(740, rel=1e-5)
