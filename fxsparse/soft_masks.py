@@ -121,7 +121,9 @@ class _SharedShift(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         numbers, *weights = ctx.saved_tensors
         slopes = [_slope(w, numbers, b, c) for w, b, c in zip(weights, ctx.blocks, ctx.costs, strict=True)]
-        total = sum(c * s.sum(dtype=torch.float64) for s, c in zip(slopes, ctx.costs, strict=True))
+        total = torch.stack(
+            [c * s.sum(dtype=torch.float64) for s, c in zip(slopes, ctx.costs, strict=True)]
+        ).sum()
         factor = torch.where(total > 0, -grads[0] * numbers[BETA] / total, 0)
         into = [
             w.sign() * spread(factor.to(s.dtype) * s, b, w.shape).to(w.dtype)

@@ -81,7 +81,7 @@ def _soften(gm: GraphModule, ctx: PassContext, names: Sequence[str], numbers: No
         shift = gm.graph.call_function(shared_shift, (numbers, *parts))
     found = _effective(gm, names, soft_mask)
     for node in found:
-        name = str(node.args[0].target)
+        name = _weight(node)
         _register_soft(ctx, name)
         with gm.graph.inserting_before(node):
             soft = gm.graph.get_attr(f"{name}_soft")
@@ -92,7 +92,13 @@ def _soften(gm: GraphModule, ctx: PassContext, names: Sequence[str], numbers: No
 def _effective(gm: GraphModule, names: Sequence[str], function: Callable[..., Tensor]) -> list[Node]:
     """The calls of a reparametrisation on these weights."""
     found = gm.graph.find_nodes(op="call_function", target=function)
-    return [node for node in found if str(node.args[0].target) in names]
+    return [node for node in found if _weight(node) in names]
+
+
+def _weight(node: Node) -> str:
+    read = node.args[0]
+    assert isinstance(read, Node)
+    return str(read.target)
 
 
 def _register_numbers(ctx: PassContext, budgets: int) -> None:
