@@ -38,12 +38,13 @@ def run_cells(
     grid: Sequence[Settings],
     measure: Callable[[Settings], dict[str, Any]],
     output: Path | None = None,
-    seconds: float | None = None,
+    seconds: float | Callable[[Settings], float] | None = None,
 ) -> list[Cell]:
     """Measure the cells of `grid` that `output` lacks, and return all of `grid`, in its order.
 
-    Prints what is to come first: from the cells that are done, else from `seconds`, the estimate for one, else after
-    the first cell.  `output` is replaced whole after each cell; cells in it that `grid` does not have stay.
+    Prints what is to come first: by `seconds` of every cell where that is a function; else at the median of the cells
+    that are done, else at `seconds` for one, else after the first cell.  `output` is replaced whole after each cell;
+    cells in it that `grid` does not have stay.
 
     Raises:
         ValueError: `output` is not a file of cells, or settings are not plain JSON values.
@@ -53,7 +54,10 @@ def run_cells(
     found = {_key(cell.settings): cell for cell in done}
     ahead = [settings for settings in wanted if _key(settings) not in found]
     known = [found[_key(settings)].seconds for settings in wanted if _key(settings) in found]
-    cost = statistics.median(known) if known else seconds
+    if callable(seconds):
+        cost = statistics.mean(map(seconds, ahead)) if ahead else None
+    else:
+        cost = statistics.median(known) if known else seconds
     print(_announce(len(ahead), len(wanted), cost))
     for settings in tqdm(ahead, unit="cell", disable=None):
         began = time.perf_counter()
@@ -98,7 +102,7 @@ def parser(description: str | None, output: str | None = None) -> argparse.Argum
     made = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--quick", action="store_true", help="a small part of the grid, in about a minute")
+    made.add_argument("--quick", action="store_true", help="a small part of the grid, in minutes")
     made.add_argument("--threads", type=int, default=1)
     made.add_argument(
         "-o",

@@ -1,118 +1,181 @@
-"""Inference of pruned models: dense against the artefact, eager and under torch.compile, and the reason of every op.
+"""Inference of pruned models on the CPU: fxsparse beside torch, Inductor, MKL CSR, ONNX Runtime and DeepSparse.
 
-    python -m benchmarks.inference [--threads 1] [--sparsity 0.9] [--batch 1] [--models mlp vit] [--compile]
+    python -m benchmarks.inference [--quick] [--models NAME ...] [--deepsparse PYTHON] [--figure FILE]
 
-Zeros are drawn by magnitude, weight by weight, in every layer that may be sparse.  Ratios are medians over interleaved
-pairs in one process, dense time / artefact time: below 1 we lose.
+Linear layers and whole models with random weights, zeros by magnitude, the same share in every layer; stem and head
+stay dense, as do embeddings and depthwise convolutions.  All rivals of a cell are in one run and take turns; Inductor
+runs with freezing.  A turn of a call below a millisecond is up to 20 calls in a row.  Ratios are rival time / our time:
+below 1 we lose.  DeepSparse 1.8 runs in a process of its own Python (its licence is for evaluation, and its
+requirements clash), by its own clock.  Outputs are compared with the eager model's.
 """
 
-import argparse
-from collections import Counter
-from collections.abc import Callable
+import itertools
+import os
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
-import torchvision
-from tabulate import tabulate
-from torch import Tensor, nn
+from torch._inductor import config as inductor
 
-import fxsparse
-from fxsparse import Plan, SparseModule
-from fxsparse.inference import speed_of
+from benchmarks.cells import Settings, environments, parser, read_cells, run_cells
+from benchmarks.inference_tables import draw, tables
+from benchmarks.models.published import LINEAR, MODELS, WHOLE
+from benchmarks.rivals import CSR, DEEPSPARSE, ONNX_RUNTIME, TORCH, Rivals, errors, memory, rivals
+from fxsparse.timing import interleaved_samples
 
-
-def mlp(batch: int) -> tuple[nn.Module, Tensor]:
-    """The digits MLP of the demo."""
-    layers = (nn.Linear(64, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))
-    return nn.Sequential(*layers), torch.randn(batch, 64)
-
-
-def feed_forward(batch: int) -> tuple[nn.Module, Tensor]:
-    """The feed-forward half of a ViT-B block."""
-    return nn.Sequential(nn.Linear(768, 3072), nn.GELU(), nn.Linear(3072, 768)), torch.randn(batch, 768)
-
-
-def vit(batch: int) -> tuple[nn.Module, Tensor]:
-    """A ViT of width 256 on 32 x 32 images: 17 tokens."""
-    model = torchvision.models.VisionTransformer(
-        32, 8, num_layers=4, num_heads=8, hidden_dim=256, mlp_dim=1024
-    )
-    nn.init.normal_(model.get_parameter("heads.head.weight"))  # torchvision starts it at zero
-    return model, torch.randn(batch, 3, 32, 32)
-
-
-def resnet18(batch: int) -> tuple[nn.Module, Tensor]:
-    """ResNet-18 on 128 x 128 images: nearly all of it is convolutions, which stay dense."""
-    return torchvision.models.resnet18(), torch.randn(batch, 3, 128, 128)
-
-
-def vit_b_16(batch: int) -> tuple[nn.Module, Tensor]:
-    """ViT-B/16 on 224 x 224 images: 197 tokens."""
-    model = torchvision.models.vit_b_16()
-    nn.init.normal_(model.get_parameter("heads.head.weight"))
-    return model, torch.randn(batch, 3, 224, 224)
-
-
-MODELS: dict[str, Callable[[int], tuple[nn.Module, Tensor]]] = {
-    build.__name__: build for build in (mlp, feed_forward, vit, resnet18, vit_b_16)
-}
+SPARSITIES = {"linear": (0.0, 0.3, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99), "whole": (0.0, 0.8, 0.9, 0.95, 0.98)}
+BATCHES = {"linear": (1, 16, 256), "whole": (1, 16)}
+NEVER_SLOWER = (0.0, 0.5, 0.9), 64
+"""Sparsities and the batch at which whole models run on one thread beside torch alone."""
+QUICK = ("768x3072", "ResNet-18", "BERT-base")
+SECONDS, LONGEST = 60.0, 240.0
+"""Rounds go on for about SECONDS, at least 15 of them; fewer, but five, where 15 would take more than LONGEST."""
+_TURN_US = 1000
 
 
 def main() -> None:
-    """Print the two tables."""
-    arguments = parse()
+    """Run what is missing, then print the tables and draw the figure."""
+    options = _options()
+    cells = grid(options.models, options.deepsparse is not None, options.quick)
+    if options.finished:
+        done = [cell for cell in read_cells(options.output) if cell.settings in cells]
+        print(f"{len(done)} of {len(cells)} cells are finished")
+    else:
+        done = run_cells(
+            cells, lambda cell: measure(cell, options.deepsparse), options.output, seconds=expected_seconds
+        )
+    print(f"\n{environments(done)}\n\n{tables(done)}")
+    if options.deepsparse is None:
+        print("\nDeepSparse: not measured, since no Python that has it was given (--deepsparse)")
+    if options.figure:
+        draw(done, options.figure)
+
+
+def grid(models: Sequence[str], deepsparse: bool, quick: bool = False) -> list[Settings]:
+    """The cells, those of most interest first: one thread before two, small batches, 90 %."""
+    if quick:
+        return [_cell(model, 0.9, 1, 1, deepsparse) for model in models if model in QUICK]
+    cells = [
+        _cell(model, sparsity, batch, threads, deepsparse)
+        for threads, model in itertools.product((1, 2), models)
+        for batch, sparsity in itertools.product(BATCHES[_kind(model)], SPARSITIES[_kind(model)])
+    ]
+    sparsities, batch = NEVER_SLOWER
+    whole = [model for model in models if model in WHOLE]
+    cells += [
+        _cell(model, sparsity, batch, 1, False) | {"rivals": list(TORCH)}
+        for model, sparsity in itertools.product(whole, sparsities)
+    ]
+    # `sorted` keeps the order of models.
+    return sorted(cells, key=lambda c: (c["threads"], c["batch"], abs(c["sparsity"] - 0.9)))
+
+
+def expected_seconds(cell: Settings) -> float:
+    """A guess at what a cell takes, to announce the cost: whole models load for minutes in DeepSparse."""
+    if cell["model"] in LINEAR:
+        return 60.0
+    return min(1200.0, 180.0 + 60 * cell["batch"] ** 0.5)
+
+
+def measure(settings: Settings, python: str | None = None) -> dict[str, Any]:
+    """Times of all rivals, their errors, and what our artefact holds; see also `_artefact`.
+
+    "us": {rival: [least, lower quartile, median, upper quartile]} of a call; "ratios": {rival: median over turns of
+    its time / ours, and "compiled, both": compiled / ours compiled}; "seconds": {rival: of making it}.
+    """
+    torch.set_num_threads(settings["threads"])
     torch.manual_seed(0)
-    torch.set_num_threads(arguments.threads)
-    rows, reasons = [], []
-    for name in arguments.models:
-        model, x = MODELS[name](arguments.batch)
-        plan = Plan(sparsity=arguments.sparsity, allocation="uniform")
-        pruned = fxsparse.prune(model.eval(), plan, x)
-        fast = fxsparse.compile(pruned, mode="infer", example_inputs=x)
-        rows.append([name, *measure(pruned, fast, x, arguments.compile)])
-        reasons += [[name, *reason] for reason in why(fast)]
-    where = f"torch {torch.__version__}, {arguments.threads} thread(s), batch {arguments.batch}, fp32"
-    print(f"{arguments.sparsity:.0%} sparse, {where}\n")
-    compiled = ["compiled dense (us)", "compiled ours (us)", "ratio"] if arguments.compile else []
-    headers = ["model", "dense (us)", "ours (us)", "ratio", *compiled, "lowered", "bytes / dense"]
-    print(tabulate(rows, headers, tablefmt="github", floatfmt=".2f"))
-    print("\n" + tabulate(reasons, ["model", "shape", "weights", "kernel", "reason"], tablefmt="github"))
+    with torch.no_grad(), inductor.patch(freezing=True):
+        published = MODELS[settings["model"]]
+        model, x = published.pruned(settings["sparsity"]), published.inputs(settings["batch"])
+        with rivals(model, x, tuple(settings["rivals"]), python) as made:
+            result = {"errors": errors(made), "seconds": made.seconds, "peak_bytes": memory(made)}
+            samples = _samples(made)
+    taken = {name: _spread(values) for name, values in samples.items()}
+    result |= {"us": taken, "rounds": len(samples["ours"]), "ratios": _ratios(samples)}
+    return result | _artefact(made)
 
 
-def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--sparsity", type=float, default=0.9)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--models", nargs="+", default=[*MODELS][:4], choices=MODELS)
-    parser.add_argument("--compile", action="store_true", help="also under torch.compile (minutes)")
-    return parser.parse_args()
+def _samples(made: Rivals) -> dict[str, list[float]]:
+    single = {name: min(values) for name, values in _turns(made, 2, {}).items()}
+    inner = {name: max(1, min(20, int(_TURN_US / us))) for name, us in single.items()}
+    one = sum(single[name] * inner[name] for name in single) / 1e6
+    rounds = min(101, max(15, int(SECONDS / one)))
+    if rounds * one > LONGEST:
+        rounds = max(5, min(rounds, int(LONGEST / one)))
+    return _turns(made, rounds, inner)
 
 
-def measure(dense: nn.Module, fast: SparseModule, x: Tensor, compiled: bool) -> list[object]:
-    """Times, ratios, lowered weights and bytes of one model."""
-    pairs: list[tuple[Callable[..., object], Callable[..., object]]] = [(dense, fast)]
-    if compiled:
-        pairs.append((torch.compile(dense), torch.compile(fast)))
-    cells: list[object] = []
-    for one, other in pairs:
-        speed = speed_of(one, other, x, pairs=31)
-        cells += [speed.dense_us, speed.sparse_us, speed.ratio]
-    lowered = sum(row["format"] != "dense" for row in fast.report.layers)
-    totals = fast.report.totals
-    size = totals["bytes_sparse"] / totals["bytes_dense"]
-    return [*cells, f"{lowered} of {len(fast.report.layers)}", size]
+def _turns(made: Rivals, rounds: int, inner: Mapping[str, int]) -> dict[str, list[float]]:
+    calls: dict[str, Callable[[], object]] = dict(made.calls)
+    theirs: list[float] = []
+    engine, runs = made.deepsparse, inner.get(DEEPSPARSE, 1)
+    if engine is not None:
+        calls[DEEPSPARSE] = lambda: theirs.append(engine.microseconds(runs))
+    repeats = dict.fromkeys(calls, 1) | dict(inner) | {DEEPSPARSE: 1}
+    found = interleaved_samples(calls, rounds=rounds, warm_up=1, inner=repeats)
+    return found if engine is None else found | {DEEPSPARSE: theirs[1:]}
 
 
-def why(fast: SparseModule) -> list[list[object]]:
-    """Weights of one shape and kernel in a row, with the reason of the first."""
-    seen: dict[tuple[str, str], str] = {}
-    counts: Counter[tuple[str, str]] = Counter()
-    for row in fast.report.layers:
-        key = ("x".join(map(str, row["shape"])), row["kernel"])
-        counts[key] += 1
-        seen.setdefault(key, row["reason"])
-    return [[shape, counts[shape, kernel], kernel, reason] for (shape, kernel), reason in seen.items()]
+def _spread(values: Sequence[float]) -> list[float]:
+    return [round(value, 2) for value in (min(values), *statistics.quantiles(values, n=4))]
+
+
+def _ratios(samples: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    found = {
+        name: _median_ratio(values, samples["ours"]) for name, values in samples.items() if name != "ours"
+    }
+    if "ours compiled" in samples:
+        found["compiled, both"] = _median_ratio(samples["compiled"], samples["ours compiled"])
+    return found
+
+
+def _median_ratio(of: Sequence[float], to: Sequence[float]) -> float:
+    return round(statistics.median(a / b for a, b in zip(of, to, strict=True)), 4)
+
+
+def _artefact(made: Rivals) -> dict[str, Any]:
+    """Share of the FLOPs of nonzeros in pruned weights that is in sparse kernels, {kernel: weights}, bytes."""
+    report = made.ours.report
+    pruned = [row for row in report.layers if row["sparsity"] > 0]
+    work = sum(row["flops_sparse"] for row in pruned)
+    sparse = sum(row["flops_sparse"] for row in pruned if row["format"] != "dense")
+    kernels: dict[str, int] = {}
+    for row in report.layers:
+        kernels[row["kernel"]] = kernels.get(row["kernel"], 0) + 1
+    return {
+        "share": round(sparse / work, 4) if work else None,
+        "kernels": kernels,
+        "bytes": {name: report.totals[f"bytes_{name}"] for name in ("dense", "sparse")},
+        "notes": list(report.notes),
+    }
+
+
+def _cell(model: str, sparsity: float, batch: int, threads: int, deepsparse: bool) -> dict[str, Any]:
+    others = [*([CSR] if model in LINEAR else []), ONNX_RUNTIME, *([DEEPSPARSE] if deepsparse else [])]
+    return {
+        "model": model,
+        "sparsity": sparsity,
+        "batch": batch,
+        "threads": threads,
+        "rivals": [*TORCH, *others],
+    }
+
+
+def _kind(model: str) -> str:
+    return "linear" if model in LINEAR else "whole"
+
+
+def _options() -> Any:
+    made = parser(__doc__, output="benchmarks/results/inference.json")
+    made.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="NAME")
+    python = os.environ.get("FXSPARSE_DEEPSPARSE_PYTHON")
+    made.add_argument("--deepsparse", metavar="PYTHON", default=python, help="a Python with deepsparse 1.8")
+    made.add_argument("--finished", action="store_true", help="show the cells of the file, and run none")
+    made.add_argument("--figure", type=Path, metavar="FILE", help="draw our speed-ups (needs matplotlib)")
+    return made.parse_args()
 
 
 if __name__ == "__main__":

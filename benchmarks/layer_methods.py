@@ -1,17 +1,16 @@
 """The ways to run one SRigL layer that benchmarks.srigl_layer compares, as calls without arguments."""
 
-import json
-import subprocess
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import numpy
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from benchmarks.engines import DeepSparse, export
 from fxsparse.kernel import registered, tolerance
 
 Call = Callable[[], Tensor]
@@ -98,43 +97,21 @@ def check(name: str, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> None
         raise ValueError(f"{name}: expected a relative error of at most {allowed:.1e}, got {error:.1e}")
 
 
-class DeepSparse:
-    """One layer in DeepSparse, in a process of `python`, which has deepsparse and onnx; leave with `close`."""
-
-    def __init__(self, python: str, x: Tensor, weight: Tensor, bias: Tensor, threads: int) -> None:
-        worker = Path(__file__).with_name("deepsparse_worker.py")
-        self._process = subprocess.Popen(  # isolated: the files beside the worker are not its modules
-            [python, "-I", str(worker)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            arrays = str(Path(folder, "layer.npz"))
-            numpy.savez(arrays, weight=weight.numpy(), bias=bias.numpy(), x=x.numpy())
-            loaded = self._ask(load=arrays, batch=len(x), threads=threads)
-        self.output = torch.tensor(loaded["output"])
-
-    def microseconds(self, runs: int) -> float:
-        """Of one of `runs` runs in a row."""
-        return self._ask(runs=runs)["us"]
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
-
-    def _ask(self, **request: object) -> dict:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        if not answer:
-            self.close()
-            raise OSError(f"the DeepSparse worker ended with status {self._process.returncode} on {request}")
-        return json.loads(answer)
+@contextmanager
+def deepsparse(
+    python: str | None, x: Tensor, weight: Tensor, bias: Tensor, threads: int
+) -> Iterator[DeepSparse | None]:
+    """The layer in DeepSparse, of which `python` has one; None without it."""
+    if python is None:
+        yield None
+        return
+    linear = nn.Linear(weight.shape[1], weight.shape[0])
+    linear.load_state_dict({"weight": weight, "bias": bias})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "layer.onnx")
+        export(linear, x, path)
+        engine = DeepSparse(python, path, x, threads)
+    try:
+        yield engine
+    finally:
+        engine.close()

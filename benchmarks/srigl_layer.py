@@ -23,7 +23,7 @@ from tabulate import tabulate
 
 from benchmarks import layer_methods
 from benchmarks.cells import Cell, Settings, environments, parser, run_cells
-from benchmarks.layer_methods import DeepSparse
+from benchmarks.engines import DeepSparse
 from fxsparse.timing import interleaved_samples
 
 LAYERS = ((90, 318, 741), (90, 768, 307), (80, 280, 1685), (95, 300, 393), (99, 590, 39))
@@ -41,7 +41,7 @@ def main() -> None:
     command = parser(__doc__, output="benchmarks/results/srigl_layer.json")
     python = os.environ.get("FXSPARSE_DEEPSPARSE_PYTHON")
     command.add_argument(
-        "--deepsparse", metavar="PYTHON", default=python, help="a Python with deepsparse and onnx"
+        "--deepsparse", metavar="PYTHON", default=python, help="a Python with deepsparse 1.8"
     )
     command.add_argument(
         "--figure", type=Path, metavar="FILE", help="draw time against batch (needs matplotlib)"
@@ -96,17 +96,13 @@ def measure(settings: Settings, python: str | None = None) -> dict[str, Any]:
     x = torch.randn(settings["batch"], weight.shape[1], dtype=dtype)
     torch._dynamo.reset()
     calls = layer_methods.calls(x, weight, bias)
-    engine = None
-    if python is not None and dtype == torch.float32:
-        engine = DeepSparse(python, x, weight, bias, settings["threads"])
-        layer_methods.check("DeepSparse", engine.output, x, weight, bias)
-    with torch.no_grad():
+    python = python if dtype == torch.float32 else None
+    with torch.no_grad(), layer_methods.deepsparse(python, x, weight, bias, settings["threads"]) as engine:
+        if engine is not None:
+            layer_methods.check("DeepSparse", engine.output, x, weight, bias)
         for name, call in calls.items():
             layer_methods.check(name, call(), x, weight, bias)
-        result = _times(calls, engine, settings["calls"])
-    if engine is not None:
-        engine.close()
-    return result
+        return _times(calls, engine, settings["calls"])
 
 
 def _calls(batch: int, quick: bool) -> int:

@@ -72,3 +72,10 @@ def test_a_file_of_something_else_is_refused(tmp_path, text):
 def test_results_are_plain_numbers(result):
     with pytest.raises(ValueError, match="expected plain JSON values in a cell"):
         run_cells(GRID, lambda _: result)
+
+
+def test_an_estimate_of_every_cell_counts_before_what_cells_took(tmp_path, capsys):
+    path, costs = tmp_path / "cells.json", {"a": 600, "b": 120, "c": 60}
+    run_cells(GRID[:1], lambda _: {}, path)
+    run_cells(GRID, lambda _: {}, path, seconds=lambda settings: costs[settings["model"]])
+    assert "2 of 3 cells to run, about 3.0 min at 90 s a cell" in capsys.readouterr().out

@@ -13,8 +13,10 @@ from benchmarks.models import (
     SmallVGG16,
     WideResNet,
 )
+from benchmarks.models.published import WHOLE, Published, linear
 from fxsparse.allocation import Target, target_densities
 from fxsparse.allocation.er_unrolled import er_unrolled
+from fxsparse.globs import matches, unmatched
 from fxsparse.pipeline import WeightSpec
 
 
@@ -133,3 +135,38 @@ def test_scaling_at_constant_nonzeros(build, width, weights, sparsity, total_sid
 def test_at_constant_sparsity_the_scale_grows_with_the_width(width, scale):
     specs = weights_of(on_meta(ResNet56, classes=100, width=width))
     assert round(0.02 * sum(s.numel for s in specs) / sides(specs), 3) == scale
+
+
+@pytest.mark.parametrize(
+    ("name", "pruned", "kept"),
+    [
+        ("ResNet-18", 19, 2),
+        ("ResNet-50", 52, 2),
+        ("MobileNetV2", 34, 19),
+        ("ViT-B/16", 48, 4),
+        ("BERT-base", 72, 5),
+        ("GPT-2", 48, 2),
+    ],
+)
+def test_stem_head_and_embeddings_of_published_models_stay_dense(name, pruned, kept):
+    model = on_meta(WHOLE[name].build)
+    names = [n for n, p in model.named_parameters() if p.dim() > 1]
+    assert not unmatched(WHOLE[name].dense, names)
+    dense = [n for n in names if any(matches(glob, n) for glob in WHOLE[name].dense)]
+    assert (len(names) - len(dense), len(dense)) == (pruned, kept)
+
+
+def test_a_pruned_model_has_the_zeros_and_settled_norms():
+    model = Published(
+        lambda: torch.nn.Sequential(
+            torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Conv2d(8, 4, 3)
+        ),
+        lambda batch: torch.randn(batch, 3, 8, 8) + 5,
+        ("0",),
+    ).pruned(0.75)
+    first, norm, second = model
+    assert not model.training
+    assert (first.weight != 0).all()
+    assert (second.weight == 0).sum() == 0.75 * second.weight.numel()
+    assert norm.running_mean.abs().min() > 0
+    assert linear(8, 4).pruned(0.5).weight.count_nonzero() == 16
