@@ -1,9 +1,9 @@
 """Lookup: entries side by side so that one vector instruction fetches their inputs from a table of 128.
 
-A CPU with AVX-512 VBMI reads 64 bytes of a table of 128 at once.  So 16 rows are a group, each row a lane; a group has
-bundles of 4 steps x 16 lanes = 64 entries, and all entries of a bundle have their columns in one window of 128 inputs.
+A CPU with AVX-512 VBMI reads 64 bytes of a table of 128 at once.  So 64 rows are a group, each row a lane; a group has
+bundles of one entry for each lane, and all entries of a bundle have their columns in one window of 128 inputs.
 Windows start every 64 columns: a lane that is done with the first half of its window takes entries from the second, so
-few slots stay empty (8 % at fan-in 741 of 3,072, 19 % at 307).  A column takes one byte: ``128 | column % 128``; an
+few slots stay empty (9 % at fan-in 741 of 3,072, 20 % at 307).  A column takes one byte: ``128 | column % 128``; an
 empty slot has 0.
 """
 
@@ -15,9 +15,7 @@ from torch import Tensor
 
 from fxsparse.formats.condensed import rows_of
 
-LANES = 16
-STEPS = 4
-SLOTS = LANES * STEPS
+LANES = 64
 WINDOW = 64
 _USED = 128
 
@@ -46,14 +44,14 @@ def pack(weight: Tensor, mask: Tensor | None = None) -> Mapping[str, Tensor]:
     starts = torch.cat([counts.new_zeros(1), counts.sum(1).cumsum(0)])
     lanes, columns = ordered.nonzero().unbind(1)
     slots = _slots(taken, counts, starts, lanes, ordered.sum(1))
-    size = int(starts[-1]) * SLOTS
+    size = int(starts[-1]) * LANES
     packed_columns = torch.zeros(size, dtype=torch.uint8)
     packed_columns[slots] = (columns % _USED + _USED).to(torch.uint8)
     return {
         "values": weight.new_zeros(size)
         .index_put_((slots,), weight[active][lanes, columns])
-        .reshape(-1, SLOTS),
-        "columns": packed_columns.reshape(-1, SLOTS)[:, byte_order()].contiguous(),
+        .reshape(-1, LANES),
+        "columns": packed_columns.reshape(-1, LANES)[:, byte_order()].contiguous(),
         "counts": counts.to(torch.uint8),
         "starts": starts.to(torch.int32),
         "active_rows": active.to(torch.int32),
@@ -73,22 +71,23 @@ def unpack(
     window = of_bundle[bundle] % max(1, windows)
     at = by_slot[bundle, slot].long() % _USED
     column = window * WINDOW + (at - window * WINDOW) % _USED
-    row = active_rows.long()[of_bundle[bundle] // max(1, windows) * LANES + slot % LANES]
+    row = active_rows.long()[of_bundle[bundle] // max(1, windows) * LANES + slot]
     order = torch.argsort(row * (windows + 1) * WINDOW + column)
     return Entries(row[order], column[order], values[bundle, slot][order])
 
 
 def byte_order() -> Tensor:
-    """[64]: which slot (16 x step + lane) each byte of a bundle belongs to.
+    """[64]: which lane each byte of a bundle belongs to.
 
-    Interleaving bytes, then pairs of bytes, within 128 bits puts byte ``16 q + 4 s + r`` into step s, lane 4 q + r.
+    Interleaving bytes, then pairs of bytes, within 128 bits puts byte ``16 q + 4 v + r`` into lane 4 q + r of vector v,
+    which is lane ``16 v + 4 q + r`` of the group.
     """
-    byte = torch.arange(SLOTS)
-    return byte // 4 % 4 * LANES + byte // 16 * 4 + byte % 4
+    byte = torch.arange(LANES)
+    return byte // 4 % 4 * 16 + byte // 16 * 4 + byte % 4
 
 
 def _schedule(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """How many entries each row takes in each window, [groups, 16, windows], and the bundles, [groups, windows].
+    """How many entries each row takes in each window, [groups, 64, windows], and the bundles, [groups, windows].
 
     Greedy: a window has the bundles that its slowest row needs to finish the window's first half.
     """
@@ -101,9 +100,9 @@ def _schedule(mask: Tensor) -> tuple[Tensor, Tensor]:
     done = torch.zeros(groups, LANES, dtype=torch.long)
     for window in range(windows):
         needed = (ends[:, :, window] - done).amax(1)
-        counts[:, window] = -(-needed // STEPS)
+        counts[:, window] = needed
         reach = ends[:, :, min(window + 1, windows - 1)]
-        taken[:, :, window] = torch.minimum(reach - done, counts[:, window, None] * STEPS)
+        taken[:, :, window] = torch.minimum(reach - done, counts[:, window, None])
         done = done + taken[:, :, window]
     return taken, counts
 
@@ -115,5 +114,5 @@ def _slots(taken: Tensor, counts: Tensor, starts: Tensor, lanes: Tensor, lengths
     run = torch.repeat_interleave(torch.arange(runs.numel()), runs)
     step = torch.arange(len(lanes)) - (runs.cumsum(0) - runs)[run]
     first = (starts[:-1, None] + counts.cumsum(1) - counts).reshape(-1)
-    bundle = first[lanes // LANES * windows + run % max(1, windows)] + step // STEPS
-    return bundle * SLOTS + step % STEPS * LANES + lanes % LANES
+    bundle = first[lanes // LANES * windows + run % max(1, windows)] + step
+    return bundle * LANES + lanes % LANES

@@ -10,9 +10,9 @@
 namespace fxsparse {
 namespace {
 
-// Four vectors of x, one for each step of a bundle; 0 for an empty slot, whatever x holds.
+// Four vectors of x for the 64 rows of a bundle; 0 for an empty slot, whatever x holds.
 struct Found {
-  V step[4];
+  V rows[4];
 };
 
 // The bytes of a bundle are in the order in which interleaving within 128-bit lanes puts them back.
@@ -41,18 +41,18 @@ inline void load_half(const uint8_t* planes, int64_t stride, int64_t window, __m
 }
 
 template <class Value>
-inline V sum_group(const uint8_t* planes, const Lookup& s, int64_t group) {
+inline Found sum_group(const uint8_t* planes, const Lookup& s, int64_t group) {
   constexpr bool kHalf = sizeof(Value) == 2;
   const int64_t stride = plane_bytes(s.windows);
   const Value* values = (const Value*)s.values + s.starts[group] * int64_t(64);
   const uint8_t* columns = s.columns + s.starts[group] * int64_t(64);
-  V sum[4] = {};
+  Found sum{};
   __m512i even[4], odd[4];
   const auto bundles = [&](int count) {
     for (; count > 0; count--, columns += 64, values += 64) {
       const Found x = find<kHalf>(even, odd, columns);
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; j++) sum[j] += values_at(values + j * W) * x.step[j];
+      for (int j = 0; j < 4; j++) sum.rows[j] += values_at(values + j * W) * x.rows[j];
     }
   };
   const uint8_t* counts = s.counts + group * s.windows;
@@ -64,7 +64,7 @@ inline V sum_group(const uint8_t* planes, const Lookup& s, int64_t group) {
     load_half<kHalf>(planes, stride, window + 2, even);
     bundles(counts[window + 1]);
   }
-  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  return sum;
 }
 
 template <class Value>
@@ -72,11 +72,14 @@ void look_up_groups(const uint8_t* planes, const Lookup& s, int64_t begin, int64
                     const Matrix& dst) {
   const int64_t token_bytes = 4 * plane_bytes(s.windows);
   for (int64_t g = begin; g < end; g++) {
-    const int64_t r = g * kGroup, count = least(kGroup, s.rows - r);
-    const V bias = bias_of(epilogue, r, count);
     for (int64_t token = 0; token < dst.tokens; token++) {  // inside: the group comes from L3 or memory once for all
-      const V sum = sum_group<Value>(planes + token * token_bytes, s, g) + bias;
-      write_rows(dst, token, r, finish(sum, epilogue, dst, token, r, count), count, epilogue.rows);
+      const Found sum = sum_group<Value>(planes + token * token_bytes, s, g);
+      for (int j = 0; j < 4; j++) {
+        const int64_t r = g * kGroup + j * W, count = s.rows - r;
+        if (count <= 0) break;
+        const V total = sum.rows[j] + bias_of(epilogue, r, count);
+        write_rows(dst, token, r, finish(total, epilogue, dst, token, r, count), count, epilogue.rows);
+      }
     }
   }
 }

@@ -354,38 +354,25 @@ void add_rows(const float* panel, int64_t vectors, int64_t begin, int64_t end, f
   }
 }
 
-// The panel row of each of 16 slots; an empty one reads the row of zeros after the features.
-inline void panel_rows(const uint8_t* column, int64_t window, int32_t features, int32_t* row) {
-  typedef uint8_t VB __attribute__((vector_size(W)));
-  const int32_t base = window * kWindow, flip = window % 2 * kWindow;
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += W) {
-    const VI byte = __builtin_convertvector(load<VB>(column + i), VI);
-    store(row + i, (VI)(byte > 127 ? ((byte ^ flip) & 127) + base : VI{} + features));
-  }
-}
-
-// sums [LANES, NV * W] of the lanes `lane` onwards (LANES of one quarter of the group) over all bundles of a group.
+// sums [LANES, NV * W] of the rows `lane` onwards (of a group; LANES of them in one four) over all its bundles.
 template <int NV, int LANES, class Value>
 inline void accumulate_lanes(const float* panel, int64_t features, const Lookup& s, int64_t group, int lane,
                              float* sums) {
   V sum[LANES][NV] = {};
-  // Within a bundle the bytes of four lanes lie together, step by step: 16 of them.
-  const uint8_t* column = s.columns + s.starts[group] * int64_t(64) + lane / 4 * 16;
+  // Within a bundle the bytes of four rows lie together, those of rows 16 apart next to them.
+  const uint8_t* column = s.columns + s.starts[group] * int64_t(64) + lane % 16 / 4 * 16 + lane / 16 * 4 + lane % 4;
   const Value* values = (const Value*)s.values + s.starts[group] * int64_t(64) + lane;
   for (int64_t window = 0; window < s.windows; window++) {
+    const int64_t base = window * kWindow, flip = window % 2 * kWindow;
     for (int n = s.counts[group * s.windows + window]; n > 0; n--, column += 64, values += 64) {
-      alignas(64) int32_t row[16];
-      panel_rows(column, window, (int32_t)features, row);
 #pragma GCC unroll 4
-      for (int step = 0; step < 4; step++)
-#pragma GCC unroll 4
-        for (int l = 0; l < LANES; l++) {
-          const V value = splat_at(values + step * kGroup + l);
+      for (int l = 0; l < LANES; l++) {
+        const int64_t used = column[l] >> 7;  // an empty slot reads the row of zeros after the features
+        const int64_t at = used ? ((column[l] ^ flip) & 127) + base : features;
+        const V value = splat_at(values + l);
 #pragma GCC unroll 8
-          for (int j = 0; j < NV; j++)
-            sum[l][j] += value * load<V>(panel + int64_t(row[step * 4 + lane % 4 + l]) * (NV * W) + j * W);
-        }
+        for (int j = 0; j < NV; j++) sum[l][j] += value * load<V>(panel + at * (NV * W) + j * W);
+      }
     }
   }
 #pragma GCC unroll 4

@@ -33,10 +33,10 @@ struct Matrix {
   int64_t features;
 };
 
-// The same weight for table lookups (formats/lookup.py says how): 16 rows are a group, and a group has bundles of 64
+// The same weight for table lookups (formats/lookup.py says how): 64 rows are a group, and a group has bundles of 64
 // entries, counts[group, window] of them for each window of columns, from bundle starts[group] on.
 struct Lookup {
-  const void* values;  // [bundles, 64]: 4 steps of 16 lanes
+  const void* values;  // [bundles, 64]: one for each row
   Scalar scalar;
   const uint8_t* columns;  // [bundles, 64]
   const uint8_t* counts;
@@ -107,7 +107,7 @@ constexpr int64_t kFewTokens = 2;  // from 3 on, a panel of one vector is faster
 constexpr int64_t kStripe = 128;  // columns: 32 KiB of a panel of 64 tokens
 constexpr int64_t kChunk = 512;   // rows whose sums for 64 tokens take 128 KiB
 
-constexpr int64_t kGroup = 16;        // rows of a group in Lookup
+constexpr int64_t kGroup = 64;        // rows of a group in Lookup
 constexpr int64_t kWindow = 64;       // columns from one window to the next
 constexpr int64_t kLookupTokens = 12;  // up to here looking up for each token is faster than a panel
 

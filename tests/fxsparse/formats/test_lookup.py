@@ -36,15 +36,15 @@ def test_a_small_weight_by_hand():
     packed = lookup.pack(weight)
     assert packed["active_rows"].tolist() == [2, 0]  # longest first
     assert packed["empty_rows"].tolist() == [1]
-    # Row 2 takes column 70 ahead, in the first window; row 0 waits for the last one.
-    assert packed["counts"].tolist() == [[1, 0, 1]]
+    # Row 2 takes column 70 in the second window, where row 0 takes its own, which the last half of it holds.
+    assert packed["counts"].tolist() == [[1, 1, 0]]
     assert packed["starts"].tolist() == [0, 2]
     first, last = packed["values"]
-    assert (first[0], first[16], last[1]) == (6, 7, 5)
+    assert (first[0], last[0], last[1]) == (6, 7, 5)
     order = lookup.byte_order()
     bundle = torch.zeros(2, 64, dtype=torch.uint8)
     bundle[:, order] = packed["columns"]
-    assert (bundle[0, 0], bundle[0, 16], bundle[1, 1]) == (128 + 1, 128 + 70, 128 + 129 % 128)
+    assert (bundle[0, 0], bundle[1, 0], bundle[1, 1]) == (128 + 1, 128 + 70, 128 + 129 % 128)
 
 
 def test_keeps_an_active_zero_and_a_row_that_sums_to_zero():
@@ -56,7 +56,7 @@ def test_keeps_an_active_zero_and_a_row_that_sums_to_zero():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("rows", "fan_in", "filled"), [(318, 741, 0.91), (768, 307, 0.80)])
+@pytest.mark.parametrize(("rows", "fan_in", "filled"), [(318, 741, 0.90), (768, 307, 0.79), (768, 31, 0.37)])
 def test_few_slots_stay_empty(rows, fan_in, filled):
     columns = torch.rand(rows, 3072, generator=torch.Generator().manual_seed(0)).topk(fan_in, 1).indices
     packed = lookup.pack(torch.zeros(rows, 3072).scatter_(1, columns, 1.0))
