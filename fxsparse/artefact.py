@@ -156,7 +156,13 @@ def _summarize(ctx: PassContext) -> None:
     summarize(ctx)
     for row in ctx.report.layers:
         decision = ctx.decisions[row["name"]]
-        measured = {"dense_us": decision.dense_us, "sparse_us": decision.sparse_us}
+        taken = decision.dense_us if decision.format == "dense" else decision.sparse_us
+        measured = {
+            "dense_us": decision.dense_us,
+            "sparse_us": decision.sparse_us,
+            "limit_us": decision.limit_us,
+            "limit_share": decision.limit_us / taken if decision.limit_us and taken else None,
+        }
         row |= {"format": decision.format, "sparsity_target": None, **measured}
         if row["name"] in ctx.shrunk:
             row["neurons_removed"] = ctx.shrunk[row["name"]].neurons

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fxsparse import machine
 from fxsparse.errors import UnsupportedError
-from fxsparse.timing import interleaved_medians
+from fxsparse.timing import interleaved_quartiles
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Choice:
 
     kernel: Kernel
     times_us: Mapping[str, float]
-    """Median of each candidate, microseconds."""
+    """Lower quartile of each candidate, microseconds."""
     refusals: Mapping[str, list[str]]
     reason: str
     recalled: bool = False
@@ -102,6 +102,9 @@ TRAINING = {
 
 _CHECKED_PRODUCTS = 1 << 16
 """Multiply-adds of the plain PyTorch product that checks a kernel on a weight given by its entries."""
+
+MEASURED_SECONDS = 2.0
+"""For one choice, all candidates together."""
 
 _REGISTRY: dict[str, Kernel] = {}
 _CHOICES: dict[tuple, Choice] = {}
@@ -264,7 +267,7 @@ def _measured(
             timers[kernel.name] = timer
     if not timers:
         raise UnsupportedError(_nothing_runs(problem, refusals))
-    return interleaved_medians(timers, rounds=rounds, warm_up=0), refusals
+    return interleaved_quartiles(timers, rounds=rounds, seconds=MEASURED_SECONDS), refusals
 
 
 def _fastest(times_us: Mapping[str, float], refusals: Mapping[str, list[str]], advantage: float) -> Choice:

@@ -94,6 +94,8 @@ class Decision:
     """Inference: measured time of the best dense kernel at the example inputs, microseconds, over all call sites."""
     sparse_us: float | None = None
     """The same of the best sparse kernel, taken or not."""
+    limit_us: float | None = None
+    """What the FLOPs or the weight bytes of the kernel taken need at the least on this machine."""
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ HEADERS = {
     "bytes_sparse": "sparse (byte)",
     "dense_us": "dense (us)",
     "sparse_us": "sparse (us)",
+    "limit_us": "limit (us)",
+    "limit_share": "limit / time",
     "neurons_removed": "neurons removed",
     "active_neurons": "active neurons",
     "fan_in_min": "least fan-in",
@@ -41,13 +43,13 @@ PASSES = ("name", "rewrites", "seconds", "notes")
 LAYERS = (
     *("name", "op", "shape", "pattern", "neurons", "storage", "kernel", "sparsity_target", "sparsity"),
     *("nnz", "numel", "flops_dense", "flops_sparse", "flops_executed", "dense_us", "sparse_us"),
-    *("neurons_removed", "reason"),
+    *("limit_us", "limit_share", "neurons_removed", "reason"),
 )
 TOPOLOGY = (
     *("name", "step", "nnz", "active_neurons", "neurons", "fan_in_min", "fan_in_mean", "fan_in_max", "churn"),
     *("itop", "itop_since"),
 )
-OPTIONAL = ("dense_us", "sparse_us", "neurons", "neurons_removed")
+OPTIONAL = ("dense_us", "sparse_us", "limit_us", "limit_share", "neurons", "neurons_removed")
 """Columns shown only where some layer has them: in training nothing is measured and no neuron removed, and few methods
 ablate."""
 TOTALS = (

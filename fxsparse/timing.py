@@ -13,6 +13,24 @@ def interleaved_medians(
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
+def interleaved_quartiles(
+    calls: Mapping[str, Callable[[], object]], *, rounds: int, seconds: float
+) -> dict[str, float]:
+    """Microseconds that a quarter of each call's turns stay below: other work can only make a call slower.
+
+    Turns end after `rounds`, or after five once they have taken `seconds`.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    began = time.perf_counter()
+    for turn in range(rounds):
+        if turn >= 5 and time.perf_counter() - began > seconds:
+            break
+        taken = interleaved_samples(calls, rounds=1, warm_up=0, inner=dict.fromkeys(calls, 1))
+        for name, values in taken.items():
+            samples[name] += values
+    return {name: sorted(values)[len(values) // 4] for name, values in samples.items()}
+
+
 def interleaved_samples(
     calls: Mapping[str, Callable[[], object]], *, rounds: int, warm_up: int, inner: Mapping[str, int]
 ) -> dict[str, list[float]]:

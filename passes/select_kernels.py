@@ -50,6 +50,7 @@ class SelectKernels:
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         """Changes no graph, so it returns 0."""
         measured: dict[str, list[Site]] = {}
+        recalled = 0
         for name, decision in ctx.decisions.items():
             if name in ctx.entries:
                 continue  # of select-entry-kernels
@@ -61,8 +62,17 @@ class SelectKernels:
                 measured[name] = found
         inputs = site_inputs(gm, ctx, [site.node for found in measured.values() for site in found])
         for name, found in measured.items():
-            choices = [_choose(gm, site, ctx.decisions[name], inputs[site.node]) for site in found]
+            problems = [_problem(gm, site, ctx.decisions[name], inputs[site.node]) for site in found]
+            choices = [
+                _choose(gm, site, problem, inputs[site.node])
+                for site, problem in zip(found, problems, strict=True)
+            ]
             _decide(ctx.decisions[name], choices)
+            taken = kernel.registered()[ctx.decisions[name].kernel]
+            ctx.decisions[name].limit_us = sum(kernel.limit_us(taken, problem) for problem in problems)
+            recalled += all(choice.recalled for choice in choices)
+        if recalled:
+            ctx.notes.append(f"{recalled} of {len(measured)} weights were measured by an earlier process")
         return 0
 
 
@@ -163,12 +173,9 @@ def _is_transpose(user: Node, node: Node) -> bool:
     return user.args == (node,) and user.target in (torch.t, "t", torch.ops.aten.t.default)
 
 
-def _choose(gm: GraphModule, site: Site, decision: Decision, x: Tensor) -> Choice:
-    weight, bias = _matrix(gm, site), argument(site.node, 2, "bias")
-    following = activation_after(gm, site.node)
-    bias = fetch(gm, str(bias.target)).detach() if isinstance(bias, Node) and bias.op == "get_attr" else None
-    arguments = site_arguments(site, weight.shape)
-    problem = Problem(
+def _problem(gm: GraphModule, site: Site, decision: Decision, x: Tensor) -> Problem:
+    weight = _matrix(gm, site)
+    return Problem(
         "linear" if site.op == "linear" else "conv2d",
         tuple(weight.shape),
         outputs_of_a_row(site, x, weight.shape),
@@ -177,10 +184,15 @@ def _choose(gm: GraphModule, site: Site, decision: Decision, x: Tensor) -> Choic
         weight.device,
         training=False,
         fan_in=condensed.fan_in(weight.flatten(1) != 0),
-        arguments=tuple(arguments.items()),
+        arguments=tuple(site_arguments(site, weight.shape).items()),
     )
+
+
+def _choose(gm: GraphModule, site: Site, problem: Problem, x: Tensor) -> Choice:
+    bias, following = argument(site.node, 2, "bias"), activation_after(gm, site.node)
+    bias = fetch(gm, str(bias.target)).detach() if isinstance(bias, Node) and bias.op == "get_attr" else None
     activation = "none" if isinstance(following, str) else following[0]
-    return kernel.choose(problem, x, weight, bias, activation, advantage=ADVANTAGE)
+    return kernel.choose(problem, x, _matrix(gm, site), bias, activation, advantage=ADVANTAGE)
 
 
 def _matrix(gm: GraphModule, site: Site) -> Tensor:
