@@ -45,3 +45,15 @@ def test_the_median_is_in_microseconds_and_leaves_out_the_warm_up(clock):
 def test_the_time_is_that_of_one_call_of_a_turn(clock):
     medians = interleaved_medians({"call": clock.taking(*[0.5] * 8)}, rounds=2, warm_up=0, inner=4)
     assert medians == {"call": 500_000}
+
+
+def test_a_quarter_of_the_turns_is_below_the_lower_quartile(clock):
+    quartiles = timing.interleaved_quartiles(
+        {"call": clock.taking(8, 1, 2, 9, 3, 9, 9, 9)}, rounds=8, seconds=1e9
+    )
+    assert quartiles == {"call": 3e6}
+
+
+def test_turns_end_after_five_once_they_have_taken_long(clock):
+    calls = {"slow": clock.taking(*[2.0] * 5), "fast": clock.taking(*[1.0] * 5)}
+    assert timing.interleaved_quartiles(calls, rounds=20, seconds=4) == {"slow": 2e6, "fast": 1e6}

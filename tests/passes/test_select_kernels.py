@@ -1,6 +1,7 @@
 """The kernel of every weight, from measured times; every weight that stays dense says why."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -78,6 +79,22 @@ def test_takes_the_sparse_kernel_where_it_is_faster(times) -> None:
     decision = selected(halved(nn.Sequential(nn.Linear(6, 4))), torch.randn(2, 6)).decisions["0.weight"]
     assert (decision.storage, decision.format, decision.kernel) == ("compact", "condensed", "cpu-condensed")
     assert (decision.dense_us, decision.sparse_us, decision.reason) == (10.0, 4.0, "measured cpu-condensed")
+
+
+def test_says_what_limits_the_kernel_it_takes_and_what_was_not_measured_again(times, monkeypatch) -> None:
+    monkeypatch.setattr(kernel, "limit_us", lambda taken, problem: {"cpu-csr": 2.0, "dense": 7.0}[taken.name])
+    times({"dense": 10.0, "cpu-csr": 5.0})
+    ctx = selected(halved(nn.Sequential(nn.Linear(6, 4))), torch.randn(2, 6))
+    assert ctx.decisions["0.weight"].limit_us == 2.0
+    assert not [note for note in ctx.report.passes[-1]["notes"] if "earlier process" in note]
+    times({"dense": 5.0, "cpu-csr": 10.0})
+    again = kernel.choose
+    monkeypatch.setattr(
+        kernel, "choose", lambda *call, **options: replace(again(*call, **options), recalled=True)
+    )
+    ctx = selected(halved(nn.Sequential(nn.Linear(6, 4))), torch.randn(2, 6))
+    assert ctx.decisions["0.weight"].limit_us == 7.0
+    assert "1 of 1 weights were measured by an earlier process" in ctx.report.passes[-1]["notes"]
 
 
 def test_stays_dense_where_the_gain_is_below_five_percent(times) -> None:
