@@ -17,7 +17,13 @@ _INT32_MAX = 2**31 - 1
 
 
 def pack(weight: Tensor) -> Mapping[str, Tensor]:
-    """The layout of the nonzeros of a `weight` [out, in].
+    """The layout of the nonzeros of a `weight` [out, in]; see `pack_entries`."""
+    indices = weight.nonzero().t()
+    return pack_entries(weight[*indices], indices, (weight.shape[0], weight.shape[1]))
+
+
+def pack_entries(values: Tensor, indices: Tensor, shape: tuple[int, int]) -> Mapping[str, Tensor]:
+    """The layout of the `values` [nnz] at `indices` [2, nnz] (rows, columns; ascending) of a weight of `shape`.
 
     A tile is a chunk of rows in a stripe; tiles are ordered by chunk, then stripe.  A tile has a segment for every row
     with entries in it, shortest first.  By segment: ``values`` [nnz] and ``columns`` uint8 [nnz] (from the first of the
@@ -26,8 +32,8 @@ def pack(weight: Tensor) -> Mapping[str, Tensor]:
 
     PatternError where there are more entries than an int32 counts.
     """
-    out_features, in_features = weight.shape
-    row, column = weight.nonzero().unbind(1)
+    out_features, in_features = shape
+    row, column = indices.long()
     if len(row) > _INT32_MAX:
         raise PatternError(f"striped counts entries in int32, expected at most {_INT32_MAX}, got {len(row)}")
     chunks, stripes = -(-out_features // CHUNK), -(-in_features // STRIPE)
@@ -42,7 +48,7 @@ def pack(weight: Tensor) -> Mapping[str, Tensor]:
     first = torch.searchsorted(segment // CHUNK, torch.arange(chunks * stripes + 1))
     entries = torch.cat([length.new_zeros(1), length.cumsum(0)])
     return {
-        "values": weight[row[order], column[order]],
+        "values": values[order],
         "columns": (column[order] % STRIPE).to(torch.uint8),
         "rows": (segment % CHUNK).to(torch.int16),
         "lengths": length.to(torch.uint8),

@@ -1,12 +1,14 @@
 """Inference of linear layers by stripes of columns that stay in L1, for any pattern; for 16 tokens and more."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fxsparse.formats import striped
-from fxsparse.kernel import Cost, Kernel, Problem, register
+from fxsparse.kernel import Cost, Entries, Kernel, Problem, register
 from fxsparse.kernels import cpu
 from fxsparse.kernels.library import (
     ACTIVATIONS,
@@ -96,6 +98,20 @@ def _cost(problem: Problem) -> Cost:
     return Cost(2 * problem.batch * problem.nnz, problem.nnz * (problem.dtype.itemsize + 1))
 
 
+def _pack_entries(entries: Entries) -> Mapping[str, Tensor]:
+    return striped.pack_entries(entries.values, entries.indices, (entries.shape[0], entries.shape[1]))
+
+
 STRIPED = register(
-    Kernel("cpu-striped", "linear", "striped", striped.pack, _run, _reference, _refuses, _cost)
+    Kernel(
+        "cpu-striped",
+        "linear",
+        "striped",
+        striped.pack,
+        _run,
+        _reference,
+        _refuses,
+        _cost,
+        _pack_entries,
+    )
 )
