@@ -1,9 +1,9 @@
-"""Inference of one linear layer at small batches: F.linear, torch's CSR, our CSR and our condensed kernel.
+"""Inference of one linear layer: F.linear, torch's CSR and our kernels.
 
     python -m benchmarks.batch_one [--threads 1] [--rounds 101] [--dtype float32]
 
 The weight has constant fan-in, so that every format can hold it.  A sample is 20 calls in a row, as a server that
-does nothing else would make them; samples of the four take turns.
+does nothing else would make them; samples take turns.
 """
 
 import warnings
@@ -21,6 +21,7 @@ LAYERS = ((768, 3072), (3072, 768))
 """(in, out)."""
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.99)
 BATCHES = (1, 8, 64, 512)
+KERNELS = ("cpu-csr", "cpu-condensed", "cpu-lookup", "cpu-striped")
 _INNER = 20
 
 
@@ -35,7 +36,8 @@ def main() -> None:
         for layer in LAYERS
         for sparsity in (SPARSITIES if batch == 1 else (0.9,))
     ]
-    headers = ["batch", "in", "out", "sparsity %", "F.linear us", "torch CSR us", "CSR us", "condensed us"]
+    headers = ["batch", "in", "out", "sparsity %", "F.linear us", "torch CSR us"]
+    headers += [f"{name.removeprefix('cpu-')} us" for name in KERNELS]
     headers += ["best against F.linear", "against torch CSR"]
     print(f"Median of {options.rounds} interleaved samples of {_INNER} calls. {environment(dtype)}")
     print(tabulate(rows, headers, disable_numparse=True))
@@ -54,19 +56,16 @@ def row(
     if dtype == torch.float32:  # torch's CSR has no bfloat16
         theirs = weight.to_sparse_csr()
         calls["torch"] = lambda: F.linear(x, theirs, bias)
-    for name in ("cpu-csr", "cpu-condensed"):
+    for name in KERNELS:
         calls[name] = kernel_call(name, x, weight, bias)
     with torch.no_grad():
         inner = _INNER if batch < 64 else 1
         times = interleaved_medians(calls, rounds=rounds if batch < 512 else min(rounds, 25), inner=inner)
-    best = min(times["cpu-csr"], times["cpu-condensed"])
+    best = min(times[name] for name in KERNELS)
     return [
         *(str(number) for number in (batch, in_features, out_features)),
         f"{100 * sparsity:.0f}",
-        *(
-            f"{times[name]:.1f}" if name in times else "-"
-            for name in ("dense", "torch", "cpu-csr", "cpu-condensed")
-        ),
+        *(f"{times[name]:.1f}" if name in times else "-" for name in ("dense", "torch", *KERNELS)),
         ratio(times["dense"], best),
         ratio(times["torch"], best) if "torch" in times else "-",
     ]
