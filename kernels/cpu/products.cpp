@@ -236,18 +236,6 @@ inline VI load_index(const int16_t* p) {
 #endif
 }
 
-inline V gather(const float* x, VI index) {
-#if defined(__AVX512F__)
-  return (V)_mm512_i32gather_ps((__m512i)index, x, 4);
-#elif defined(__AVX2__)
-  return (V)_mm256_i32gather_ps(x, (__m256i)index, 4);
-#else
-  V v;
-  for (int i = 0; i < W; i++) v[i] = x[index[i]];
-  return v;
-#endif
-}
-
 inline VI lanes_below(int64_t count) {
   VI lane;
   for (int i = 0; i < W; i++) lane[i] = i;

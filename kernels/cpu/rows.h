@@ -44,7 +44,7 @@ inline V read_some(const Matrix& m, int64_t offset, int64_t count) {
 inline V bias_of(const Epilogue& epilogue, int64_t r, int64_t count) {
   V bias{};
   if (!epilogue.bias) return bias;
-  if (!epilogue.rows && count >= W) return load<V>(epilogue.bias + r);
+  if (count >= W) return epilogue.rows ? gather(epilogue.bias, load<VI>(epilogue.rows + r)) : load<V>(epilogue.bias + r);
   for (int64_t i = 0; i < least(W, count); i++) bias[i] = epilogue.bias[epilogue.rows ? epilogue.rows[r + i] : r + i];
   return bias;
 }

@@ -70,6 +70,18 @@ inline VH to_bf16(V v) {
   return __builtin_convertvector((VU)((v == v) ? (VI)rounded : (VI{} + 0x7fc0)), VH);
 }
 
+inline V gather(const float* x, VI index) {
+#if defined(__AVX512F__)
+  return (V)_mm512_i32gather_ps((__m512i)index, x, 4);
+#elif defined(__AVX2__)
+  return (V)_mm256_i32gather_ps(x, (__m256i)index, 4);
+#else
+  V v;
+  for (int i = 0; i < W; i++) v[i] = x[index[i]];
+  return v;
+#endif
+}
+
 // Lanes of the 2 x 2 block transposition at distance D: lo takes the even blocks of a and b, hi the odd ones.
 constexpr int lo_lane(int lane, int D) { return (lane & D) == 0 ? lane : W + lane - D; }
 constexpr int hi_lane(int lane, int D) { return (lane & D) == 0 ? lane + D : W + lane; }
