@@ -1,5 +1,6 @@
 """A sparse-training and sparse-inference compiler for PyTorch, as torch.fx passes."""
 
+from fxsparse.budget import Budget
 from fxsparse.compiler import allocate, compile, count_flops, plan_report, prune
 from fxsparse.errors import FxSparseError
 from fxsparse.module import SparseModule
@@ -8,6 +9,7 @@ from fxsparse.report import Report
 from fxsparse.saving import load, save
 
 __all__ = [
+    "Budget",
     "FxSparseError",
     "Override",
     "Plan",

@@ -23,7 +23,15 @@ def target_of(ctx: PassContext, name: str) -> Target:
     """What the updates of a weight need to know."""
     spec, decision = ctx.weights[name], ctx.decisions[name]
     shape = spec.shape[::-1] if spec.transposed else spec.shape
-    return Target(shape, decision.pattern, decision.nnz, decision.budget, spec.transposed, decision.ablates)
+    return Target(
+        shape,
+        decision.pattern,
+        decision.nnz,
+        decision.budget,
+        spec.transposed,
+        decision.ablates,
+        decision.cost,
+    )
 
 
 @torch.no_grad()

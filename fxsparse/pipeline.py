@@ -20,6 +20,7 @@ from fxsparse.kernel import Entries
 from fxsparse.observed import ProbeSwitch
 from fxsparse.pattern import Pattern
 from fxsparse.plans import Plan
+from fxsparse.prices import Prices
 from fxsparse.report import Report
 from fxsparse.verify import Observation, compare, observe
 
@@ -86,6 +87,8 @@ class Decision:
     reason: str = ""
     budget: int = 0
     """What the allocation gave the weight, before the pattern rounded it down."""
+    cost: float = 1.0
+    """Of an entry, where the plan has a budget: relative to the mean of all entries."""
     ablates: bool = False
     """The method may ablate neurons of this weight."""
     neurons: str = ""
@@ -134,6 +137,8 @@ class PassContext:
     """Raise where the default is a row in the report."""
     state: Mapping[str, Tensor] | None = None
     """The state dict of the module that is built again; masks are then taken from it."""
+    prices: Prices | None = None
+    """What the entries of the weights cost, where the plan has a budget."""
     shrunk: dict[str, Shrunk] = field(default_factory=dict)
     """What remove-dead-neurons took, by weight."""
     flops_before: FlopCount | None = None

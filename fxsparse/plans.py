@@ -13,6 +13,7 @@ import tomli_w
 from fxsparse import allocation as allocations
 from fxsparse import methods
 from fxsparse import pattern as patterns
+from fxsparse.budget import Budget
 from fxsparse.errors import PlanError
 from fxsparse.method import Method
 from fxsparse.pattern import NM, Pattern, Unstructured
@@ -50,6 +51,8 @@ class Plan:
 
     Args:
         sparsity: fraction of zeros over the selected weights, in [0, 1).  May be left out with an N:M pattern.
+        budget: in its place, a share of the dense model's FLOPs, bytes, time or other cost; the allocation is then taken
+            at the least sparsity that meets it ("global_magnitude" ranks magnitudes by their cost).
         allocation: how the total is shared among weights: a policy name, or ``{glob: sparsity}`` for every weight.
         pattern: the constraint on each mask; the method's own where it has one, else unstructured.
         method: what trains the masks.
@@ -66,6 +69,7 @@ class Plan:
     """
 
     sparsity: float | None = None
+    budget: Budget | None = None
     allocation: str | Mapping[str, float] = field(default="erk", hash=False)
     pattern: Pattern = None  # pyright: ignore[reportAssignmentType]  # set by __post_init__
     method: Method = field(default_factory=lambda: methods.static("magnitude"))
@@ -83,13 +87,18 @@ class Plan:
         if self.pattern is None and isinstance(self.method, Method):
             object.__setattr__(self, "pattern", self.method.pattern or Unstructured())
         _check_types(self)
-        object.__setattr__(self, "sparsity", _implied_sparsity(self.sparsity, self.pattern))
+        if self.budget is None:
+            object.__setattr__(self, "sparsity", _implied_sparsity(self.sparsity, self.pattern))
+        else:
+            _check_budget(self)
         allocations.check(self.allocation)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only; fields left at their default are omitted, ``version`` is always there."""
         default = Plan(sparsity=0.0)
-        row: dict[str, Any] = {"version": VERSION, "sparsity": self.sparsity}
+        row: dict[str, Any] = {"version": VERSION}
+        if self.sparsity is not None:
+            row["sparsity"] = self.sparsity
         for name in (f.name for f in fields(self) if f.name != "sparsity"):
             value = getattr(self, name)
             if value != getattr(default, name):
@@ -114,6 +123,8 @@ class Plan:
             row["pattern"] = patterns.from_dict(_table(row["pattern"], "pattern"))
         if "method" in row:
             row["method"] = methods.from_dict(_table(row["method"], "method"))
+        if "budget" in row:
+            row["budget"] = _budget(_table(row["budget"], "budget"))
         if "overrides" in row:
             row["overrides"] = _overrides(row["overrides"])
         return cls(**row)
@@ -186,6 +197,26 @@ def _check_types(plan: Plan) -> None:
         if not isinstance(override, Override):
             raise PlanError(f"Plan.overrides: expected Override values, got {override!r}.")
     _check_method_pattern(plan)
+
+
+def _check_budget(plan: Plan) -> None:
+    if not isinstance(plan.budget, Budget):
+        raise PlanError(f"Plan.budget: expected a Budget such as Budget(flops=0.5), got {plan.budget!r}.")
+    if plan.sparsity is not None:
+        raise PlanError("Plan: expected either a sparsity or a budget, got both. Leave one out.")
+    if isinstance(plan.pattern, NM):
+        raise PlanError(
+            f"Plan.budget: {plan.pattern} fixes every count, so that nothing is left to decide: leave it out."
+        )
+    if isinstance(plan.allocation, Mapping):
+        raise PlanError(
+            "Plan.budget: a table of sparsities decides every count already; expected the name of a policy."
+        )
+
+
+def _budget(row: Mapping[str, Any]) -> Budget:
+    _check_fields(Budget, row, "budget")
+    return Budget(**row)
 
 
 def _check_method_pattern(plan: Plan) -> None:

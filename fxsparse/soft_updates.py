@@ -1,5 +1,6 @@
 """The one node of the update graph where all weights choose within budgets: Spartan, and its baselines."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,7 +41,7 @@ def _spend(step: UpdateStep, rule: KeepLargest, numbers: Tensor, members: Sequen
     targets = [step.targets[name] for *_, name in trained]
     budget = budget_at(step, targets)
     blocks = [block_of(target.pattern, target.transposed) for target in targets]
-    costs = [float(rows * columns) for rows, columns in blocks]
+    costs = [target.cost * rows * columns for target, (rows, columns) in zip(targets, blocks, strict=True)]
     each = [
         utilities(weight, block, cost)
         for (weight, *_), block, cost in zip(trained, blocks, costs, strict=True)
@@ -51,7 +52,7 @@ def _spend(step: UpdateStep, rule: KeepLargest, numbers: Tensor, members: Sequen
         for member, mask, block in zip(trained, masks, blocks, strict=True)
     ]
     if rule.sharpness is not None:
-        beta = rule.sharpness(step.number, int(costs[0]))
+        beta = rule.sharpness(step.number, math.prod(blocks[0]))
         values = [u * cost for u, cost in zip(each, costs, strict=True)]
         numbers[BETA] = beta
         numbers[SHIFT] = torch.ops.fxsparse.soft_topk_shift(
@@ -69,11 +70,12 @@ def _spend(step: UpdateStep, rule: KeepLargest, numbers: Tensor, members: Sequen
 
 
 def budget_at(step: UpdateStep, targets: Sequence[Target]) -> float:
-    """What the weights of one budget may keep after this update, in entries."""
-    final = sum(target.nnz for target in targets)
-    return float(
-        step.method.nnz(step.number, final, sum(torch.Size(target.shape).numel() for target in targets))
-    )
+    """What the weights of one budget may keep after this update, in entries of cost 1."""
+    final = sum(target.nnz * target.cost for target in targets)
+    dense = sum(torch.Size(target.shape).numel() * target.cost for target in targets)
+    if all(target.cost == 1 for target in targets):
+        return float(step.method.nnz(step.number, int(final), int(dense)))
+    return final + (dense - final) * step.method.nnz(step.number, 0, 2**40) / 2**40
 
 
 def _move(step: UpdateStep, member: Stored, mask: Tensor) -> bool:

@@ -35,6 +35,8 @@ class Target:
     transposed: bool = False
     ablates: bool = False
     """Whether whole neurons may go."""
+    cost: float = 1.0
+    """Of an entry, in the unit of the plan's budget, where all weights share one."""
 
     def nnz_at(self, step: int, method: Method) -> int:
         """Entries after the update of this step; -1 asks for the initial mask."""

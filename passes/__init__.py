@@ -18,13 +18,14 @@ from fxsparse.passes.insert_soft_masks import InsertSoftMasks
 from fxsparse.passes.keep_neurons import KeepNeurons
 from fxsparse.passes.lower_inference import LowerInference
 from fxsparse.passes.lower_kernels import LowerKernels
+from fxsparse.passes.price_weights import PriceWeights
 from fxsparse.passes.remove_dead_neurons import RemoveDeadNeurons
 from fxsparse.passes.remove_identities import RemoveIdentities
 from fxsparse.passes.select_entry_kernels import SelectEntryKernels
 from fxsparse.passes.select_kernels import SelectKernels
 from fxsparse.pipeline import Pass
 
-_select = (Functionalize(), InferShapes(), CollectWeights(), AllocateNnz(), KeepNeurons())
+_select = (Functionalize(), InferShapes(), CollectWeights(), PriceWeights(), AllocateNnz(), KeepNeurons())
 planning_pipeline = (*_select, CountFlops())
 training_pipeline = (
     *_select,
@@ -79,6 +80,7 @@ __all__ = [
     "KeepNeurons",
     "LowerInference",
     "LowerKernels",
+    "PriceWeights",
     "RemoveDeadNeurons",
     "RemoveIdentities",
     "SelectEntryKernels",

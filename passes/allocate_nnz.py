@@ -2,17 +2,21 @@
 
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch.fx import GraphModule
 
-from fxsparse.allocation import Target, resolve, target_densities
+from fxsparse.allocation import Target, by_magnitude_per_cost, resolve, target_densities
 from fxsparse.errors import PatternError, PlanError
 from fxsparse.globs import matches, unmatched
 from fxsparse.pattern import Pattern, Unstructured
 from fxsparse.pipeline import Decision, PassContext, WeightSpec
 from fxsparse.plans import Override, Plan
+from fxsparse.prices import Prices
+
+MOST_SPARSE = 0.9999
+"""Sparsity beyond which no budget is tried."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class AllocateNnz:
     """
 
     name: ClassVar[str] = "allocate-nnz"
-    after: ClassVar[tuple[str, ...]] = ("collect-weights",)
+    after: ClassVar[tuple[str, ...]] = ("collect-weights", "price-weights")
     preserves_function: ClassVar[bool] = True
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
@@ -43,18 +47,42 @@ def decide(plan: Plan, ctx: PassContext) -> dict[str, Decision]:
     patterns = {name: _pattern(plan, wishes.get(name)) for name in ctx.weights}
     wished = {name: float(w.sparsity) for name, w in wishes.items() if w.sparsity is not None}
     only = {name: _only_count(spec, patterns[name]) for name, spec in ctx.weights.items()}
-    assert plan.sparsity is not None  # a plan takes it from an N:M pattern where it was left out
     target = Target(
-        sparsity=plan.sparsity,
+        sparsity=plan.sparsity or 0.0,
         forced=wished | {name: count for name, count in only.items() if count is not None},
         keep_dense_counts=plan.keep_dense_counts,
         excluded_numel=sum(spec.numel for spec in ctx.excluded.values()),
         weight=ctx.program.skeleton.get_parameter,
     )
     specs = list(ctx.weights.values())
+    if ctx.prices is not None:
+        return _within(ctx.prices, plan, ctx, patterns, target)
     budgets = resolve(plan.allocation)(specs, target)
     densities = target_densities(plan.allocation, specs, target)
     return {s.name: _decision(s, patterns[s.name], budgets[s.name], densities[s.name]) for s in specs}
+
+
+def _within(
+    prices: Prices, plan: Plan, ctx: PassContext, patterns: Mapping[str, Pattern], target: Target
+) -> dict[str, Decision]:
+    """What the allocation gives at the least sparsity that the budget pays for."""
+    specs, costs = list(ctx.weights.values()), prices.per_entry()
+    free = target.free(specs)
+    most = min(MOST_SPARSE, 1 - (len(free) + 1) / max(1, sum(s.numel for s in free)))
+    if plan.allocation == "global_magnitude":
+        counts_at = by_magnitude_per_cost(specs, target, costs)
+    else:
+        policy = resolve(plan.allocation)
+        counts_at = lambda sparsity: policy(specs, replace(target, sparsity=sparsity))  # noqa: E731
+    sparsity, counts = prices.sparsest(counts_at, most)
+    ctx.notes.append(
+        f"budget: {prices.share:g} of {prices.dense:.6g} {prices.unit} is met with {prices.cost(counts):.6g}, "
+        f"{prices.rest:.6g} of them outside of the selected weights, at sparsity {sparsity:.4f}"
+    )
+    made = {s.name: _decision(s, patterns[s.name], counts[s.name], counts[s.name] / s.numel) for s in specs}
+    for name, decision in made.items():
+        decision.cost = costs[name]
+    return made
 
 
 def _overrides(plan: Plan, weights: Mapping[str, WeightSpec]) -> dict[str, Override]:

@@ -69,8 +69,8 @@ def _average(gm: GraphModule, ctx: PassContext, names: Sequence[str], numbers: N
 
 def _soften(gm: GraphModule, ctx: PassContext, names: Sequence[str], numbers: Node, start: Node) -> int:
     blocks = {name: block_of(ctx.decisions[name].pattern, ctx.weights[name].transposed) for name in names}
-    costs = {name: float(rows * columns) for name, (rows, columns) in blocks.items()}
-    if len(set(costs.values())) > 1:
+    costs = {name: ctx.decisions[name].cost * rows * columns for name, (rows, columns) in blocks.items()}
+    if len({rows * columns for rows, columns in blocks.values()}) > 1:
         raise PlanError(
             f"expected blocks of one size for weights that share a budget, got {sorted(set(blocks.values()))}: give "
             "spartan scope='layer', or exclude the weights of the other size."

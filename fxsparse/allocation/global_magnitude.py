@@ -1,6 +1,6 @@
 """One magnitude threshold for all weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -32,6 +32,37 @@ def global_magnitude(specs: Sequence[Weight], target: Target) -> dict[str, int]:
         counts[i] += ties
         missing -= ties
     return dict(zip((s.name for s in free), counts, strict=True)) | target.forced_counts(specs)
+
+
+def by_magnitude_per_cost(
+    specs: Sequence[Weight], target: Target, costs: Mapping[str, float]
+) -> Callable[[float], dict[str, int]]:
+    """Sparsity -> {name: nnz}: how many entries of each free weight are among the largest magnitudes per cost.
+
+    They are kept while their costs together stay below ``1 - sparsity`` of those of all entries of free weights.
+    Every weight keeps its largest entry at least.
+
+    Raises:
+        PlanError: the weights have no values to compare.
+    """
+    free, forced = target.free(specs), target.forced_counts(specs)
+    sizes = torch.tensor([s.numel for s in free])
+    each = torch.tensor([costs[s.name] for s in free], dtype=torch.float64)
+    scores = [_magnitudes(s, target) / costs[s.name] for s in free]
+    for part in scores:
+        part[part.argmax()] = torch.inf
+    owners = torch.repeat_interleave(torch.arange(len(free)), sizes)[
+        torch.cat(scores).argsort(descending=True, stable=True)
+    ]
+    spent = each[owners].cumsum(0)
+
+    def counts_at(sparsity: float) -> dict[str, int]:
+        allowed = (1 - sparsity) * float((each * sizes).sum())
+        kept = max(len(free), int(torch.searchsorted(spent, allowed * (1 + 1e-12), right=True)))
+        counts = torch.bincount(owners[:kept], minlength=len(free)).tolist()
+        return dict(zip((s.name for s in free), counts, strict=True)) | forced
+
+    return counts_at
 
 
 def _magnitudes(spec: Weight, target: Target) -> torch.Tensor:

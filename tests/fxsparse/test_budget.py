@@ -1,0 +1,156 @@
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import fxsparse
+from fxsparse import Budget, Plan
+from fxsparse.errors import PlanError
+from fxsparse.methods import rigl, spartan
+from fxsparse.pattern import NM, Block
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 10))
+
+
+X = torch.randn(8, 64)
+
+
+def planned(model, budget, x=X, **plan):
+    return fxsparse.plan_report(model, Plan(budget=budget, **plan), x)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "erk", "er", "er_unrolled", "global_magnitude"])
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.9])
+def test_flops_are_what_was_asked_for(allocation, share):
+    torch.manual_seed(0)
+    model, x = torchvision.models.resnet18(), torch.randn(2, 3, 64, 64)
+    plan = Plan(budget=Budget(flops=share), allocation=allocation, exclude=("conv1", "fc"))
+    count = fxsparse.count_flops(model, x, plan)
+    assert share - 1e-3 < count.total / count.dense <= share
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "erk", "global_magnitude"])
+def test_bytes_are_those_of_csr_beside_what_stays_dense(allocation):
+    model = mlp()
+    counts = fxsparse.allocate(model, Plan(budget=Budget(bytes=0.3), allocation=allocation), X)
+    dense = sum(p.nbytes for p in model.parameters())
+    stored = 4 * 110 + sum(
+        6 * nnz + 4 * (rows + 1) for nnz, rows in zip(counts.values(), (100, 10), strict=True)
+    )
+    assert 0.29 < stored / dense <= 0.3
+
+
+def test_costs_decide_what_an_entry_is_worth():
+    plan = Plan(budget=Budget(total=0.5, cost={"0": 10.0}), allocation="global_magnitude")
+    counts = fxsparse.allocate(mlp(), plan, X)
+    spent, dense = 10 * counts["0.weight"] + counts["2.weight"], 10 * 6400 + 1000
+    assert dense * 0.5 - 11 < spent <= dense * 0.5
+    first, second = (mlp()[i].weight.detach().abs().flatten() for i in (0, 2))
+    threshold = (first / 10).topk(counts["0.weight"]).values[-1]
+    assert counts["2.weight"] == pytest.approx(int((second >= threshold).sum()), abs=1)
+
+
+def test_costs_of_one_are_a_sparsity():
+    counts = fxsparse.allocate(mlp(), Plan(budget=Budget(total=0.1), allocation="uniform"), X)
+    assert counts == fxsparse.allocate(mlp(), Plan(sparsity=0.9, allocation="uniform"), X)
+
+
+def test_the_report_says_what_the_budget_became():
+    report = planned(mlp(), Budget(flops=0.5), allocation="uniform")
+    (row,) = [row for row in report.passes if row["name"] == "allocate-nnz"]
+    assert "budget: 0.5 of 14800 FLOP is met with" in row["notes"][0]
+    assert report.totals["flops_sparse"] <= 7400
+
+
+def test_a_budget_is_for_every_method_and_exact_in_blocks():
+    sparse = fxsparse.compile(
+        mlp(), Plan(budget=Budget(total=0.25), method=rigl(every=1, stop=9), exclude=("2",)), example_inputs=X
+    )
+    assert sparse.sparsity()["total"] == pytest.approx(0.75, abs=1e-3)
+    plan = Plan(budget=Budget(flops=0.3), pattern=Block(4, 4), exclude=("2",))
+    assert fxsparse.count_flops(mlp(), X, plan).total <= 0.3 * 14800
+
+
+def test_spartan_ranks_all_weights_by_magnitude_per_cost_and_spends_the_budget():
+    plan = Plan(
+        budget=Budget(total=0.3, cost={"0": 5.0}), allocation="global_magnitude", method=spartan(steps=20)
+    )
+    sparse = fxsparse.compile(mlp(), plan, example_inputs=X)
+    optimizer = torch.optim.SGD(sparse.parameters(), lr=0.01)
+    sparse.attach(optimizer)
+    for _ in range(8):
+        optimizer.zero_grad()
+        sparse(X).square().mean().backward()
+        optimizer.step()
+    masks = sparse.masks()
+    spent = 5 * int(masks["0.weight"].sum()) + int(masks["2.weight"].sum())
+    # As many as the budget pays for, and one more where it falls between two entries.
+    assert 0.3 * 33_000 - 6 <= spent <= 0.3 * 33_000 + 5
+    worst = min(
+        float((sparse.get_parameter(f"{i}.weight").detach().abs() / cost)[masks[f"{i}.weight"]].min())
+        for i, cost in ((0, 5.0), (2, 1.0))
+    )
+    best = max(
+        float(
+            (sparse.get_parameter(f"{i}.weight").detach().abs() / cost)
+            .masked_fill(masks[f"{i}.weight"], 0)
+            .max()
+        )
+        for i, cost in ((0, 5.0), (2, 1.0))
+    )
+    assert best <= worst
+
+
+def test_plans_with_budgets_come_back_from_a_file(tmp_path):
+    for budget in (Budget(flops=0.5), Budget(total=0.2, cost={"0": 2.0})):
+        plan = Plan(budget=budget, method=spartan(steps=50))
+        plan.save(tmp_path / "plan.toml")
+        assert Plan.load(tmp_path / "plan.toml") == plan
+        assert Plan.load(tmp_path / "plan.toml").budget.cost == budget.cost
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda: Budget(), "exactly one of flops, bytes, latency, total, got none"),
+        (lambda: Budget(flops=0.5, bytes=0.5), "got flops, bytes"),
+        (lambda: Budget(flops=0), r"share of dense in \(0, 1\], got 0"),
+        (lambda: Budget(flops=1.5), "got 1.5"),
+        (lambda: Budget(flops=True), "got True"),
+        (lambda: Budget(flops=0.5, cost={"0": 1.0}), r"cost=\) goes with total="),
+        (lambda: Budget(total=0.5, cost={"0": 0}), "a number above 0"),
+        (lambda: Plan(sparsity=0.5, budget=Budget(flops=0.5)), "either a sparsity or a budget"),
+        (lambda: Plan(budget=0.5), "expected a Budget"),
+        (lambda: Plan(budget=Budget(flops=0.5), pattern=NM(2, 4)), "fixes every count"),
+        (lambda: Plan(budget=Budget(flops=0.5), allocation={"0": 0.5}), "a table of sparsities"),
+        (
+            lambda: planned(mlp(), Budget(total=0.5, cost={"nothing": 2.0})),
+            "names none of 0.weight, 2.weight",
+        ),
+        (lambda: planned(mlp(), Budget(flops=0.5), x=None), "expected example inputs"),
+        (lambda: planned(mlp(), Budget(flops=0.05), exclude=("0",)), r"still costs 12\d+"),
+    ],
+)
+def test_what_cannot_be_spent_is_refused(wrong, message):
+    with pytest.raises(PlanError, match=message):
+        wrong()
+
+
+def test_latency_is_priced_by_the_kernels_of_this_machine(monkeypatch):
+    from fxsparse import kernel
+    from fxsparse.kernel import Choice
+    from fxsparse.passes import time_weights
+
+    def choose(problem, x, weight, bias=None, activation="none", **options):
+        numel, nnz = weight.numel(), int((weight != 0).sum())
+        assert nnz == problem.nnz
+        return Choice(kernel.registered()["dense"], {"dense": numel / 100, "cpu-csr": nnz / 50}, {}, "")
+
+    monkeypatch.setattr(kernel, "choose", choose)
+    monkeypatch.setattr(time_weights, "_model_us", lambda ctx: 100.0)
+    # Dense: 64 + 10 us of 100; CSR needs 2 us for every hundred entries and wins below half.
+    counts = fxsparse.allocate(mlp(), Plan(budget=Budget(latency=0.5), allocation="uniform"), X)
+    assert 26 + 2 * sum(counts.values()) / 100 == pytest.approx(50, abs=0.1)
