@@ -51,8 +51,8 @@ class Plan:
 
     Args:
         sparsity: fraction of zeros over the selected weights, in [0, 1).  May be left out with an N:M pattern.
-        budget: in its place, a share of the dense model's FLOPs, bytes, time or other cost; the allocation is then taken
-            at the least sparsity that meets it ("global_magnitude" ranks magnitudes by their cost).
+        budget: in its place, a share of the dense model's FLOPs, bytes, time or other cost; the allocation is then
+            taken at the least sparsity that meets it ("global_magnitude" ranks magnitudes by their cost).
         allocation: how the total is shared among weights: a policy name, or ``{glob: sparsity}`` for every weight.
         pattern: the constraint on each mask; the method's own where it has one, else unstructured.
         method: what trains the masks.

@@ -66,9 +66,10 @@ class Prices:
         counts = counts_at(most)
         if self.cost(counts) > allowed:
             raise PlanError(
-                f"budget: {self.share:g} of the dense model are {allowed:.6g} {self.unit}, but at sparsity {most:.6g} it "
-                f"still costs {self.cost(counts):.6g} {self.unit} ({self.rest:.6g} of them outside of the selected "
-                "weights): expected a share that can be met. Spend more, exclude fewer weights, or use another allocation."
+                f"budget: {self.share:g} of the dense model are {allowed:.6g} {self.unit}, but at sparsity {most:.6g} "
+                f"it still costs {self.cost(counts):.6g} {self.unit} ({self.rest:.6g} of them outside of the selected "
+                "weights): expected a share that can be met. Spend more, exclude fewer weights, or use another "
+                "allocation."
             )
         low, high = 0.0, most
         while high - low > 1e-6:

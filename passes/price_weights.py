@@ -35,8 +35,8 @@ class PriceWeights:
         budget = ctx.plan.budget
         if budget.kind in ("flops", "latency") and not any("val" in node.meta for node in gm.graph.nodes):
             raise PlanError(
-                f"Budget({budget.kind}=): expected example inputs, whose shapes decide what a weight costs, got none: pass "
-                "example_inputs=, or give a budget of bytes, or of a total with costs."
+                f"Budget({budget.kind}=): expected example inputs, whose shapes decide what a weight costs, got none: "
+                "pass example_inputs=, or give a budget of bytes, or of a total with costs."
             )
         made = {"flops": _flops, "bytes": _bytes, "latency": latency_prices, "total": _total}[budget.kind]
         ctx.prices = made(gm, ctx, budget)
@@ -57,8 +57,8 @@ def _bytes(gm: GraphModule, ctx: PassContext, budget: Budget) -> Prices:
         size, rows = spec.dtype.itemsize, spec.shape[0]
         entry = size + (2 if prod(spec.shape[1:]) <= 32767 else 4)
         dense, pointers = spec.numel * size, 4 * (rows + 1)
-        turn = max(1, (dense - pointers) // entry)  # from here on dense storage is smaller
-        ends = {0: float(pointers), min(turn, spec.numel): float(dense), spec.numel: float(dense)}
+        turn = min(spec.numel, max(1, (dense - pointers) // entry))  # beyond it dense storage is smaller
+        ends = {0: float(pointers), turn: float(pointers + turn * entry), spec.numel: float(dense)}
         prices[name] = Price(tuple(ends.items()))
     selected = sum(fetch(ctx.program.skeleton, name).nbytes for name in ctx.weights)
     return Prices(prices, "byte", whole, whole - selected, budget.share)
@@ -69,8 +69,8 @@ def _total(gm: GraphModule, ctx: PassContext, budget: Budget) -> Prices:
     if lost := unmatched(costs, ctx.weights):
         known = ", ".join(list(ctx.weights)[:3]) or "no weight at all"
         raise PlanError(
-            f"Budget(cost={{{lost[0]!r}: ...}}): expected a glob of selected weights, it names none of {known}, ...; check "
-            "the spelling, or whether the weight is excluded."
+            f"Budget(cost={{{lost[0]!r}: ...}}): expected a glob of selected weights, it names none of {known}, ...; "
+            "check the spelling, or whether the weight is excluded."
         )
     each = {name: next((c for glob, c in costs.items() if matches(glob, name)), 1.0) for name in ctx.weights}
     prices = {

@@ -51,9 +51,8 @@ def by_magnitude_per_cost(
     scores = [_magnitudes(s, target) / costs[s.name] for s in free]
     for part in scores:
         part[part.argmax()] = torch.inf
-    owners = torch.repeat_interleave(torch.arange(len(free)), sizes)[
-        torch.cat(scores).argsort(descending=True, stable=True)
-    ]
+    order = torch.cat(scores).argsort(descending=True, stable=True)
+    owners = torch.repeat_interleave(torch.arange(len(free)), sizes)[order]
     spent = each[owners].cumsum(0)
 
     def counts_at(sparsity: float) -> dict[str, int]:
