@@ -401,7 +401,7 @@ void multiply_lookup(const float* panel, int64_t features, int64_t vectors, cons
 // sums [NV * W] += the entries of one row in one stripe.
 template <int NV, class Value>
 inline void add_segment(const float* panel, const Value* values, const uint8_t* columns, int64_t count, float* sums) {
-  constexpr int kSets = NV >= 4 ? 1 : 4 / NV;  // from 4 on other rows hide the latency of the additions
+  constexpr int kSets = NV == 1 ? 4 : NV == 8 ? 1 : 2;  // hide the latency of the additions: 0.95 of the time at NV = 4
   V sum[kSets][NV] = {};
 #pragma GCC unroll 8
   for (int j = 0; j < NV; j++) sum[0][j] = load<V>(sums + j * W);
