@@ -66,7 +66,7 @@ class Kernel:
     `pack` turns a dense weight (zeros are zeros) into buffers; `pack_entries` makes the same of the nonzeros, without a
     tensor of the dense size, and a kernel that has none serves dense weights only.  `run` and `reference` take
     ``(x, bias, *buffers in order, activation="none", **problem.arguments)``, so that a pass can write them into a
-    graph.
+    graph.  Where they take ``residual``, too, that is a tensor of the result's shape, added before the activation.
     """
 
     name: str

@@ -34,38 +34,66 @@ inline V load_where(const float* p, uint32_t bits) {
 #endif
 }
 
+template <int NV>
+void fill_tile(const Planes& planes, const Tap* taps, int64_t count, int64_t begin, int64_t end, int64_t first,
+               const uint16_t* masks, float* panel) {
+  int64_t channel = begin / count, t = begin % count;
+  for (int64_t column = begin; column < end; column++, panel += NV * W) {
+    const float* from = planes.data + channel * planes.channel + taps[t].plane * planes.plane + taps[t].shift + first;
+    const uint16_t* mask = masks + t * NV;
+#pragma GCC unroll 16
+    for (int j = 0; j < NV; j++) store(panel + j * W, load_where(from + j * W, mask[j]));
+    if (++t == count) t = 0, channel++;
+  }
+}
+
+// f(integral constant of vectors).
+template <class F, int... I>
+inline void with_vectors(int64_t vectors, const F& f, std::integer_sequence<int, I...>) {
+  ((vectors == I + 1 ? f(std::integral_constant<int, I + 1>{}) : void()), ...);
+}
+
+using TileSizes = std::make_integer_sequence<int, kMostTileVectors>;
+
 void fill(const Planes& planes, const Tap* taps, int64_t count, int64_t begin, int64_t end, int64_t first,
           int64_t vectors, uint16_t* masks, float* panel) {
   for (int64_t t = 0; t < count; t++)
     for (int64_t j = 0; j < vectors; j++)
       masks[t * vectors + j] = bits_at(taps[t].rows, first + j * W) & bits_at(taps[t].columns, first + j * W);
-  int64_t channel = begin / count, t = begin % count;
-  for (int64_t column = begin; column < end; column++) {
-    const float* from = planes.data + channel * planes.channel + taps[t].plane * planes.plane + taps[t].shift + first;
-    const uint16_t* mask = masks + t * vectors;
-    for (int64_t j = 0; j < vectors; j++, panel += W) store(panel, load_where(from + j * W, mask[j]));
-    if (++t == count) t = 0, channel++;
-  }
+  with_vectors(
+      vectors, [&](auto nv) { fill_tile<nv.value>(planes, taps, count, begin, end, first, masks, panel); }, TileSizes{});
 }
 
-// Positions begin <= i < end of sums to y + at + i, with everything that follows a product.
-inline void finish(const float* sums, int64_t begin, int64_t end, const Results& to, int64_t at, float bias) {
-  const Matrix y{to.y, to.scalar, 0, 0}, residual{const_cast<void*>(to.residual), to.scalar, 0, 0};
-  for (int64_t i = begin; i < end; i += W) {
-    V v = load<V>(sums + i) + splat(bias);
-    if (to.residual) v += read_some(residual, at + i, end - i);
-    write(y, at + i, activate(v, to.activation), end - i);
-  }
+inline V get(const Matrix& m, int64_t at, int64_t count) {
+  if (m.scalar == Scalar::f32 && count < W) return load_where((const float*)m.data + at, (1u << count) - 1);
+  return read_some(m, at, count);
 }
 
+inline void put(const Matrix& m, int64_t at, V v, int64_t count) {
+#if defined(__AVX512F__)
+  if (m.scalar == Scalar::f32 && count < W)
+    return _mm512_mask_storeu_ps((float*)m.data + at, (__mmask16)((1u << count) - 1), (__m512)v);
+#endif
+  write(m, at, v, count);
+}
+
+// Everything that follows a product, for `count` positions of it at `at` of y.
+inline void finish(V sums, const Results& to, int64_t at, int64_t count, V bias) {
+  V v = sums + bias;
+  if (to.residual) v += get({const_cast<void*>(to.residual), to.scalar, 0, 0}, at, count);
+  put({to.y, to.scalar, 0, 0}, at, to.activation ? activate(v, to.activation) : v, count);
+}
+
+// The same for a row of fp32 whose NV vectors lie together in y, `last` lanes of the last one; relu is a floor of 0, none
+// one of -inf.  Without the branches of `finish`, which took a third of the time of rows with 26 entries.
 template <int NV>
-inline void finish_whole(const V* sums, const Results& to, int64_t at, float bias) {
-  const Matrix y{to.y, to.scalar, 0, 0}, residual{const_cast<void*>(to.residual), to.scalar, 0, 0};
+inline void finish_plain(const V* sums, float* y, const float* residual, int64_t last, V bias, V floor) {
 #pragma GCC unroll 16
   for (int j = 0; j < NV; j++) {
-    V v = sums[j] + splat(bias);
-    if (to.residual) v += read(residual, at + j * W);
-    write(y, at + j * W, to.activation ? activate(v, to.activation) : v, W);
+    const int64_t count = j + 1 < NV ? W : last;
+    V v = sums[j] + bias;
+    if (residual) v += count < W ? load_where(residual + j * W, (1u << count) - 1) : load<V>(residual + j * W);
+    put({y, Scalar::f32, 0, 0}, j * W, select(v < floor, floor, v), count);
   }
 }
 
@@ -98,7 +126,9 @@ inline void add_entries(const float* panel, int64_t stride, const BlockRows& w, 
 template <int NV>
 void multiply_tile(const float* panel, int64_t stride, const BlockRows& w, int64_t begin, int64_t end, float* sums,
                    bool from_zero, const Results* to) {
-  const bool whole = to && to->count == 1 && to->runs[0].length == NV * W;
+  const int64_t last = to && to->count == 1 && to->runs[0].position == 0 ? to->runs[0].length - (NV - 1) * W : 0;
+  const bool plain = last > 0 && to->scalar == Scalar::f32 && to->activation <= 1;
+  const V floor = splat(to && to->activation ? 0.0f : -__builtin_inff());
   for (int64_t r = begin; r < end; r++) {
     float* kept = sums + (r - begin) * NV * W;
     V sum[NV];
@@ -110,9 +140,11 @@ void multiply_tile(const float* panel, int64_t stride, const BlockRows& w, int64
       for (int j = 0; j < NV; j++) sum[j] = load<V>(kept + j * W);
     }
     add_entries<NV>(panel, stride, w, w.start[r], w.start[r + 1], sum);
-    const float bias = to && to->bias ? to->bias[r] : 0.0f;
-    if (whole) {
-      finish_whole<NV>(sum, *to, to->runs[0].at + r * to->row_stride, bias);
+    const V bias = splat(to && to->bias ? to->bias[r] : 0.0f);
+    if (plain) {
+      const int64_t at = to->runs[0].at + r * to->row_stride;
+      const float* residual = to->residual ? (const float*)to->residual + at : nullptr;
+      finish_plain<NV>(sum, (float*)to->y + at, residual, last, bias, floor);
       continue;
     }
     alignas(64) float block[(NV + 1) * W];  // a run is read in whole vectors
@@ -121,20 +153,17 @@ void multiply_tile(const float* panel, int64_t stride, const BlockRows& w, int64
     for (int j = 0; j < NV; j++) store(out + j * W, sum[j]);
     for (int64_t i = 0; to && i < to->count; i++) {
       const Run& run = to->runs[i];
-      finish(block, run.position, run.position + run.length, *to, run.at - run.position + r * to->row_stride, bias);
+      for (int64_t done = 0; done < run.length; done += W)
+        finish(load<V>(block + run.position + done), *to, run.at + r * to->row_stride + done,
+               least(W, run.length - done), bias);
     }
   }
 }
 
-template <int... I>
-void dispatch(std::integer_sequence<int, I...>, const float* panel, int64_t stride, int64_t vectors, const BlockRows& w,
-              int64_t begin, int64_t end, float* sums, bool from_zero, const Results* to) {
-  ((vectors == I + 1 ? multiply_tile<I + 1>(panel, stride, w, begin, end, sums, from_zero, to) : void()), ...);
-}
-
 void multiply(const float* panel, int64_t stride, int64_t vectors, const BlockRows& w, int64_t begin, int64_t end,
               float* sums, bool from_zero, const Results* to) {
-  dispatch(std::make_integer_sequence<int, kMostTileVectors>{}, panel, stride, vectors, w, begin, end, sums, from_zero, to);
+  with_vectors(
+      vectors, [&](auto nv) { multiply_tile<nv.value>(panel, stride, w, begin, end, sums, from_zero, to); }, TileSizes{});
 }
 
 inline float widened(float value) { return value; }
@@ -145,26 +174,55 @@ inline float widened(uint16_t half) {
   return value;
 }
 
-template <class T>
-void take_from(const T* src, int64_t step, int64_t count, float* __restrict to) {
-  if (step == 1) {
-    for (int64_t i = 0; i < count; i++) to[i] = widened(src[i]);
-  } else if (step == 2) {  // a constant, so that the compiler can use shuffles
-    for (int64_t i = 0; i < count; i++) to[i] = widened(src[2 * i]);
-  } else {
-    for (int64_t i = 0; i < count; i++) to[i] = widened(src[i * step]);
+// Every second one of fp32 elements; the compiler alone leaves the last few of a row to single moves.
+inline void take_second(const float* src, int64_t count, float* to) {
+#if defined(__AVX512F__)
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  for (int64_t i = 0; i < count; i += W) {
+    const int64_t left = least(W, count - i);
+    const uint32_t bits = (uint32_t)((uint64_t(1) << (2 * left - 1)) - 1);
+    const __m512 low = _mm512_maskz_loadu_ps((__mmask16)bits, src + 2 * i);
+    const __m512 high = _mm512_maskz_loadu_ps((__mmask16)(bits >> 16), src + 2 * i + W);
+    _mm512_mask_storeu_ps(to + i, (__mmask16)((1u << left) - 1), _mm512_permutex2var_ps(low, even, high));
   }
+#else
+  for (int64_t i = 0; i < count; i++) to[i] = src[2 * i];
+#endif
 }
 
-void take(const void* src, Scalar scalar, int64_t at, int64_t step, int64_t count, float* to) {
-  if (scalar == Scalar::f32) return take_from(static_cast<const float*>(src) + at, step, count, to);
-  take_from(static_cast<const uint16_t*>(src) + at, step, count, to);
+template <class T>
+void take_row(const T* src, int64_t count, int64_t step, float* __restrict to) {
+  if (step == 1) {
+    for (int64_t i = 0; i < count; i++) to[i] = widened(src[i]);
+    return;
+  }
+  if constexpr (sizeof(T) == sizeof(float))
+    if (step == 2) return take_second(src, count, to);
+  for (int64_t i = 0; i < count; i++) to[i] = widened(src[i * step]);
+}
+
+template <class T>
+void take_from(const T* src, int64_t rows, int64_t row_step, int64_t count, int64_t step, int64_t pitch, float* to) {
+  for (int64_t r = 0; r < rows; r++) take_row(src + r * row_step, count, step, to + r * pitch);
+}
+
+void take(const void* src, Scalar scalar, int64_t at, int64_t rows, int64_t row_step, int64_t count, int64_t step,
+          int64_t pitch, float* to) {
+  if (scalar == Scalar::f32)
+    return take_from(static_cast<const float*>(src) + at, rows, row_step, count, step, pitch, to);
+  take_from(static_cast<const uint16_t*>(src) + at, rows, row_step, count, step, pitch, to);
+}
+
+uint16_t most(const uint16_t* columns, int64_t count) {
+  uint16_t largest = 0;
+  for (int64_t i = 0; i < count; i++) largest = columns[i] > largest ? columns[i] : largest;
+  return largest;
 }
 
 }  // namespace
 
 const TileTable& FXSPARSE_TILES() {
-  static const TileTable table = {W, fill, multiply, take};
+  static const TileTable table = {W, fill, multiply, take, most};
   return table;
 }
 

@@ -53,8 +53,11 @@ struct TileTable {
   // `from_zero`.  Results take them where `results` is not null, with bias, residual and activation; else they stay.
   void (*multiply)(const float* panel, int64_t stride, int64_t vectors, const BlockRows&, int64_t begin, int64_t end,
                    float* sums, bool from_zero, const Results* results);
-  // to[i] = element at + i * step of src, in fp32, for i < count.
-  void (*take)(const void* src, Scalar scalar, int64_t at, int64_t step, int64_t count, float* to);
+  // to[r * pitch + i] = element at + r * row_step + i * step of src, in fp32, for r < rows and i < count.
+  void (*take)(const void* src, Scalar scalar, int64_t at, int64_t rows, int64_t row_step, int64_t count, int64_t step,
+               int64_t pitch, float* to);
+  // The largest of so many columns, 0 of none.
+  uint16_t (*most)(const uint16_t* columns, int64_t count);
 };
 
 const TileTable& tiles_portable();

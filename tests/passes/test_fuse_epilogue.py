@@ -55,8 +55,8 @@ def fused(
     return count, gm, ctx
 
 
-def kernel_call(gm: torch.fx.GraphModule) -> Any:
-    (node,) = gm.graph.find_nodes(op="call_function", target=kernel.registered()["cpu-csr"].run)
+def kernel_call(gm: torch.fx.GraphModule, name: str = "cpu-csr") -> Any:
+    (node,) = gm.graph.find_nodes(op="call_function", target=kernel.registered()[name].run)
     return node
 
 
@@ -214,4 +214,58 @@ def test_a_vector_added_to_images_is_no_bias_of_channels() -> None:
         model.fc.weight[:, ::2] = 0
     count, gm, _ = fused(model, x, "cpu-csr-conv")
     assert count == 0
+    check_function(gm, model, x)
+
+
+class Residual(nn.Module):
+    """A convolution that is lowered, one that is not, and a function of x and both of them."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.fc, self.other = nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 1)
+        self.function, self.act = function, nn.ReLU(inplace=True)
+        with torch.no_grad():
+            self.fc.weight[:, ::2] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+@pytest.mark.parametrize(
+    ("function", "activation"),
+    [
+        (lambda m, x: F.relu(m.fc(x) + x), "relu"),
+        (lambda m, x: F.silu(x + m.fc(x)), "silu"),
+        (lambda m, x: m.act(torch.add(m.other(x), m.fc(x))), "relu"),
+        (lambda m, x: torch.ops.aten.add.Tensor(m.fc(x), x), None),
+        (lambda m, x: torch.tanh(m.fc(x) + x), None),
+    ],
+)
+def test_fuses_residuals_of_images_in_both_orders(function: Any, activation: Any) -> None:
+    model, x = Residual(function), torch.randn(2, 6, 7, 5)
+    count, gm, _ = fused(model, x, "cpu-csr-conv")
+    assert count == 1 + (activation is not None)
+    call = kernel_call(gm, "cpu-csr-conv")
+    assert call.kwargs["residual"].name in ("x", "conv2d", "conv2d_1")
+    assert call.kwargs.get("activation") == activation
+    check_function(gm, model, x)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: m.fc(x) + x.mean(1, keepdim=True),
+        lambda m, x: torch.add(m.fc(x), x, alpha=2),
+        lambda m, x: m.fc(x) + 1,
+        lambda m, x: (lambda y: y + y)(m.fc(x)),
+        lambda m, x: (lambda y: y + F.relu(y))(m.fc(x)),
+        lambda m, x: (lambda y: y + m.other(x))(m.fc(x)),  # it comes after the call
+        lambda m, x: (lambda r: (m.fc(x), r.relu_())[0] + r)(m.other(x)),
+        lambda m, x: torch.tanh(m.fc(x)) + x,
+    ],
+)
+def test_other_residuals_of_images_stay(function: Any) -> None:
+    model, x = Residual(function), torch.randn(2, 6, 7, 5)
+    _, gm, _ = fused(model, x, "cpu-csr-conv")
+    assert "residual" not in kernel_call(gm, "cpu-csr-conv").kwargs
     check_function(gm, model, x)
