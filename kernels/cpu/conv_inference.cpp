@@ -1,6 +1,6 @@
 // Convolutions for inference with a sparse weight, its columns in blocks (formats/column_blocks.py).
 //
-// Output positions of a sample - of all samples, where one does not fill whole vectors - are numbered through, and a tile
+// Output positions of a sample - of a few samples, where one does not fill its vectors - are numbered through, and a tile
 // of them is a panel that fits L2: for every column of the weight the pixels that it reads.  The input's planes have as
 // many columns as rows of positions, so that a tap is a shift under a mask; they are read in place, or copied where the
 // convolution has a stride (a plane for every phase of it), mixes samples in a tile, or is not in fp32.
@@ -13,6 +13,8 @@ namespace {
 using namespace fxsparse;
 
 constexpr int64_t kPanelFloats = (512 << 10) / 4;  // half of an L2 cache of today
+constexpr int64_t kMostMerged = 8;                 // samples that are numbered through
+constexpr double kFilled = 0.9;                    // not where this share of a sample's lanes is used
 constexpr int64_t kNearFloats = (40 << 10) / 4;    // of an L1
 
 const TileTable& tiles() {
@@ -46,7 +48,10 @@ Positions positions_of(const Window& w, int64_t samples, int64_t lanes) {
   const int64_t out_rows = w.height.out(), out_columns = w.width.out();
   const int64_t pitch = std::max(out_columns, most_places(w.width));
   Positions p{1, out_rows, pitch, out_rows, out_columns};
-  if (samples > 1 && p.count() % lanes) p.samples = samples, p.rows = std::max(out_rows, most_places(w.height));
+  const int64_t whole = (p.count() + lanes - 1) / lanes * lanes;
+  if (p.count() >= kFilled * whole) return p;
+  for (int64_t n = std::min(samples, kMostMerged); n > 1 && p.samples == 1; n--)
+    if (samples % n == 0) p.samples = n, p.rows = std::max(out_rows, most_places(w.height));
   return p;
 }
 
@@ -100,11 +105,12 @@ Taps taps_of(const Window& w, const Positions& p) {
   return result;
 }
 
-// The input as planes of positions: x itself, or copies of its phases.
+// The input as planes of positions: x itself, or room for copies of the phases of `wave` units of samples.
 struct Source {
   std::vector<Buffer> copies;
   Planes planes;
-  int64_t unit;  // floats from one unit of samples to the next
+  int64_t unit, wave;  // floats from one unit to the next, and how many units are there at once
+  int64_t phases, sample;
 };
 
 void copy_phase(const Tensor& x, const Window& w, const Positions& p, int64_t n, int64_t channel, int64_t row_phase,
@@ -112,34 +118,43 @@ void copy_phase(const Tensor& x, const Window& w, const Positions& p, int64_t n,
   const Axis &h = w.height, &v = w.width;
   const Scalar scalar = scalar_of(x, "x");
   const int64_t plane = (n * x.size(1) + channel) * h.in * v.in;
-  const int64_t height = (h.in - row_phase + h.stride - 1) / h.stride, width = (v.in - column_phase + v.stride - 1) / v.stride;
+  const int64_t height = (h.in - row_phase + h.stride - 1) / h.stride;
+  const int64_t width = (v.in - column_phase + v.stride - 1) / v.stride;
   if (h.stride == 1 && v.stride == 1 && p.pitch == v.in)
     return tiles().take(x.const_data_ptr(), scalar, plane, 1, 0, h.in * v.in, 1, 0, to);
-  tiles().take(x.const_data_ptr(), scalar, plane + row_phase * v.in + column_phase, height, h.stride * v.in, width, v.stride,
-               p.pitch, to);
+  tiles().take(x.const_data_ptr(), scalar, plane + row_phase * v.in + column_phase, height, h.stride * v.in, width,
+               v.stride, p.pitch, to);
 }
 
-Source source_of(const Tensor& x, const Window& w, const Positions& p, const std::vector<Tap>& taps, int64_t threads) {
-  const int64_t channels = x.size(1), samples = x.size(0), phases = w.height.stride * w.width.stride;
+Source source_of(const Tensor& x, const Window& w, const Positions& p, int64_t threads) {
+  const int64_t channels = x.size(1), phases = w.height.stride * w.width.stride, units = x.size(0) / p.samples;
   const int64_t pixels = w.height.in * w.width.in;
   if (phases == 1 && p.samples == 1 && p.pitch == w.width.in && scalar_of(x, "x") == Scalar::f32)
-    return {{}, {static_cast<const float*>(x.const_data_ptr()), pixels, 0}, channels * pixels};
+    return {{}, {static_cast<const float*>(x.const_data_ptr()), pixels, 0}, channels * pixels, units, phases, 0};
   const int64_t rows = std::max(p.rows, most_places(w.height)), sample = rows * p.pitch;
-  const int64_t plane = (p.samples * sample + 15) / 16 * 16, unit = channels * phases * plane, units = samples / p.samples;
-  Source source{{}, {nullptr, phases * plane, plane}, unit};
-  source.copies.emplace_back(units * unit);
-  float* data = source.copies[0].data;
-  source.planes.data = data;
-  std::vector<bool> used(phases);
-  for (const Tap& tap : taps) used[tap.plane] = true;
-  share(std::min(threads, channels), [&](int64_t part, int64_t parts) {
-    for (int64_t c = channels * part / parts; c < channels * (part + 1) / parts; c++)
-      for (int64_t f = 0; f < phases; f++)
-        for (int64_t n = 0; used[f] && n < samples; n++)
-          copy_phase(x, w, p, n, c, f / w.width.stride, f % w.width.stride,
-                     data + n / p.samples * unit + (c * phases + f) * plane + n % p.samples * sample);
-  });
+  const int64_t plane = (p.samples * sample + 15) / 16 * 16, unit = channels * phases * plane;
+  Source source{{}, {nullptr, phases * plane, plane}, unit, std::min(threads, units), phases, sample};
+  source.copies.emplace_back(source.wave * unit);
+  source.planes.data = source.copies[0].data;
   return source;
+}
+
+// Copy the units base <= u < base + count.
+void copy_units(const Tensor& x, const Window& w, const Positions& p, const std::vector<Tap>& taps, const Source& source,
+                int64_t base, int64_t count, int64_t threads) {
+  const int64_t work = count * x.size(1);
+  std::vector<bool> used(source.phases);
+  for (const Tap& tap : taps) used[tap.plane] = true;
+  share(std::min(threads, work), [&](int64_t part, int64_t parts) {
+    for (int64_t i = work * part / parts; i < work * (part + 1) / parts; i++) {
+      const int64_t u = i / x.size(1), c = i % x.size(1);
+      for (int64_t f = 0; f < source.phases; f++)
+        for (int64_t n = 0; used[f] && n < p.samples; n++)
+          copy_phase(x, w, p, (base + u) * p.samples + n, c, f / w.width.stride, f % w.width.stride,
+                     source.copies[0].data + u * source.unit + (c * source.phases + f) * source.planes.plane +
+                         n * source.sample);
+    }
+  });
 }
 
 // Where the positions first <= p < first + count of a unit that begins with sample `sample` lie in the output.
@@ -154,6 +169,16 @@ void runs_of(const Positions& p, int64_t sample, int64_t rows, int64_t first, in
     if (from < to && row < p.out_rows)
       runs.push_back({from - first, to - from, n * rows * pixels + row * p.out_columns + from - k * period});
   }
+}
+
+// A large new tensor asks for huge pages: faults of 4 KiB pages took most of the time of writing 51 MB.
+void on_huge_pages(const Tensor& y) {
+#if defined(__linux__)
+  const auto begin = reinterpret_cast<uintptr_t>(y.mutable_data_ptr()), page = uintptr_t(Buffer::kHugePage);
+  const uintptr_t end = begin + y.numel() * (scalar_of(y, "y") == Scalar::f32 ? 4 : 2);
+  const uintptr_t first = (begin + page - 1) / page * page;
+  if (end >= first + 2 * page) madvise(reinterpret_cast<void*>(first), (end - first) / page * page, MADV_HUGEPAGE);
+#endif
 }
 
 struct Weight {
@@ -227,47 +252,56 @@ Tensor csr_conv_inference(const Tensor& x_any, const Tensor& values, const Tenso
                                 std::equal(y.sizes().begin(), y.sizes().end(), residual->sizes().begin())),
                   "fxsparse: expected a residual of the output's shape and dtype");
   if (y.numel() == 0) return y;
+  on_huge_pages(y);
   const Tensor added = residual ? in_order(*residual) : y;
   const TileTable& table = tiles();
   const int64_t W = table.lanes;
   const Positions p = positions_of(w, samples, W);
   Taps taps = taps_of(w, p);
   const int64_t threads = threads_for(samples * pixels * (values.numel() + rows));
-  const Source source = source_of(x, w, p, taps.taps, threads);
+  const Source source = source_of(x, w, p, threads);
   Results results{y.mutable_data_ptr(), residual ? added.const_data_ptr() : nullptr, scalar_of(x, "x"), pixels, nullptr, 0,
                   bias ? as_floats(in_order(*bias), weight.owned) : nullptr, activation};
 
   const int64_t vectors = (p.count() + W - 1) / W, units = samples / p.samples, group_rows = rows / w.groups;
   const int64_t most = most_vectors(weight.width, W);
   const bool direct = is_panel(source, w, p, W);
-  const int64_t tiles_of_unit = (vectors + most - 1) / most, items = units * tiles_of_unit * w.groups;
-  const int64_t splits = std::min(group_rows, (threads + items - 1) / items);
-  share(std::min(threads, items * splits), [&](int64_t part, int64_t parts) {
-    Scratch scratch{Buffer(direct ? 0 : weight.width * most * W), Buffer(weight.blocks > 1 ? group_rows * most * W : 0),
-                    std::vector<uint16_t>(taps_count * most), {}};
-    for (int64_t job = items * splits * part / parts; job < items * splits * (part + 1) / parts; job++) {
-      const int64_t item = job / splits, split = job % splits, unit = item / (tiles_of_unit * w.groups);
-      const int64_t tile = item / w.groups % tiles_of_unit, group = item % w.groups;
-      const int64_t from = vectors * tile / tiles_of_unit, count = vectors * (tile + 1) / tiles_of_unit - from;
-      const int64_t begin = group * group_rows + group_rows * split / splits;
-      const int64_t end = group * group_rows + group_rows * (split + 1) / splits;
-      runs_of(p, unit * p.samples, rows, from * W, count * W, scratch.runs);
-      Results here = results;
-      here.runs = scratch.runs.data();
-      here.count = scratch.runs.size();
-      Planes planes = source.planes;
-      planes.data += unit * source.unit + group * (x.size(1) / w.groups) * planes.channel;
-      for (int64_t b = 0; b < weight.blocks; b++) {
-        const int64_t first = b * weight.width, last = std::min(weight.fan_in, first + weight.width);
-        const float* panel = direct ? planes.data + first * planes.channel + from * W : scratch.panel.data;
-        if (!direct)
-          table.fill(planes, taps.taps.data(), taps_count, first, last, from * W, count, scratch.masks.data(),
-                     scratch.panel.data);
-        table.multiply(panel, direct ? planes.channel : count * W, count, weight.block(b), begin, end, scratch.sums.data,
-                       b == 0, b + 1 == weight.blocks ? &here : nullptr);
+  const int64_t tiles_of_unit = (vectors + most - 1) / most;
+  const auto run = [&](int64_t base, int64_t here_units) {
+    const int64_t items = here_units * tiles_of_unit * w.groups;
+    const int64_t splits = std::min(group_rows, (threads + items - 1) / items);
+    share(std::min(threads, items * splits), [&](int64_t part, int64_t parts) {
+      Scratch scratch{Buffer(direct ? 0 : weight.width * most * W), Buffer(weight.blocks > 1 ? group_rows * most * W : 0),
+                      std::vector<uint16_t>(taps_count * most), {}};
+      for (int64_t job = items * splits * part / parts; job < items * splits * (part + 1) / parts; job++) {
+        const int64_t item = job / splits, split = job % splits, unit = item / (tiles_of_unit * w.groups);
+        const int64_t tile = item / w.groups % tiles_of_unit, group = item % w.groups;
+        const int64_t from = vectors * tile / tiles_of_unit, count = vectors * (tile + 1) / tiles_of_unit - from;
+        const int64_t begin = group * group_rows + group_rows * split / splits;
+        const int64_t end = group * group_rows + group_rows * (split + 1) / splits;
+        runs_of(p, (base + unit) * p.samples, rows, from * W, count * W, scratch.runs);
+        Results here = results;
+        here.runs = scratch.runs.data();
+        here.count = scratch.runs.size();
+        Planes planes = source.planes;
+        planes.data += unit * source.unit + group * (x.size(1) / w.groups) * planes.channel;
+        for (int64_t b = 0; b < weight.blocks; b++) {
+          const int64_t first = b * weight.width, last = std::min(weight.fan_in, first + weight.width);
+          const float* panel = direct ? planes.data + first * planes.channel + from * W : scratch.panel.data;
+          if (!direct)
+            table.fill(planes, taps.taps.data(), taps_count, first, last, from * W, count, scratch.masks.data(),
+                       scratch.panel.data);
+          table.multiply(panel, direct ? planes.channel : count * W, count, weight.block(b), begin, end, scratch.sums.data,
+                         b == 0, b + 1 == weight.blocks ? &here : nullptr);
+        }
       }
-    }
-  });
+    });
+  };
+  for (int64_t base = 0; base < units; base += source.wave) {
+    const int64_t count = std::min(source.wave, units - base);
+    if (!source.copies.empty()) copy_units(x, w, p, taps.taps, source, base, count, threads);
+    run(base, count);
+  }
   return y;
 }
 

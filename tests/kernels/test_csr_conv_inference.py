@@ -220,3 +220,17 @@ def test_what_does_not_fit_is_refused():
     values, start, columns = KERNEL.pack(weight).values()
     with pytest.raises(RuntimeError, match="start to ascend to at most"):
         KERNEL.run(torch.randn(1, 4, 5, 5), None, values[:-1], start, columns[:-1], kernel_size=(3, 3))
+
+
+@pytest.mark.parametrize(("samples", "size"), [(8, 7), (16, 7), (11, 7), (6, 14)])
+def test_samples_that_share_a_tile_do_not_mix(samples, size):
+    weight, x = weight_of((9, 4, 3, 3)), torch.randn(samples, 4, size, size)
+    for arguments in ({"padding": 1}, {"padding": 1, "stride": 2}, {"padding": 2}):
+        check(x, weight, arguments)
+        whole = infer(x, weight, **arguments)
+        for n in range(samples):
+            torch.testing.assert_close(whole[n], infer(x[n], weight, **arguments))
+
+
+def test_a_large_result_is_written_whole():
+    check(torch.randn(1, 2, 600, 500), weight_of((20, 2, 1, 1)), {})

@@ -217,7 +217,7 @@ def test_a_vector_added_to_images_is_no_bias_of_channels() -> None:
     check_function(gm, model, x)
 
 
-class Residual(nn.Module):
+class ImageResidual(nn.Module):
     """A convolution that is lowered, one that is not, and a function of x and both of them."""
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
@@ -242,7 +242,7 @@ class Residual(nn.Module):
     ],
 )
 def test_fuses_residuals_of_images_in_both_orders(function: Any, activation: Any) -> None:
-    model, x = Residual(function), torch.randn(2, 6, 7, 5)
+    model, x = ImageResidual(function), torch.randn(2, 6, 7, 5)
     count, gm, _ = fused(model, x, "cpu-csr-conv")
     assert count == 1 + (activation is not None)
     call = kernel_call(gm, "cpu-csr-conv")
@@ -265,7 +265,7 @@ def test_fuses_residuals_of_images_in_both_orders(function: Any, activation: Any
     ],
 )
 def test_other_residuals_of_images_stay(function: Any) -> None:
-    model, x = Residual(function), torch.randn(2, 6, 7, 5)
+    model, x = ImageResidual(function), torch.randn(2, 6, 7, 5)
     _, gm, _ = fused(model, x, "cpu-csr-conv")
     assert "residual" not in kernel_call(gm, "cpu-csr-conv").kwargs
     check_function(gm, model, x)
