@@ -10,6 +10,7 @@ from fxsparse.kernels.csr.topology import position_change
 from fxsparse.kernels.dense.conv import DENSE_CONV, MASKED_CONV
 from fxsparse.kernels.dense.linear import DENSE, MASKED
 from fxsparse.kernels.lookup.linear import lookup_linear
+from fxsparse.kernels.pool.max_pool import max_pool2d
 from fxsparse.kernels.soft_topk.shift import soft_topk_shift
 from fxsparse.kernels.striped.linear import striped_linear
 
@@ -26,6 +27,7 @@ __all__ = [
     "csr_linear",
     "gradient_at",
     "lookup_linear",
+    "max_pool2d",
     "position_change",
     "soft_topk_shift",
     "striped_linear",

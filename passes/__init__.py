@@ -18,6 +18,7 @@ from fxsparse.passes.insert_soft_masks import InsertSoftMasks
 from fxsparse.passes.keep_neurons import KeepNeurons
 from fxsparse.passes.lower_inference import LowerInference
 from fxsparse.passes.lower_kernels import LowerKernels
+from fxsparse.passes.lower_pooling import LowerPooling
 from fxsparse.passes.price_weights import PriceWeights
 from fxsparse.passes.remove_dead_neurons import RemoveDeadNeurons
 from fxsparse.passes.remove_identities import RemoveIdentities
@@ -51,6 +52,7 @@ inference_pipeline = (
     SelectEntryKernels(),
     CountFlops(),
     LowerInference(),
+    LowerPooling(),
     FuseEpilogue(),
     Cleanup(),
 )
@@ -80,6 +82,7 @@ __all__ = [
     "KeepNeurons",
     "LowerInference",
     "LowerKernels",
+    "LowerPooling",
     "PriceWeights",
     "RemoveDeadNeurons",
     "RemoveIdentities",

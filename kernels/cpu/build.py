@@ -19,12 +19,28 @@ INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512vbmi")
 """What the kernels are compiled for; the best one that the CPU has is used."""
 
 _OPS = ("csr_forward", "csr_backward", "csr_sample", "condensed_forward", "lookup_forward", "striped_forward")
-_OPS += ("csr_conv_forward", "csr_conv_backward", "csr_conv_sample", "csr_conv_inference", "soft_topk_sums")
+_OPS += (
+    "csr_conv_forward",
+    "csr_conv_backward",
+    "csr_conv_sample",
+    "csr_conv_inference",
+    "soft_topk_sums",
+    "max_pool",
+)
 _FOLDER = Path(__file__).parent
 _HEADERS = ("table.h", "vec.h", "rows.h", "planes.h", "tensors.h", "tiles.h", "window.h")
-_SOURCES = (*_HEADERS, "products.cpp", "lookup.cpp", "ops.cpp", "conv.cpp", "topology.cpp", "soft_topk.cpp")
+_SOURCES = (
+    *_HEADERS,
+    "products.cpp",
+    "lookup.cpp",
+    "ops.cpp",
+    "conv.cpp",
+    "topology.cpp",
+    "soft_topk.cpp",
+    "pool.cpp",
+)
 _SOURCES += ("tiles.cpp", "conv_inference.cpp")
-_TORCH_UNITS = ("ops", "conv", "conv_inference", "topology", "soft_topk")
+_TORCH_UNITS = ("ops", "conv", "conv_inference", "topology", "soft_topk", "pool")
 _FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
 _TABLES = {
