@@ -107,6 +107,7 @@ MEASURED_SECONDS = 2.0
 """For one choice, all candidates together."""
 
 _REGISTRY: dict[str, Kernel] = {}
+_GLUE: dict[str, Callable[..., Tensor]] = {}
 _CHOICES: dict[tuple, Choice] = {}
 
 
@@ -116,6 +117,19 @@ def register(kernel: Kernel) -> Kernel:
         raise ValueError(f"a kernel named {kernel.name!r} is registered already")
     _REGISTRY[kernel.name] = kernel
     return kernel
+
+
+def register_glue(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Make a function a faster form of the op of its name that has no weight, such as a pooling; for inference."""
+    _GLUE[run.__name__] = run
+    return run
+
+
+def glue(name: str) -> Callable[..., Tensor]:
+    """What was registered for an op without a weight."""
+    import fxsparse.kernels  # noqa: F401  its modules register themselves
+
+    return _GLUE[name]
 
 
 def registered() -> dict[str, Kernel]:

@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxsparse.kernel import register_glue
 from fxsparse.kernels.library import define, refuse_gradient
 
 
+@register_glue
 def max_pool2d(
     x: Tensor,
     kernel_size: int | Sequence[int],
