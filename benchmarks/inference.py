@@ -30,7 +30,7 @@ BATCHES = {"linear": (1, 16, 256), "whole": (1, 16)}
 NEVER_SLOWER = (0.0, 0.5, 0.9), 64
 """Sparsities and the batch at which whole models run on one thread beside torch alone."""
 QUICK = ("768x3072", "ResNet-18", "BERT-base")
-SECONDS, LONGEST = 60.0, 240.0
+SECONDS, LONGEST = 12.0, 120.0
 """Rounds go on for about SECONDS, at least 15 of them; fewer, but five, where 15 would take more than LONGEST."""
 _TURN_US = 1000
 
