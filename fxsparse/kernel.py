@@ -35,6 +35,8 @@ class Problem:
     """Nonzeros of every active row where that is one number, else None."""
     arguments: tuple[tuple[str, Any], ...] = ()
     """Of a convolution: kernel_size, stride, padding, dilation and groups by name, as its kernels' `run` takes them."""
+    is_blocked: bool = False
+    """The zeros lie in blocks of at least four."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxsparse.formats import condensed
+from fxsparse.formats import bsr, condensed
 from fxsparse.guards import forbid_tensors_of as forbid_tensors_of
 from fxsparse.guards import poisoned_memory as poisoned_memory
 from fxsparse.kernel import Entries, Kernel, Problem, tolerance
@@ -23,6 +23,7 @@ from fxsparse.pattern import Pattern
 from fxsparse.rng import generator_for
 from fxsparse.selection import check_positions, to_mask, to_positions
 
+BLOCKS = ((4, 4), (8, 8), (32, 32), (1, 16), (4, 1))
 SHAPES = ((1, 3), (37, 53), (64, 32), (16, 200), (130, 17))
 """(out, in): odd sizes, whole and broken blocks, wide and tall."""
 DENSITIES = (0.0, 0.2, 1.0)
@@ -97,7 +98,8 @@ def problem_of(
     fan_in = condensed.fan_in(mask)
     shape, nnz = tuple(weight.shape), int(mask.sum())
     given = tuple((arguments or {}).items())
-    return Problem(kernel.op, shape, batch, nnz, dtype, torch.device("cpu"), training, fan_in, given)
+    blocked = weight.dim() == 2 and bsr.block_of(mask) != (1, 1)
+    return Problem(kernel.op, shape, batch, nnz, dtype, torch.device("cpu"), training, fan_in, given, blocked)
 
 
 def check_kernel(kernel: Kernel) -> int:
@@ -127,6 +129,9 @@ def _problems(op: str) -> Iterator[tuple[Tensor, tuple[int, ...], dict[str, Any]
     if op == "linear":
         for shape, density, batch, rows in itertools.product(SHAPES, DENSITIES, BATCHES, _ROWS):
             yield sparse_weight(shape, density, **rows), (*batch, shape[1]), {}
+        for block, density, batch in itertools.product(BLOCKS, DENSITIES, BATCHES):
+            kept = (sparse_weight((5, 3), density) != 0).double().kron(torch.ones(block, dtype=torch.float64))
+            yield kept * sparse_weight((5 * block[0], 3 * block[1]), 1.0), (*batch, 3 * block[1]), {}
         return
     for (shape, size, given), density, samples in itertools.product(CONVOLUTIONS, DENSITIES, SAMPLES):
         weight = sparse_weight((shape[0], prod(shape[1:])), density).view(shape)

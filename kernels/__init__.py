@@ -1,5 +1,6 @@
 """Kernels: one family a folder.  Importing this registers the shipped ones."""
 
+from fxsparse.kernels.bsr.linear import bsr_linear
 from fxsparse.kernels.condensed.linear import condensed_linear
 from fxsparse.kernels.csr.conv import csr_conv2d
 from fxsparse.kernels.csr.conv_gradient import conv_gradient_at, conv_gradient_tiles
@@ -19,6 +20,7 @@ __all__ = [
     "DENSE_CONV",
     "MASKED",
     "MASKED_CONV",
+    "bsr_linear",
     "condensed_linear",
     "conv_gradient_at",
     "conv_gradient_tiles",

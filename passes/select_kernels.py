@@ -23,6 +23,7 @@ from fxsparse.graph import (
 )
 from fxsparse.kernel import Choice, Kernel, Problem
 from fxsparse.passes.fuse_epilogue import activation_after
+from fxsparse.pattern import Block
 from fxsparse.pipeline import Decision, PassContext, WeightSpec
 from fxsparse.skeleton import bind
 from fxsparse.verify import copied_inputs, frozen_state
@@ -185,6 +186,7 @@ def _problem(gm: GraphModule, site: Site, decision: Decision, x: Tensor) -> Prob
         training=False,
         fan_in=condensed.fan_in(weight.flatten(1) != 0),
         arguments=tuple(site_arguments(site, weight.shape).items()),
+        is_blocked=isinstance(decision.pattern, Block),
     )
 
 

@@ -19,6 +19,7 @@ INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512vbmi")
 """What the kernels are compiled for; the best one that the CPU has is used."""
 
 _OPS = ("csr_forward", "csr_backward", "csr_sample", "condensed_forward", "lookup_forward", "striped_forward")
+_OPS += ("bsr_forward",)
 _OPS += (
     "csr_conv_forward",
     "csr_conv_backward",

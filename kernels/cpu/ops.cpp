@@ -332,6 +332,44 @@ Tensor striped_forward(const Tensor& x_any, const Tensor& values, const Tensor& 
   return y;
 }
 
+Tensor bsr_forward(const Tensor& x_any, const Tensor& values, const Tensor& crow, const Tensor& columns,
+                   const Tensor& dense, std::optional<Tensor> bias, int64_t activation, std::optional<Tensor> residual) {
+  check_same_type(x_any, values);
+  STD_TORCH_CHECK(values.dim() == 3 && crow.numel() > 0 && dense.dim() == 3,
+                  "fxsparse: expected values [blocks, width, height], crow and dense [0, out, in]");
+  const int64_t blocks = values.size(0), width = values.size(1), height = values.size(2), count = crow.numel() - 1;
+  const int64_t out = dense.size(1), in = dense.size(2);
+  STD_TORCH_CHECK(x_any.size(-1) == in, "fxsparse: expected x [..., ", in, "], got ", x_any.size(-1), " features");
+  STD_TORCH_CHECK(count * height == out && width > 0 && in % width == 0, "fxsparse: expected blocks that divide ", out,
+                  " x ", in, ", got ", height, " x ", width);
+  const Blocks s{values.const_data_ptr(),
+                 scalar_of(values, "values"),
+                 index32(crow, count + 1, "crow"),
+                 index32(columns, blocks, "columns"),
+                 height,
+                 width};
+  STD_TORCH_CHECK(s.start[count] == blocks, "fxsparse: expected crow to end with ", blocks);
+  std::vector<Buffer> owned;
+  const Tensor x = in_order(x_any);
+  Epilogue epilogue;
+  Added added{bias, residual};
+  Tensor y = output(x, out, {}, added, activation, owned, epilogue);
+  if (y.numel() == 0) return y;
+  Matrix from = matrix(x, "x");
+  const Matrix to = matrix(y, "y");
+  from.tokens = to.tokens;
+  multiply_all(
+      from, to.tokens * (values.numel() / 2 + from.features + to.features),
+      [&](const float* panel, int64_t vectors, int64_t begin, int64_t stop, int64_t first) {
+        table().multiply_blocks(panel, vectors, s, begin, stop, epilogue, to, first);
+      },
+      [&](int64_t part, int64_t parts) {
+        const int64_t target = blocks * part / parts;
+        return part >= parts ? count : part ? std::lower_bound(s.start, s.start + count, target) - s.start : int64_t(0);
+      });
+  return y;
+}
+
 struct Needs {
   bool x, values, bias;
 };
@@ -467,4 +505,5 @@ STABLE_TORCH_LIBRARY_IMPL(fxsparse, CPU, m) {
   m.impl("condensed_forward", TORCH_BOX(&condensed_forward));
   m.impl("lookup_forward", TORCH_BOX(&lookup_forward));
   m.impl("striped_forward", TORCH_BOX(&striped_forward));
+  m.impl("bsr_forward", TORCH_BOX(&bsr_forward));
 }

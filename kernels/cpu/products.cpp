@@ -461,6 +461,73 @@ void multiply_striped(const float* panel, int64_t vectors, const Striped& s, int
   }
 }
 
+// sums [ROWS, NV * W] of the rows `row` onwards of a block row.
+template <int NV, int ROWS, class Value>
+inline void add_blocks(const float* panel, const Blocks& s, int64_t block_row, int64_t row, float* sums) {
+  V sum[ROWS][NV] = {};
+  for (int64_t e = s.start[block_row]; e < s.start[block_row + 1]; e++) {
+    const Value* values = (const Value*)s.values + e * s.height * s.width + row;
+    const float* inputs = panel + s.columns[e] * s.width * (NV * W);
+    for (int64_t c = 0; c < s.width; c++, values += s.height, inputs += NV * W) {
+      V x[NV];
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; j++) x[j] = load<V>(inputs + j * W);
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; r++) {
+        const V value = splat_at(values + r);
+#pragma GCC unroll 8
+        for (int j = 0; j < NV; j++) sum[r][j] += value * x[j];
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; j++) store(sums + (r * NV + j) * W, sum[r][j]);
+}
+
+template <int NV, class Value>
+void multiply_block_rows(const float* panel, const Blocks& s, int64_t begin, int64_t end, const Epilogue& epilogue,
+                         const Matrix& dst, int64_t first) {
+  constexpr int kTogether = NV * 4 <= W ? 4 : 1;  // rows whose sums stay in registers, of which there are 2 W
+  constexpr int64_t kRows = 4 * W;
+  alignas(64) float sums[kRows * NV * W];
+  const bool streamed = is_streamed(dst, epilogue.rows);
+  for (int64_t base = begin * s.height, stop = end * s.height; base < stop; base += kRows) {
+    const int64_t last = least(base + kRows, stop);
+    for (int64_t r = base; r < last;) {
+      float* to = sums + (r - base) * NV * W;
+      const int64_t row = r % s.height;
+      if (row + kTogether <= s.height && r + kTogether <= last) {
+        add_blocks<NV, kTogether, Value>(panel, s, r / s.height, row, to);
+        r += kTogether;
+      } else {
+        add_blocks<NV, 1, Value>(panel, s, r / s.height, row, to);
+        r++;
+      }
+    }
+    finish_rows<NV>(sums, base, last, epilogue, dst, first, streamed);
+  }
+  if (streamed) stream_end();
+}
+
+template <int NV>
+void multiply_blocks_panel(const float* panel, const Blocks& s, int64_t begin, int64_t end, const Epilogue& epilogue,
+                           const Matrix& dst, int64_t first) {
+  if (s.scalar == Scalar::f32) return multiply_block_rows<NV, float>(panel, s, begin, end, epilogue, dst, first);
+  multiply_block_rows<NV, uint16_t>(panel, s, begin, end, epilogue, dst, first);
+}
+
+void multiply_blocks(const float* panel, int64_t vectors, const Blocks& s, int64_t begin, int64_t end,
+                     const Epilogue& epilogue, const Matrix& dst, int64_t first) {
+  switch (vectors) {
+    case 1: return multiply_blocks_panel<1>(panel, s, begin, end, epilogue, dst, first);
+    case 2: return multiply_blocks_panel<2>(panel, s, begin, end, epilogue, dst, first);
+    case 4: return multiply_blocks_panel<4>(panel, s, begin, end, epilogue, dst, first);
+    default: return multiply_blocks_panel<8>(panel, s, begin, end, epilogue, dst, first);
+  }
+}
+
 void fill(const Epilogue& epilogue, const int32_t* rows, int64_t count, const Matrix& dst) {
   for (int64_t r = 0; r < count; r += W) {
     const int64_t lanes = least(W, count - r);
@@ -475,7 +542,7 @@ void fill(const Epilogue& epilogue, const int32_t* rows, int64_t count, const Ma
 const Table& FXSPARSE_TABLE() {
   static const Table table = {W,            kMostVectors, transpose,       multiply, sample,
                               multiply_few, add_rows,     multiply_lookup, multiply_striped,
-                              fill,         add_shifted,  dot_shifted};
+                              multiply_blocks, fill,      add_shifted,     dot_shifted};
   return table;
 }
 

@@ -59,6 +59,16 @@ struct Striped {
   int64_t out;
 };
 
+// Blocks of height x width entries: block row b has the blocks start[b] .. start[b + 1], each from column
+// columns[block] * width on; the entries of a block lie column by column.
+struct Blocks {
+  const void* values;
+  Scalar scalar;
+  const int32_t* start;
+  const int32_t* columns;
+  int64_t height, width;
+};
+
 // Added to and applied to the rows of a product; bias may be null.  Row r of the product goes to column rows[r] of the
 // output (and takes its bias), or r where rows is null.  residual has the output's layout and dtype, and may be null.
 struct Epilogue {
@@ -91,6 +101,9 @@ struct Table {
   // multiply for chunks begin <= c < end.
   void (*multiply_striped)(const float* panel, int64_t vectors, const Striped&, int64_t begin, int64_t end,
                            const Epilogue&, const Matrix& dst, int64_t first);
+  // multiply for block rows begin <= b < end.
+  void (*multiply_blocks)(const float* panel, int64_t vectors, const Blocks&, int64_t begin, int64_t end,
+                          const Epilogue&, const Matrix& dst, int64_t first);
   // dst[:, rows[i]] = activation(bias + residual) for i < count.
   void (*fill)(const Epilogue&, const int32_t* rows, int64_t count, const Matrix& dst);
   // y[r - begin, t] = bias[r] + sum of values * panel[offset + t] for rows begin <= r < end and positions t < count, and

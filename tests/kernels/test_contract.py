@@ -10,7 +10,7 @@ from fxsparse.kernel import registered, tolerance
 from fxsparse.kernels import cpu
 from fxsparse.kernels.cpu.build import INSTRUCTION_SETS
 
-COMPILED = ("cpu-csr", "cpu-csr-train", "cpu-condensed", "cpu-striped")
+COMPILED = ("cpu-csr", "cpu-csr-train", "cpu-condensed", "cpu-striped", "cpu-bsr")
 COMPILED += ("cpu-csr-conv", "cpu-csr-conv-train")
 
 
@@ -38,7 +38,7 @@ def test_compiled_kernels_fulfil_the_contract(name, level, instruction_set):
 
 
 @pytest.mark.parametrize("level", INSTRUCTION_SETS)
-@pytest.mark.parametrize("name", ["cpu-csr", "cpu-condensed", "cpu-lookup", "cpu-striped"])
+@pytest.mark.parametrize("name", ["cpu-csr", "cpu-condensed", "cpu-lookup", "cpu-striped", "cpu-bsr"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_inference_kernels_add_a_residual_before_the_activation(name, level, dtype, instruction_set):
     if instruction_set(level) not in (level, "reference"):
@@ -59,7 +59,7 @@ def test_inference_kernels_add_a_residual_before_the_activation(name, level, dty
             assert (y.double() - exact).abs().max() / scale < tolerance(dtype, 55)
 
 
-@pytest.mark.parametrize("name", ["cpu-csr", "cpu-condensed", "cpu-lookup", "cpu-striped"])
+@pytest.mark.parametrize("name", ["cpu-csr", "cpu-condensed", "cpu-lookup", "cpu-striped", "cpu-bsr"])
 def test_a_residual_of_another_dtype_is_added_after_and_of_another_shape_is_refused(name):
     entry = registered()[name]
     buffers, x = list(entry.pack(torch.eye(4)).values()), torch.tensor([[1.0, -2.0, 3.0, -4.0]])

@@ -1,0 +1,52 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxsparse
+from fxsparse import Plan
+from fxsparse.formats import bsr
+from fxsparse.kernel import Problem, registered
+from fxsparse.kernels import bsr_linear, cpu
+from fxsparse.pattern import Block
+
+
+def test_only_blocks_are_taken_and_the_reason_is_said():
+    problem = Problem("linear", (64, 64), 4, 512, torch.float32, torch.device("cpu"), training=False)
+    assert "zeros do not lie in blocks" in registered()["cpu-bsr"].refuses(problem)
+
+
+def test_a_model_pruned_in_blocks_runs_on_them(monkeypatch):
+    if (reason := cpu.availability()) is not None:
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 64))
+    x = torch.randn(128, 256)
+    pruned = fxsparse.prune(model, Plan(sparsity=0.9, pattern=Block(16, 16), allocation="uniform"), x)
+    fast = fxsparse.compile(pruned, mode="infer", example_inputs=x)
+    rows = {row["name"]: row for row in fast.report.layers}
+    assert rows["0.weight"]["pattern"] == "Block(rows=16, cols=16)"
+    torch.testing.assert_close(fast(x), pruned(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_wrong_widths_and_broken_pointers_are_refused():
+    if (reason := cpu.availability()) is not None:
+        pytest.skip(reason)
+    packed = bsr.pack(torch.eye(8).repeat_interleave(4, 0).repeat_interleave(4, 1))
+    with pytest.raises(RuntimeError, match="32"):
+        bsr_linear(torch.randn(2, 31), **packed)
+    with pytest.raises(RuntimeError, match="crow"):
+        bsr_linear(torch.randn(2, 32), **packed | {"crow": packed["crow"] + 1})
+
+
+def test_two_threads_give_the_same():
+    weight = torch.randn(64, 48).view(16, 4, 12, 4) * (torch.rand(16, 1, 12, 1) < 0.3)
+    weight, x = weight.view(64, 48), torch.randn(200, 48)
+    packed = bsr.pack(weight)
+    one = bsr_linear(x, **packed)
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(bsr_linear(x, **packed), one)
+    finally:
+        torch.set_num_threads(1)
+    torch.testing.assert_close(one, F.linear(x, weight), rtol=1e-4, atol=1e-4)
