@@ -17,7 +17,8 @@ def per_element(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Iterator
             8-bit blocks).
     """
     for key, value in optimizer.state.get(parameter, {}).items():
-        if not isinstance(value, Tensor) or (value.numel() == 1 and parameter.numel() != 1):
+        # By shape: beside a weight of one entry a scalar step count has as many elements as the weight.
+        if not isinstance(value, Tensor) or (value.numel() == 1 and value.shape != parameter.shape):
             continue
         if value.shape != parameter.shape or not value.is_floating_point():
             raise UnsupportedError(

@@ -53,3 +53,20 @@ def test_state_that_is_not_per_element_is_refused_by_name():
         UnsupportedError, match=r"Adafactor keeps 'row_var' of shape \(3, 1\).*per-element state"
     ):
         list(optimizer_state.per_element(optimizer, weight))
+
+
+@pytest.mark.parametrize(
+    "optimizer_class", [torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad]
+)
+@pytest.mark.parametrize("shape", [(1,), (1, 1)])
+def test_a_step_count_beside_a_weight_of_one_entry_is_no_state_of_that_entry(optimizer_class, shape):
+    weight = torch.nn.Parameter(torch.ones(shape))
+    optimizer = optimizer_class([weight])
+    weight.grad = torch.full(shape, 2.0)
+    optimizer.step()
+    states = list(optimizer_state.per_element(optimizer, weight))
+    assert states
+    assert all(state.shape == shape for state in states)
+    optimizer_state.reset(optimizer, weight, (torch.tensor([0]),) * len(shape))
+    assert all(not state.any() for state in states)
+    assert optimizer.state[weight]["step"] == 1
