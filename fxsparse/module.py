@@ -16,7 +16,7 @@ from fxsparse.errors import CheckpointError, FxSparseError, InvariantError, Plan
 from fxsparse.graph import owner, set_parameter
 from fxsparse.pipeline import Decision, Program
 from fxsparse.plans import Plan
-from fxsparse.probe_variant import probe_variant
+from fxsparse.probe_variant import PROBES, probe_graphs
 from fxsparse.report import Report
 from fxsparse.selection import to_mask
 from fxsparse.skeleton import SHARED_DICTS, bind
@@ -260,7 +260,7 @@ class SparseModule(nn.Module):
         updates, report = emitted.updates, copy.deepcopy(emitted.report)
         if updates is not None:
             if "probe" in graphs:
-                graphs["probe"] = bind(probe_variant(graphs["train"].graph, updates.method, switch), skeleton)
+                graphs |= probe_graphs(graphs, updates.method, switch, skeleton)
             update_graph = bind(copy.deepcopy(updates.graph.graph), skeleton)
             updates = updates.copy_onto(update_graph, switch, report.topology)
         return SparseModule(
@@ -284,10 +284,10 @@ class SparseModule(nn.Module):
         return program.skeleton if program.tier == "walk" else program.graphs[self._mode()]
 
     def _mode(self) -> str:
-        if not self.training:
-            return "eval"
-        updates = self._emitted.updates
-        return "probe" if updates is not None and updates.switch.on else "train"
+        mode, updates = "train" if self.training else "eval", self._emitted.updates
+        if updates is None or not updates.switch.on or not (self.training or torch.is_grad_enabled()):
+            return mode
+        return PROBES[mode]
 
     def _training(self) -> MaskUpdates:
         if self._emitted.updates is None:

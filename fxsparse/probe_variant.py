@@ -2,20 +2,42 @@
 
 import copy
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.fx import Graph, Node
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
 
 from fxsparse import kernel
 from fxsparse.graph import CONVOLUTION, SITE_OPS, argument, given_arguments, swaps_two_axes
 from fxsparse.kernels import probe
 from fxsparse.method import Method, Probe
 from fxsparse.observed import ProbeSwitch, Watched
+from fxsparse.skeleton import bind
 
 _CHUNK = ("chunk", torch.chunk, torch.ops.aten.chunk.default)
 _TRANSPOSED_CONV = ("stride", "padding", "output_padding", "groups", "dilation")
+
+
+PROBES = {"train": "probe", "eval": "probe_eval"}
+"""{mode: the name of its probe variant among a program's graphs}."""
+
+
+def probe_graphs(
+    graphs: Mapping[str, GraphModule], method: Method, switch: ProbeSwitch, tree: nn.Module
+) -> dict[str, GraphModule]:
+    """The probe variants of the train and the eval graph, bound to `tree`; one object where these are one.
+
+    Training in eval mode (frozen norms, no dropout) has masks that move too.
+    """
+    made: dict[int, GraphModule] = {}
+    for mode in PROBES:
+        gm = graphs[mode]
+        if id(gm) not in made:
+            made[id(gm)] = bind(probe_variant(gm.graph, method, switch), tree)
+    return {name: made[id(graphs[mode])] for mode, name in PROBES.items()}
 
 
 def probe_variant(graph: Graph, method: Method, switch: ProbeSwitch) -> Graph:

@@ -4,6 +4,7 @@ An update happens around ``optimizer.step()`` and never in the forward graph, so
 checkpointing and evaluation do not count as steps.
 """
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from fxsparse import optimizer_state
-from fxsparse.errors import NumericsError, PlanError
+from fxsparse.errors import NumericsError, PlanError, UnsupportedError
 from fxsparse.graph import fetch
 from fxsparse.kernels import probe
 from fxsparse.method import Method, Probe
@@ -75,6 +76,11 @@ class MaskUpdates:
                 f"exploring(): {self.method.name} chooses its entries without gradients, so a batch can tell it "
                 "nothing; expected a method such as gse, rigl or srigl. Leave the block out."
             )
+        if self.switch.exploring:
+            raise PlanError(
+                "exploring(): expected no block within another one. What several backwards of one block, or blocks "
+                "after each other, see adds up: leave the inner one out."
+            )
         # Weights take no part in forward but their values, so their buffers need no copy.
         still = {id(tensor) for _, weight in self.weights() for tensor in _buffers(weight)}
         with undisturbed(self.graph, still):
@@ -109,12 +115,14 @@ class MaskUpdates:
 
         Raises:
             PlanError: this is no optimizer, or it does not hold every sparse weight.
+            UnsupportedError: its state cannot follow a mask (LBFGS).
         """
         if not isinstance(optimizer, Optimizer):
             raise PlanError(f"attach: expected a torch.optim.Optimizer, got {type(optimizer).__name__}.")
         if optimizer is self._optimizer:
             return
         self._check_holds_all(optimizer)
+        self._check_follows(optimizer)
         for handle in self._handles:
             handle.remove()
         self._optimizer = optimizer
@@ -125,9 +133,11 @@ class MaskUpdates:
 
     def count_step(self, optimizer: Optimizer) -> bool:
         """Whether the step just taken moved masks; a step from before `optimizer` was attached is counted here."""
+        self._check_not_exploring()
         if optimizer is not self._optimizer:
             self.attach(optimizer)
-            self._held = self._take_evidence() if self._fires() else None
+            evidence = self._take_evidence() if self._fires() else None
+            self._held = evidence if evidence is not None and self._tells(evidence) else None
             self._reset_pruned_state(optimizer)
             self._after_step(optimizer, (), {})
         return self.moved
@@ -149,10 +159,25 @@ class MaskUpdates:
     def _fires(self) -> bool:
         return self.schedule.fires(self._update)
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """Where the backward is still to come, in a closure, the arguments with one that goes on with the update."""
+        self._check_not_exploring()
         if _is_skipped(optimizer) or not self._fires():
-            return
+            return None
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._before_update(optimizer)
+            return None
+        closure = _Once(closure, lambda: self._before_update(optimizer), type(optimizer).__name__)
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": closure}
+        return (args[0], closure, *args[2:]), kwargs
+
+    def _before_update(self, optimizer: Optimizer) -> None:
+        """Gradients are there and the optimizer has not used them yet."""
         evidence = self._take_evidence()
+        if not self._tells(evidence):
+            return
         if self._explored is not None or not self.schedule.skip_step:
             self._held = evidence
             return
@@ -160,6 +185,27 @@ class MaskUpdates:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
+
+    def _tells(self, evidence: Evidence) -> bool:
+        """Whether an update can go by it; without, masks stay and no step of the optimizer may be given up."""
+        if not self.needs_probe or evidence.gradients or evidence.observed:
+            return True
+        if any(_trained(weight).requires_grad for _, weight in self.weights()):
+            warnings.warn(
+                f"the mask update at step {self._update} is left out, and the optimizer takes its step: expected a "
+                "forward and a backward through sparse weights since the step before, got none. Call the module and "
+                "its backward between two steps (a forward from before the last one tells nothing), and zero_grad() "
+                "after the step.",
+                stacklevel=5,
+            )
+        return False
+
+    def _check_not_exploring(self) -> None:
+        if self.switch.exploring:
+            raise PlanError(
+                "optimizer.step() within exploring(): expected forwards and backwards alone, as the block changes "
+                "nothing but the next mask update. Step after the block; several blocks add up."
+            )
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if _is_skipped(optimizer):
@@ -232,6 +278,37 @@ class MaskUpdates:
                     "optimizer made from sparse.parameters(). Make it after fxsparse.compile, or pass "
                     "compile(..., optimizer=optimizer)."
                 )
+
+    def _check_follows(self, optimizer: Optimizer) -> None:
+        moves = self.method.rule is not None and self.method.reparam.exact_zeros
+        if moves and isinstance(optimizer, LBFGS):
+            raise UnsupportedError(
+                "attach: LBFGS keeps a history of all parameters as one vector, which cannot follow the masks that "
+                f"{self.method.name} moves; expected state for each element, as of SGD or AdamW. Use one of them, or "
+                "static(), whose masks stay."
+            )
+
+
+@dataclass
+class _Once:
+    """A closure of ``optimizer.step`` on the step of an update, and what is to follow its backward."""
+
+    closure: Callable[[], Any]
+    then: Callable[[], None]
+    optimizer: str
+    called: bool = False
+
+    def __call__(self) -> Any:
+        if self.called:
+            raise UnsupportedError(
+                f"{self.optimizer} calls the closure of step() more than once, and masks move after the first call: "
+                "expected an optimizer that needs one gradient for a step. Use one such as SGD or AdamW, or a method "
+                "whose masks stay (static)."
+            )
+        self.called = True
+        loss = self.closure()
+        self.then()
+        return loss
 
 
 @dataclass

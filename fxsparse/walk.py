@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fxsparse.graph import owner
@@ -27,7 +28,7 @@ class WalkSite:
     """Where a probe step's backward leaves what it sees; None where the rule reads the gradient only."""
 
     def __call__(self, module: Any, x: Tensor) -> Tensor:
-        armed = self.switch.on and module.training
+        armed = self.switch.on and torch.is_grad_enabled()
         weight = self.reparam.effective(module.weight, module.weight_mask, armed)
         y = self.call(x, weight.t() if self.transposed else weight, module.bias, **self.arguments)
         return probe.watch(y, x, self.watched.key) if armed and self.watched is not None else y

@@ -1,4 +1,4 @@
-"""Build the update graph, with mask-update nodes for every weight, and the probe variant of the training graph."""
+"""Build the update graph, with mask-update nodes for every weight, and the probe variants of the graphs that run."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,7 +10,7 @@ from fxsparse.knapsack import KeepLargest
 from fxsparse.method import Probe
 from fxsparse.passes.insert_soft_masks import NUMBERS
 from fxsparse.pipeline import PassContext
-from fxsparse.probe_variant import probe_variant
+from fxsparse.probe_variant import probe_graphs
 from fxsparse.skeleton import bind
 from fxsparse.soft_masks import SoftMask
 from fxsparse.soft_updates import keep_largest
@@ -19,7 +19,7 @@ from fxsparse.update_mask import choose_together, move_mask, propose, update_mas
 
 @dataclass(frozen=True)
 class InsertMaskUpdates:
-    """Emit ``program.graphs["update"]`` and, where the rule needs gradients, ``["probe"]``.
+    """Emit ``program.graphs["update"]`` and, where the rule needs gradients, ``["probe"]`` and ``["probe_eval"]``.
 
     The step count and the seed become the buffers ``fxsparse_step`` and ``fxsparse_rng``.  The nodes live outside the
     forward graph: a mutating node in it runs twice under activation checkpointing.
@@ -40,7 +40,7 @@ class InsertMaskUpdates:
         graphs["update"] = bind(_update_graph(ctx, list(moving)), ctx.program.skeleton)
         if method.rule is not None and method.rule.probe is not Probe.NONE:
             switch = ctx.program.switch
-            graphs["probe"] = bind(probe_variant(gm.graph, method, switch), ctx.program.skeleton)
+            graphs |= probe_graphs(graphs, method, switch, ctx.program.skeleton)
             if method.rule.probe is Probe.GUIDED:
                 ctx.notes += [_unguided(name) for name in moving if not switch.keys(name)]
         return len(moving)
