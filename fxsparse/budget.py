@@ -1,4 +1,4 @@
-"""What a plan may spend instead of a sparsity: FLOPs, bytes, time, or any linear cost."""
+"""What a plan may spend instead of a sparsity: parameters, FLOPs, bytes, time, or any linear cost."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Any
 
 from fxsparse.errors import PlanError
 
-KINDS = ("flops", "bytes", "latency", "total")
+KINDS = ("parameters", "flops", "bytes", "latency", "total")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +15,8 @@ class Budget:
     """A share, above 0 and up to 1, of what the dense model costs; exactly one kind.
 
     Args:
+        parameters: of the entries of all parameters, those of biases, norms and embeddings too, which stay (Spartan's
+            overall sparsity, arXiv:2205.14107).
         flops: of the multiplications and additions of one forward (the convention "mac2"), tokens and pixels counted,
             those of attention and of weights that stay dense too.
         bytes: of all parameters, where a sparse weight is stored as CSR.
@@ -27,6 +29,7 @@ class Budget:
         PlanError: no kind or more than one, a share out of range, or a cost that is not above 0.
     """
 
+    parameters: float | None = None
     flops: float | None = None
     bytes: float | None = None
     latency: float | None = None

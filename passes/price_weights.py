@@ -38,9 +38,16 @@ class PriceWeights:
                 f"Budget({budget.kind}=): expected example inputs, whose shapes decide what a weight costs, got none: "
                 "pass example_inputs=, or give a budget of bytes, or of a total with costs."
             )
-        made = {"flops": _flops, "bytes": _bytes, "latency": latency_prices, "total": _total}[budget.kind]
+        made = _PRICES[budget.kind]
         ctx.prices = made(gm, ctx, budget)
         return 0
+
+
+def _parameters(gm: GraphModule, ctx: PassContext, budget: Budget) -> Prices:
+    prices = {name: Price(((0, 0.0), (spec.numel, float(spec.numel)))) for name, spec in ctx.weights.items()}
+    whole = sum(parameter.numel() for parameter in ctx.program.skeleton.parameters())
+    selected = sum(spec.numel for spec in ctx.weights.values())
+    return Prices(prices, "parameters", whole, whole - selected, budget.share)
 
 
 def _flops(gm: GraphModule, ctx: PassContext, budget: Budget) -> Prices:
@@ -79,3 +86,12 @@ def _total(gm: GraphModule, ctx: PassContext, budget: Budget) -> Prices:
     return Prices(
         prices, "units of cost", sum(each[n] * s.numel for n, s in ctx.weights.items()), 0.0, budget.share
     )
+
+
+_PRICES = {
+    "parameters": _parameters,
+    "flops": _flops,
+    "bytes": _bytes,
+    "latency": latency_prices,
+    "total": _total,
+}

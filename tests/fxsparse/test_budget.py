@@ -32,6 +32,17 @@ def test_flops_are_what_was_asked_for(allocation, share):
     assert share - 1e-3 < count.total / count.dense <= share
 
 
+@pytest.mark.parametrize(
+    ("overall", "masked"), [(0.2, 0.1983), (0.1, 0.09809), (0.05, 0.04798), (0.025, 0.02293), (0.01, 0.0079)]
+)
+def test_all_parameters_of_a_resnet_50_count_in_its_overall_sparsity(overall, masked):
+    with torch.device("meta"):
+        model = torchvision.models.resnet50()
+    counts = fxsparse.allocate(model, Plan(budget=Budget(parameters=overall), allocation="uniform"))
+    assert sum(counts.values()) / 25_502_912 == pytest.approx(masked, abs=5e-5)
+    assert sum(counts.values()) + 25_557_032 - 25_502_912 == pytest.approx(overall * 25_557_032, rel=1e-4)
+
+
 @pytest.mark.parametrize("allocation", ["uniform", "erk", "global_magnitude"])
 def test_bytes_are_those_of_csr_beside_what_stays_dense(allocation):
     model = mlp()
@@ -115,7 +126,7 @@ def test_plans_with_budgets_come_back_from_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda: Budget(), "exactly one of flops, bytes, latency, total, got none"),
+        (lambda: Budget(), "exactly one of parameters, flops, bytes, latency, total, got none"),
         (lambda: Budget(flops=0.5, bytes=0.5), "got flops, bytes"),
         (lambda: Budget(flops=0), r"share of dense in \(0, 1\], got 0"),
         (lambda: Budget(flops=1.5), "got 1.5"),
