@@ -63,9 +63,14 @@ class SelectKernels:
                 measured[name] = found
         inputs = site_inputs(gm, ctx, [site.node for found in measured.values() for site in found])
         for name, found in measured.items():
-            problems = [_problem(gm, site, ctx.decisions[name], inputs[site.node]) for site in found]
+            decision = ctx.decisions[name]
+            blocked = isinstance(decision.pattern, Block)
+            problems = [
+                site_problem(site, matrix_of(gm, site), inputs[site.node], decision.nnz, blocked)
+                for site in found
+            ]
             choices = [
-                _choose(gm, site, problem, inputs[site.node])
+                choose_at(gm, site, problem, matrix_of(gm, site), inputs[site.node])
                 for site, problem in zip(found, problems, strict=True)
             ]
             _decide(ctx.decisions[name], choices)
@@ -174,30 +179,31 @@ def _is_transpose(user: Node, node: Node) -> bool:
     return user.args == (node,) and user.target in (torch.t, "t", torch.ops.aten.t.default)
 
 
-def _problem(gm: GraphModule, site: Site, decision: Decision, x: Tensor) -> Problem:
-    weight = _matrix(gm, site)
+def site_problem(site: Site, weight: Tensor, x: Tensor, nnz: int, is_blocked: bool = False) -> Problem:
+    """What a kernel has to do at a call site, for a `weight` [out, in, ...] with so many entries."""
     return Problem(
         "linear" if site.op == "linear" else "conv2d",
         tuple(weight.shape),
         outputs_of_a_row(site, x, weight.shape),
-        decision.nnz,
+        nnz,
         weight.dtype,
         weight.device,
         training=False,
         fan_in=condensed.fan_in(weight.flatten(1) != 0),
         arguments=tuple(site_arguments(site, weight.shape).items()),
-        is_blocked=isinstance(decision.pattern, Block),
+        is_blocked=is_blocked,
     )
 
 
-def _choose(gm: GraphModule, site: Site, problem: Problem, x: Tensor) -> Choice:
+def choose_at(gm: GraphModule, site: Site, problem: Problem, weight: Tensor, x: Tensor) -> Choice:
+    """Measure the kernels with the bias and the activation of the call site."""
     bias, following = argument(site.node, 2, "bias"), activation_after(gm, site.node)
     bias = fetch(gm, str(bias.target)).detach() if isinstance(bias, Node) and bias.op == "get_attr" else None
     activation = "none" if isinstance(following, str) else following[0]
-    return kernel.choose(problem, x, _matrix(gm, site), bias, activation, advantage=ADVANTAGE)
+    return kernel.choose(problem, x, weight, bias, activation, advantage=ADVANTAGE)
 
 
-def _matrix(gm: GraphModule, site: Site) -> Tensor:
+def matrix_of(gm: GraphModule, site: Site) -> Tensor:
     """The weight as the op reads it, [out, in]."""
     weight = fetch(gm, str(site.weight.target)).detach()
     return weight.t().contiguous() if site.transposed else weight

@@ -1,5 +1,6 @@
 """The price of a weight in microseconds: its fastest kernels at several densities, measured here."""
 
+import copy
 import math
 import time
 
@@ -7,68 +8,83 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxsparse import kernel
+from fxsparse import kernel, passes
 from fxsparse.budget import Budget
-from fxsparse.formats import condensed
-from fxsparse.graph import argument, fetch, sites
-from fxsparse.kernel import Problem
-from fxsparse.passes.select_kernels import OPS, outputs_of_a_row, site_arguments, site_inputs
-from fxsparse.pipeline import PassContext
+from fxsparse.graph import Site, sites
+from fxsparse.passes.select_kernels import (
+    OPS,
+    SelectKernels,
+    choose_at,
+    matrix_of,
+    site_inputs,
+    site_problem,
+)
+from fxsparse.pattern import Block, Pattern
+from fxsparse.pipeline import PassContext, Program, run_passes
 from fxsparse.prices import Price, Prices
+from fxsparse.report import Report
 from fxsparse.selection import random_positions, to_mask
-from fxsparse.skeleton import bind
+from fxsparse.skeleton import bind, copy_structure
 from fxsparse.verify import copied_inputs, frozen_state
 
-DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5)
+DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
 """Where kernels are measured; above the last, and wherever it is faster, dense counts."""
 
 
 def latency_prices(gm: GraphModule, ctx: PassContext, budget: Budget) -> Prices:
-    """Measure all selected weights and the dense model; both on the evaluation graph's example inputs."""
-    graph = ctx.program.graphs["eval"]
+    """Measure all selected weights, the dense model, and what inference makes of it where no weight is sparse."""
+    folded = _all_dense(ctx)
+    graph = folded.program.graphs["eval"]
     found = {name: [s for s in sites(graph, name) if s.op in OPS and not s.sliced] for name in ctx.weights}
-    inputs = site_inputs(graph, ctx, [site.node for calls in found.values() for site in calls])
-    prices = {}
-    for name, spec in ctx.weights.items():
-        points: dict[int, float] = {}
-        for density in DENSITIES if found[name] else ():
-            nnz = max(1, round(density * spec.numel))
-            times = [_times(graph, site, inputs[site.node], nnz) for site in found[name]]
-            dense = sum(_best(each, "dense") for each in times)
-            points[nnz] = min(dense, sum(_best(each) for each in times))
-            points[spec.numel] = dense
-        prices[name] = Price(tuple(sorted(_monotone(points).items())) or ((0, 0.0),))
-    whole = _model_us(ctx)
-    return Prices(prices, "us", whole, whole - sum(p.points[-1][1] for p in prices.values()), budget.share)
+    inputs = site_inputs(graph, folded, [site.node for calls in found.values() for site in calls])
+    assert ctx.plan is not None
+    prices = {
+        name: _price(graph, calls, inputs, spec.numel, ctx.plan.pattern)
+        for (name, calls), spec in zip(found.items(), ctx.weights.values(), strict=True)
+    }
+    dense = sum(price.points[-1][1] for price in prices.values())
+    whole, rest = _model_us(ctx), _model_us(folded) - dense
+    return Prices(prices, "us", whole, max(0.0, rest), budget.share)
 
 
-def _times(graph: GraphModule, site, x: Tensor, nnz: int) -> dict[str, float]:
-    """Microseconds of all kernels at one call site for a weight with so many random entries."""
-    weight = fetch(graph, str(site.weight.target)).detach()
-    weight = weight.t().contiguous() if site.transposed else weight
-    positions = random_positions(
-        min(nnz, weight.numel() // 2), weight.numel(), torch.Generator().manual_seed(0)
-    )
-    pruned = torch.where(to_mask(positions, weight.shape), weight, 0)
-    pruned[to_mask(positions, weight.shape) & (pruned == 0)] = 1e-3  # a weight may be 0 where it is kept
-    bias = argument(site.node, 2, "bias")
-    bias = (
-        fetch(graph, str(bias.target)).detach()
-        if isinstance(bias, torch.fx.Node) and bias.op == "get_attr"
-        else None
-    )
-    problem = Problem(
-        "linear" if site.op == "linear" else "conv2d",
-        tuple(weight.shape),
-        outputs_of_a_row(site, x, weight.shape),
-        len(positions),
-        weight.dtype,
-        weight.device,
-        training=False,
-        fan_in=condensed.fan_in(pruned.flatten(1) != 0),
-        arguments=tuple(site_arguments(site, weight.shape).items()),
-    )
-    return dict(kernel.choose(problem, x, pruned, bias).times_us)
+def _all_dense(ctx: PassContext) -> PassContext:
+    """The evaluation graph as inference compiles it, with every weight dense."""
+    skeleton = copy_structure(ctx.program.skeleton).eval()
+    graph = bind(copy.deepcopy(ctx.program.graphs["eval"].graph), skeleton)
+    program = Program(ctx.program.tier, skeleton, {"eval": graph}, [], dict(ctx.program.hidden))
+    folded = PassContext(None, "infer", program, Report(), ctx.example_inputs)
+    dense = SelectKernels(keep_dense=dict.fromkeys(ctx.weights, "priced"))
+    run_passes([dense if isinstance(p, SelectKernels) else p for p in passes.inference_pipeline], folded)
+    return folded
+
+
+def _price(
+    graph: GraphModule, calls: list[Site], inputs: dict[torch.fx.Node, Tensor], numel: int, pattern: Pattern
+) -> Price:
+    """Of a weight over all its call sites; nothing where no op that has sparse kernels reads it as a whole."""
+    points: dict[int, float] = {}
+    for density in DENSITIES if calls else ():
+        nnz = max(1, round(density * numel))
+        times = [_times(graph, site, inputs[site.node], nnz, pattern) for site in calls]
+        dense = sum(_best(each, "dense") for each in times)
+        points[nnz], points[numel] = min(dense, sum(_best(each) for each in times)), dense
+    return Price(tuple(sorted(_monotone(points).items())) or ((0, 0.0),))
+
+
+def _times(graph: GraphModule, site: Site, x: Tensor, nnz: int, pattern: Pattern) -> dict[str, float]:
+    """Microseconds of all kernels at one call site, for a weight with about so many entries in random places."""
+    weight = matrix_of(graph, site)
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(pattern, Block):
+        mask = pattern.project(torch.rand(weight.shape, generator=generator), nnz)
+    else:
+        positions = random_positions(min(nnz, weight.numel() // 2), weight.numel(), generator)
+        mask = to_mask(positions, weight.shape)
+    pruned = torch.where(
+        mask, torch.where(weight == 0, 1e-3, weight), 0
+    )  # a weight may be 0 where it is kept
+    problem = site_problem(site, pruned, x, int(mask.sum()), isinstance(pattern, Block))
+    return dict(choose_at(graph, site, problem, pruned, x).times_us)
 
 
 def _best(times: dict[str, float], form: str | None = None) -> float:
@@ -79,7 +95,7 @@ def _best(times: dict[str, float], form: str | None = None) -> float:
 
 
 def _monotone(points: dict[int, float]) -> dict[int, float]:
-    """No count costs less than a smaller one does: what it measured above a larger one was noise."""
+    """No count costs more than a larger one: what it measured above that was noise."""
     least, result = math.inf, {}
     for nnz in sorted(points, reverse=True):
         least = min(least, points[nnz])
@@ -88,7 +104,7 @@ def _monotone(points: dict[int, float]) -> dict[int, float]:
 
 
 def _model_us(ctx: PassContext) -> float:
-    """The dense evaluation graph: the lower quartile of its forwards, within about two seconds."""
+    """The evaluation graph: the lower quartile of its forwards, within about two seconds."""
     args, kwargs = copied_inputs(ctx.example_inputs)
     graph, taken = bind(ctx.program.graphs["eval"].graph, ctx.program.skeleton), []
     with frozen_state(ctx.program.skeleton, training=False), torch.no_grad():
