@@ -19,11 +19,10 @@ from fxsparse.passes.select_kernels import (
     site_inputs,
     site_problem,
 )
-from fxsparse.pattern import Block, Pattern
+from fxsparse.pattern import Block, Pattern, Unstructured
 from fxsparse.pipeline import PassContext, Program, run_passes
 from fxsparse.prices import Price, Prices
 from fxsparse.report import Report
-from fxsparse.selection import random_positions, to_mask
 from fxsparse.skeleton import bind, copy_structure
 from fxsparse.verify import copied_inputs, frozen_state
 
@@ -74,15 +73,11 @@ def _price(
 def _times(graph: GraphModule, site: Site, x: Tensor, nnz: int, pattern: Pattern) -> dict[str, float]:
     """Microseconds of all kernels at one call site, for a weight with about so many entries in random places."""
     weight = matrix_of(graph, site)
-    generator = torch.Generator().manual_seed(0)
-    if isinstance(pattern, Block):
-        mask = pattern.project(torch.rand(weight.shape, generator=generator), nnz)
-    else:
-        positions = random_positions(min(nnz, weight.numel() // 2), weight.numel(), generator)
-        mask = to_mask(positions, weight.shape)
-    pruned = torch.where(
-        mask, torch.where(weight == 0, 1e-3, weight), 0
-    )  # a weight may be 0 where it is kept
+    score = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0))
+    blocks = pattern if isinstance(pattern, Block) else Unstructured()
+    mask = blocks.project(score.to(weight.device), nnz)
+    kept = torch.where(weight == 0, 1e-3, weight)  # a weight may be 0 where its entry stays
+    pruned = torch.where(mask, kept, 0)
     problem = site_problem(site, pruned, x, int(mask.sum()), isinstance(pattern, Block))
     return dict(choose_at(graph, site, problem, pruned, x).times_us)
 
