@@ -57,7 +57,8 @@ class Plan:
         pattern: the constraint on each mask; the method's own where it has one, else unstructured.
         method: what trains the masks.
         storage: "masked" keeps dense weights beside a mask, "compact" stores nonzeros only, "auto" takes what was
-            measured faster at the example inputs.
+            measured faster at the example inputs.  A weight that cannot be compact is masked, with a note in the
+            report; on meta that is a PlanError where such weights together are large (8 GiB).
         exclude: globs of weights that stay dense and out of the budget.
         overrides: first match wins.
         keep_dense_counts: weights kept dense count in the budget, the others get sparser (SRigL's uniform); otherwise

@@ -121,7 +121,7 @@ class Report:
         """(title, headers, cells as text) of every table that has a row, in reading order."""
         shown = [c for c in LAYERS if c not in OPTIONAL or any(row.get(c) is not None for row in self.layers)]
         tables = [
-            ("Front ends", ["note"], [[note] for note in self.notes]),
+            ("Notes", ["note"], [[note] for note in self.notes]),
             _table("Passes", PASSES, self.passes),
             _table("Layers", shown, self.layers),
             _table("Untouched", ("name", "reason"), self.untouched),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxsparse import kernel
+from fxsparse import kernel, module
 from fxsparse.errors import PlanError, UnsupportedError
 from fxsparse.graph import (
     CONVOLUTION,
@@ -24,6 +24,10 @@ from fxsparse.method import Method
 from fxsparse.pipeline import Decision, PassContext, WeightSpec
 from fxsparse.scores import random
 
+_FALLBACK = "WARNING: the plan asks for compact storage, and these weights are dense under a mask"
+_LISTED = 20
+"""Weights that a message names."""
+
 
 @dataclass(frozen=True)
 class ChooseStorage:
@@ -33,6 +37,7 @@ class ChooseStorage:
     than dense at the example shapes; else "masked".
 
     Raises:
+        PlanError: weights of a model on meta that would be created dense, above ``module.MAX_DENSE_BYTES`` together.
         UnsupportedError: in strict mode, if the plan asks for compact storage that a weight cannot have.
     """
 
@@ -42,10 +47,45 @@ class ChooseStorage:
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         assert ctx.plan is not None
-        for name, decision in ctx.decisions.items():
-            if not decision.kernel:
-                _decide(gm, name, decision, ctx)
+        fresh = [name for name, decision in ctx.decisions.items() if not decision.kernel]
+        for name in fresh:
+            _decide(gm, name, ctx.decisions[name], ctx)
+        dense = [name for name, decision in ctx.decisions.items() if decision.storage == "masked"]
+        if ctx.plan.storage != "masked":
+            _check_created(ctx, [name for name in dense if name in fresh and fetch(gm, name).is_meta])
+        if (
+            ctx.plan.storage == "compact"
+            and dense
+            and not any(n.startswith(_FALLBACK) for n in ctx.program.notes)
+        ):
+            ctx.program.notes.append(f"{_FALLBACK}: {_listed(ctx, dense)}")
         return 0
+
+
+def _check_created(ctx: PassContext, dense: list[str]) -> None:
+    """A model on meta may be far larger than memory, so its dense weights must not come unasked."""
+    needed = sum(_dense_bytes(ctx, name) for name in dense)
+    if needed > module.MAX_DENSE_BYTES:
+        raise PlanError(
+            f"this model is on meta and expected to be created compact, but {len(dense)} of its weights would be dense "
+            f"under a mask, {needed:,} bytes, more than {module.MAX_DENSE_BYTES:,}: {_listed(ctx, dense)}. Remove the "
+            "reasons, create these modules on a real device, or ask for it with storage='masked'."
+        )
+
+
+def _listed(ctx: PassContext, names: list[str]) -> str:
+    """Weights with shape, dense size and reason, the largest first."""
+    order = sorted(names, key=lambda name: -_dense_bytes(ctx, name))
+    rows = [
+        f"{name} {list(ctx.weights[name].shape)}, {_dense_bytes(ctx, name):,} bytes ({ctx.decisions[name].reason})"
+        for name in order[:_LISTED]
+    ]
+    more = [f"and {len(order) - _LISTED} more"] if len(order) > _LISTED else []
+    return "; ".join(rows + more)
+
+
+def _dense_bytes(ctx: PassContext, name: str) -> int:
+    return ctx.weights[name].numel * ctx.weights[name].dtype.itemsize
 
 
 def _decide(gm: GraphModule, name: str, decision: Decision, ctx: PassContext) -> None:

@@ -19,7 +19,7 @@ from fxsparse.methods import rigl
 from fxsparse.timing import interleaved_medians
 
 SPARSITY = 0.9
-PRINTED = ("Front ends", "Passes", "Layers")
+PRINTED = ("Notes", "Passes", "Layers")
 ROUNDS = {1: 101, 64: 31}
 """Timed runs of each model, by batch size."""
 

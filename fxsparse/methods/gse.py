@@ -37,7 +37,7 @@ def gse(
         sampling: "uniform" (the paper's choice), "grabo" (by inputs' and output gradients' magnitude) or "graest" (by
             an unbiased estimate of the gradient).  A layer that saw only zeros is sampled uniformly.
         scope: "layer" keeps every layer's count.  "global", the default of the authors' code, ranks all weights
-            together; counts then drift, so it needs masked storage.
+            together; counts then drift, so every weight is dense under a mask.
         weight_init: "unit_variance" draws the selected weights anew, U(-1, 1) * sqrt(3 / fan-in) as in the authors'
             code; "keep" leaves them as they come.
 

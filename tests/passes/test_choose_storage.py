@@ -1,11 +1,15 @@
 """Which weights are stored compact, and the reason at every one that is not."""
 
+import pickle
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from fxsparse import Plan, compile
-from fxsparse.methods import gmp, rigl, sr_ste
+from fxsparse import Plan, compile, module
+from fxsparse.errors import PlanError
+from fxsparse.methods import gmp, gse, rigl, sr_ste
 from fxsparse.pattern import NM, Block
 from fxsparse.reparam import HardMask
 
@@ -86,3 +90,63 @@ def test_a_method_with_a_changing_count_is_masked():
         "changes its count of nonzeros"
         in storages(Plan(sparsity=0.5, storage="compact", method=method), nn.Linear(8, 8))["weight"][1]
     )
+
+
+def on_meta(build):
+    with torch.device("meta"):
+        return build()
+
+
+COMPACT = Plan(sparsity=0.9, allocation="uniform", storage="compact", method=gse(scope="global"))
+DRIFT = "no compact storage: gse ranks all weights together, so that their counts drift"
+
+
+def test_a_weight_that_stays_dense_is_a_warning_among_the_notes():
+    sparse = compile(nn.Linear(16, 32), COMPACT)
+    warning = (
+        "WARNING: the plan asks for compact storage, and these weights are dense under a mask: weight [32, 16], 2,048 "
+        f"bytes ({DRIFT})"
+    )
+    assert warning in sparse.report.notes
+    assert warning in str(sparse.report)
+    assert pickle.loads(pickle.dumps(sparse)).report.notes.count(warning) == 1
+    for plan in (replace(COMPACT, storage="auto"), replace(COMPACT, method=gse())):
+        assert not any("WARNING" in note for note in compile(nn.Linear(16, 32), plan).report.notes)
+
+
+@pytest.mark.parametrize("storage", ["compact", "auto"])
+def test_a_model_on_meta_is_not_created_dense_unasked(storage):
+    model = on_meta(lambda: nn.Sequential(nn.Linear(50_000, 50_000), nn.Linear(50_000, 8)))
+    with pytest.raises(PlanError, match=r"2 of its weights would be dense.*10,001,600,000 bytes") as error:
+        compile(model, replace(COMPACT, storage=storage))
+    assert f"0.weight [50000, 50000], 10,000,000,000 bytes ({DRIFT}); 1.weight [8, 50000]" in str(error.value)
+
+
+def test_the_limit_holds_for_what_is_on_meta_together(monkeypatch):
+    build = lambda: nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16))  # noqa: E731
+    monkeypatch.setattr(module, "MAX_DENSE_BYTES", 2 * 2048)
+    assert any("WARNING" in note for note in compile(on_meta(build), COMPACT).report.notes)
+    monkeypatch.setattr(module, "MAX_DENSE_BYTES", 2 * 2048 - 1)
+    with pytest.raises(PlanError, match=r"4,096 bytes, more than 4,095"):
+        compile(on_meta(build), COMPACT)
+    compile(build(), COMPACT)
+    compile(on_meta(build), replace(COMPACT, storage="masked"))
+
+
+class Opaque(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(25))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x) if float(x.sum()) < 1e9 else x
+        return x
+
+
+def test_many_weights_are_counted_and_the_module_walk_is_a_reason():
+    [warning] = [
+        note for note in compile(Opaque(), replace(COMPACT, method=gse())).report.notes if "WARNING" in note
+    ]
+    assert warning.endswith("; and 5 more")
+    assert "the module walk does not see who else reads it" in warning
