@@ -1,8 +1,10 @@
 """The checkpoint file: safetensors and a JSON header, checked by a hash, never pickled, written whole or not at all."""
 
+import glob
 import hashlib
 import json
 import os
+import shutil
 import socket
 from collections.abc import Mapping
 from contextlib import suppress
@@ -24,24 +26,31 @@ _HEADER, _HASH = "fxsparse", "fxsparse_hash"
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Write a file that appears at `path` whole or not at all, whenever the process is killed.
 
-    `header`: plain JSON values.  Tensors that are the same memory are written once.
+    `header`: plain JSON values.  Tensors that are the same memory are written once.  The file has the mode that the
+    umask gives, and the target of a link is written, not the link.  What a killed process leaves, the next write of
+    the same path on the same machine removes.
 
     Raises:
         CheckpointError: the folder cannot be written, or a dtype that safetensors does not have.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     unique, aliases = _without_repeats(tensors)
     text = json.dumps({"format": FORMAT, **header, "aliases": aliases})
     partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
     try:
         _remove_leftovers(path)
-        save_file(unique, partial, {_HEADER: text, _HASH: _hash(text, unique)})
-        with open(partial, "rb") as whole:
-            os.fsync(whole.fileno())
-        os.replace(partial, path)
+        # A folder of its own: safetensors writes to a name that nobody could tell from other files, of mode 0600.
+        partial.mkdir()
+        whole = partial / "whole"
+        save_file(unique, whole, {_HEADER: text, _HASH: _hash(text, unique)})
+        whole.chmod(partial.stat().st_mode & 0o666)
+        with open(whole, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(whole, path)
+        partial.rmdir()
         _sync_folder(path.parent)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        partial.unlink(missing_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
             f"{path}: expected a file in a folder that exists and may be written, with room for it; got "
             f"{type(error).__name__}: {error}"
@@ -124,13 +133,16 @@ def _hash(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 def _remove_leftovers(path: Path) -> None:
     """Drop what killed processes of this machine left of earlier writes to the same path."""
-    for left in path.parent.glob(f".{path.name}.{socket.gethostname()}.*.partial"):
+    for left in path.parent.glob(glob.escape(f".{path.name}.{socket.gethostname()}.") + "*.partial"):
         pid = left.name.split(".")[-2]
         if pid.isdecimal() and not _is_running(int(pid)):
-            left.unlink(missing_ok=True)
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _is_running(pid: int) -> bool:
+    """Whether another process of this number runs; containers that start again number their processes alike."""
+    if pid == os.getpid():
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -109,14 +109,57 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(path):
     assert sorted(entry.name for entry in path.parent.iterdir()) == ["file", "folder"]
 
 
-def test_the_leftovers_of_a_killed_write_go_with_the_next(path):
-    gone = subprocess.run(
-        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True
-    )
-    host, dead, alive = checkpoint.socket.gethostname(), int(gone.stdout), os.getppid()
-    left, busy = (path.with_name(f".file.{host}.{pid}.partial") for pid in (dead, alive))
-    left.write_text("half")
-    busy.write_text("of a process that runs")
+KILLED = """
+import os, sys, threading, time
+import torch
+from fxsparse import checkpoint
+
+threading.Thread(target=checkpoint.write, args=(sys.argv[1], {"a": torch.ones(20_000_000)}, {}), daemon=True).start()
+folder = os.path.dirname(sys.argv[1])
+while not any(size for d, _, names in os.walk(folder) for size in [os.path.getsize(os.path.join(d, n)) for n in names
+              if n != "[file]"]):
+    time.sleep(0.001)
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_what_a_killed_write_leaves_goes_with_the_next(tmp_path):
+    path = tmp_path / "[file]"
     checkpoint.write(path, TENSORS, {})
-    assert not left.exists()
+    killed = subprocess.run([sys.executable, "-c", KILLED, path], check=False)
+    assert killed.returncode == -9
+    assert len(list(tmp_path.iterdir())) == 2
+    assert checkpoint.read(path)[0]["step"] == 7
+    checkpoint.write(path, TENSORS, {})
+    assert [entry.name for entry in tmp_path.iterdir()] == ["[file]"]
+
+
+def test_a_write_leaves_those_that_run_alone_and_clears_its_own(path):
+    host = checkpoint.socket.gethostname()
+    own, busy = (path.with_name(f".file.{host}.{pid}.partial") for pid in (os.getpid(), os.getppid()))
+    for folder in (own, busy):
+        folder.mkdir()
+        (folder / "whole").write_text("half")
+    checkpoint.write(path, TENSORS, {})
+    assert not own.exists()
     assert busy.exists()
+
+
+def test_a_file_has_the_mode_of_the_umask(tmp_path):
+    for mask, mode in ((0o022, 0o644), (0o027, 0o640), (0o002, 0o664)):
+        before = os.umask(mask)
+        try:
+            checkpoint.write(tmp_path / "file", TENSORS, {})
+        finally:
+            os.umask(before)
+        assert (tmp_path / "file").stat().st_mode & 0o777 == mode
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "latest").symlink_to(tmp_path / "runs" / "file")
+    for step in (torch.tensor(1), torch.tensor(2)):
+        checkpoint.write(tmp_path / "latest", {"step": step}, {})
+        assert (tmp_path / "latest").is_symlink()
+        assert checkpoint.read(tmp_path / "runs" / "file")[0]["step"] == step
+    assert [entry.name for entry in (tmp_path / "runs").iterdir()] == ["file"]
