@@ -21,6 +21,8 @@ from fxsparse.verify import RUN_FAILURES
 
 AT_CREATION = -2
 """The step number that seeds initial values; -1 seeds initial masks."""
+_NAMED = 5
+"""Further tensors that a message names."""
 _RESETS = ("reset_parameters", "_reset_parameters")
 
 
@@ -74,14 +76,13 @@ def create_tensors(
     writes = _Writes(draws)
     for path, module in reversed(list(root.named_modules())):
         _reset(root, path, module, seed, kept, writes)
+    unknown = {}
     for name, tensor in (*root.named_parameters(), *root.named_buffers()):
-        draw = draws.get(_storage(tensor), Draw(0))
-        if (
-            tensor.numel()
-            and id(tensor) not in kept
-            and (_storage(tensor) not in writes.seen or draw.refusal)
-        ):
-            raise PlanError(_not_initialised(root, name, draw.refusal))
+        refusal = draws.get(_storage(tensor), Draw(0)).refusal
+        if tensor.numel() and id(tensor) not in kept and (_storage(tensor) not in writes.seen or refusal):
+            unknown[name] = refusal
+    if unknown:
+        raise PlanError(_not_initialised(root, unknown))
     return {name: draws[_storage(weight)] for name, weight in weights.items()}
 
 
@@ -176,7 +177,8 @@ def _reset(
     except RUN_FAILURES as error:
         raise PlanError(
             f"{path or 'the model'} ({type(module).__name__}) is on meta, and its initialisation fails there: "
-            f"{type(error).__name__}: {error}. Create this module on a real device; others may stay on meta."
+            f"{type(error).__name__}: {error}. Create this module on a real device{_or_assigned(root, path, module)}; "
+            "others may stay on meta."
         ) from error
     with torch.no_grad():
         for tensor, value in zip(real, saved, strict=True):
@@ -195,14 +197,39 @@ def _resets(root: nn.Module, path: str, module: nn.Module) -> list[Callable[[], 
     return resets
 
 
-def _not_initialised(root: nn.Module, name: str, refusal: str | None) -> str:
+def _not_initialised(root: nn.Module, unknown: Mapping[str, str | None]) -> str:
+    """`unknown`: {tensor: what its initialisation does that cannot be drawn; None without any}."""
+    name, *others = unknown
     module, _ = owner(root, name)
-    why = refusal or f"{type(module).__name__} has no reset_parameters() that writes it"
-    return (
-        f"{name!r} is on the meta device and its initial values are unknown: {why}. Expected a module whose "
-        "reset_parameters() initialises its tensors, each compact weight with in-place ops that treat all entries "
-        "alike (uniform_, normal_, ...). Give it one, create this module on a real device, or load a checkpoint."
+    why = unknown[name] or f"{type(module).__name__} has no reset_parameters() that writes it"
+    more = (
+        f" (so are {', '.join(map(repr, others[:_NAMED]))}{', ...' * (len(others) > _NAMED)})"
+        if others
+        else ""
     )
+    return (
+        f"{name!r} is on the meta device and its initial values are unknown{more}: {why}. Assign real values before "
+        f"compile, as in `{_assignment(root, name)}`; or give it a reset_parameters() that initialises its tensors, "
+        "each compact weight with in-place ops that treat all entries alike (uniform_, normal_, ...)."
+    )
+
+
+def _or_assigned(root: nn.Module, path: str, module: nn.Module) -> str:
+    """What else works for a module whose own tensors alone keep it from being left as it is."""
+    own = [name for name, t in module.named_parameters(path, recurse=False) if t.is_meta]
+    return (
+        f", or assign real values to its own parameters, as in `{_assignment(root, own[0])}`" if own else ""
+    )
+
+
+def _assignment(root: nn.Module, name: str) -> str:
+    """The statement that gives a tensor of the model memory and zeros."""
+    module, leaf = owner(root, name)
+    tensor, path = getattr(module, leaf), name.rpartition(".")[0]
+    of = f"model.get_submodule({path!r})" if path else "model"
+    dtype = "" if tensor.dtype == torch.get_default_dtype() else f", dtype={tensor.dtype}"
+    value = f"torch.zeros({', '.join(map(str, tensor.shape)) or '()'}{dtype})"
+    return f"{of}.{leaf} = " + (f"nn.Parameter({value})" if isinstance(tensor, nn.Parameter) else value)
 
 
 def _own_tensors(*modules: nn.Module) -> Iterator[Tensor]:

@@ -1,5 +1,6 @@
 """A model on meta gets the values that its own modules would draw, and tensors that nobody initialises are refused."""
 
+import copy
 import math
 
 import pytest
@@ -139,6 +140,53 @@ def half(weight):
 def test_what_nobody_can_initialise_is_refused(reset, compact, message):
     with pytest.raises(PlanError, match=message):
         create(lambda: Free(reset), compact)
+
+
+class Classifier(nn.Module):
+    """As torchvision's VisionTransformer and timm's ConvNeXt: small tensors of the root and of its blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.class_token = nn.Parameter(torch.empty(1, 1, 64))
+        self.blocks = nn.ModuleList(Scaled() for _ in range(3))
+        self.register_buffer("scale", torch.empty((), dtype=torch.float64))
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gamma, self.fc = nn.Parameter(torch.empty(4)), nn.Linear(4, 4)
+
+
+def test_what_the_message_says_to_assign_is_what_works():
+    model, said = on_meta(Classifier), []
+    for _ in range(5):
+        with pytest.raises(PlanError) as error:
+            create_tensors(copy.deepcopy(model), CPU, 0, ["blocks.0.fc.weight"])
+        said.append(str(error.value))
+        exec(said[-1].split("`")[1], {"model": model, "nn": nn, "torch": torch})
+    create_tensors(model, CPU, 0, ["blocks.0.fc.weight"])
+    assert "'class_token' is on the meta device" in said[0]
+    assert "(so are 'blocks.0.gamma', 'blocks.1.gamma', 'blocks.2.gamma', 'scale')" in said[0]
+    assert "`model.class_token = nn.Parameter(torch.zeros(1, 1, 64))`" in said[0]
+    assert "`model.get_submodule('blocks.0').gamma = nn.Parameter(torch.zeros(4))`" in said[1]
+    assert "`model.scale = torch.zeros((), dtype=torch.float64)`" in said[-1]
+    assert model.class_token.eq(0).all()
+    assert model.blocks[2].fc.weight.std() > 0
+
+
+def test_what_works_where_the_initialisation_of_the_root_fails():
+    def broken():
+        model = Free(lambda weight: weight.sum().item())
+        model.fc = nn.Linear(4, 4)
+        return model
+
+    with pytest.raises(PlanError, match=r"`model\.weight = nn\.Parameter\(torch\.zeros\(8, 4\)\)`"):
+        create(broken)
+    model = on_meta(broken)
+    model.weight = nn.Parameter(torch.zeros(8, 4))
+    create_tensors(model, CPU, 0, [])
+    assert not model.fc.weight.is_meta
 
 
 def test_a_dense_weight_may_be_initialised_in_any_way():
