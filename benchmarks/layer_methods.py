@@ -77,7 +77,7 @@ def kernel_call(name: str, x: Tensor, weight: Tensor, bias: Tensor) -> Call:
     """A call of the registered kernel `name`."""
     kernel = registered()[name]
     buffers = list(kernel.pack(weight).values())
-    return lambda: kernel.run(x, bias, *buffers)
+    return lambda: kernel.run(x, bias, *buffers, in_features=weight.shape[1])
 
 
 def check(name: str, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> None:

@@ -127,6 +127,13 @@ def convolution_arguments(node: Node, shape: Sequence[int]) -> dict[str, Any]:
     return {"kernel_size": tuple(shape[2:]), **plain}
 
 
+def site_arguments(site: Site, shape: Sequence[int]) -> dict[str, Any]:
+    """What a kernel's `run` takes besides tensors at a call site of a weight of `shape`."""
+    if site.op == "linear":
+        return {"in_features": shape[1]}
+    return convolution_arguments(site.node, shape)
+
+
 def sites(gm: GraphModule, name: str | None = None) -> list[Site]:
     """Call sites of every parameter, or of the parameter `name`, in graph order."""
     found = [

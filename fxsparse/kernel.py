@@ -34,7 +34,7 @@ class Problem:
     fan_in: int | None = None
     """Nonzeros of every active row where that is one number, else None."""
     arguments: tuple[tuple[str, Any], ...] = ()
-    """Of a convolution: kernel_size, stride, padding, dilation and groups by name, as its kernels' `run` takes them."""
+    """What a kernel's `run` takes by name: in_features, or of a convolution kernel_size, stride, padding and so on."""
     is_blocked: bool = False
     """The zeros lie in blocks of at least four."""
 
@@ -363,7 +363,8 @@ def _exact_op(problem: Problem, weight: Tensor | Entries) -> tuple[Callable[...,
     """A function of (x, values, bias) in plain PyTorch, and the values: the dense weight, or its entries."""
     arguments = dict(problem.arguments)
     if isinstance(weight, Tensor):
-        arguments.pop("kernel_size", None)
+        for name in ("in_features", "kernel_size"):
+            arguments.pop(name, None)
         op: Any = {2: F.linear, 3: F.conv1d, 4: F.conv2d}[weight.dim()]
         return functools.partial(op, **arguments), weight
     trained = registered()[TRAINING[problem.op]]

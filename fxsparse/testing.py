@@ -128,10 +128,12 @@ def _problems(op: str) -> Iterator[tuple[Tensor, tuple[int, ...], dict[str, Any]
     """(Weight in fp64, shape of the input, arguments of the kernel)."""
     if op == "linear":
         for shape, density, batch, rows in itertools.product(SHAPES, DENSITIES, BATCHES, _ROWS):
-            yield sparse_weight(shape, density, **rows), (*batch, shape[1]), {}
+            yield sparse_weight(shape, density, **rows), (*batch, shape[1]), {"in_features": shape[1]}
         for block, density, batch in itertools.product(BLOCKS, DENSITIES, BATCHES):
             kept = (sparse_weight((5, 3), density) != 0).double().kron(torch.ones(block, dtype=torch.float64))
-            yield kept * sparse_weight((5 * block[0], 3 * block[1]), 1.0), (*batch, 3 * block[1]), {}
+            size = (*batch, 3 * block[1])
+            weight = kept * sparse_weight((5 * block[0], 3 * block[1]), 1.0)
+            yield weight, size, {"in_features": size[-1]}
         return
     for (shape, size, given), density, samples in itertools.product(CONVOLUTIONS, DENSITIES, SAMPLES):
         weight = sparse_weight((shape[0], prod(shape[1:])), density).view(shape)
@@ -225,7 +227,7 @@ def _largest(magnitudes: Tensor) -> float:
 
 def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, arguments: dict[str, Any]) -> Tensor:
     op: Any = {2: F.linear, 3: F.conv1d, 4: F.conv2d}[weight.dim()]
-    given = {name: value for name, value in arguments.items() if name != "kernel_size"}
+    given = {name: value for name, value in arguments.items() if name not in ("in_features", "kernel_size")}
     return op(x.double(), weight.double(), None if bias is None else bias.double(), **given)
 
 

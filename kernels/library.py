@@ -47,7 +47,7 @@ def activation_code(activation: str) -> int:
 def with_epilogue(
     run: Callable[..., Tensor],
     x: Tensor,
-    weight: tuple[Tensor | None, ...],
+    weight: tuple[Tensor | int | None, ...],
     bias: Tensor | None,
     activation: str,
     residual: Tensor | None,
@@ -72,6 +72,22 @@ def refuse_gradient(x: Tensor) -> None:
         )
 
 
+def check_input(x: Tensor, values: Tensor, in_features: int) -> None:
+    """Raise RuntimeError, as the dense op does, unless x is [..., in_features] of the dtype of `values`.
+
+    References and fakes call it; ``check_input`` of tensors.h says the same.
+    """
+    if x.dtype != values.dtype or x.dim() == 0 or x.shape[-1] != in_features:
+        raise RuntimeError(
+            f"fxsparse: expected x [..., {in_features}] in {_name(values.dtype)} as the weight is, got "
+            f"{list(x.shape)} in {_name(x.dtype)}"
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any], *tags: torch.Tag) -> None:
     """Register ``fxsparse::<schema>`` with its PyTorch `reference` for every device, and its `fake`.
 
@@ -94,9 +110,14 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any],
 
 
 def autocast(x: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The three in the autocast dtype where autocast is on for their device, else as they are."""
+    """The three in the autocast dtype where autocast is on for their device, else as they are.
+
+    As for dense ops, an x of fp64 or of integers is left alone: its dtype is refused later.
+    """
     # x.device.type makes two objects and a string: a quarter of a microsecond of a call of four.
-    if not torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type) or x.dtype == torch.float64:
+    if not torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
+        return x, values, bias
+    if x.dtype == torch.float64 or not x.is_floating_point():
         return x, values, bias
     dtype = torch.get_autocast_dtype(x.device.type)
     return x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)

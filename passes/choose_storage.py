@@ -1,7 +1,7 @@
 """Decide, weight by weight, whether training holds a dense tensor beside a mask or the nonzeros only."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,9 +14,9 @@ from fxsparse.graph import (
     Site,
     argument,
     attribute_nodes,
-    convolution_arguments,
     fetch,
     given_arguments,
+    site_arguments,
     sites,
 )
 from fxsparse.kernel import Problem
@@ -188,9 +188,7 @@ def _measure(gm: GraphModule, name: str, decision: Decision, ctx: PassContext) -
     if value is None or result is None or weight.is_meta or ctx.example_inputs is None:
         return None
     shape, batch = [_hint(size) for size in value.shape], [_hint(size) for size in result.shape]
-    arguments: dict[str, Any] = {}
-    if found[0].op != "linear":
-        arguments = convolution_arguments(found[0].node, weight.shape)
+    arguments = site_arguments(found[0], weight.shape)
     del batch[-1 if found[0].op == "linear" else 1 - weight.dim()]  # what is left counts outputs of one row
     problem = Problem(
         "linear" if found[0].op == "linear" else "conv2d",

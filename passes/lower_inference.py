@@ -15,16 +15,16 @@ from fxsparse.graph import (
     fetch,
     insert_get_attr,
     replace,
+    site_arguments,
     sites,
 )
 from fxsparse.packed import PackedWeight, put_packed
-from fxsparse.passes.select_kernels import site_arguments
 from fxsparse.pipeline import PassContext
 
 
 @dataclass(frozen=True)
 class LowerInference:
-    """A linear or convolution of (x, w, b) becomes ``kernel.run(x, b, *buffers, **arguments of a convolution)``.
+    """A linear or convolution of (x, w, b) becomes ``kernel.run(x, b, *buffers, **site_arguments)``.
 
     A PackedWeight takes the place of w in the skeleton.
     """

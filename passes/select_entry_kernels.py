@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxsparse import kernel, module
-from fxsparse.graph import Site, argument, fetch, sites
+from fxsparse.graph import Site, argument, fetch, site_arguments, sites
 from fxsparse.inputs import has_meta
 from fxsparse.kernel import Choice, Entries, Problem
 from fxsparse.passes.fuse_epilogue import activation_after
-from fxsparse.passes.select_kernels import outputs_of_a_row, site_arguments, site_inputs
+from fxsparse.passes.select_kernels import outputs_of_a_row, site_inputs
 from fxsparse.pattern import ConstantFanIn
 from fxsparse.pipeline import Decision, PassContext
 

@@ -16,9 +16,9 @@ from fxsparse.graph import (
     Site,
     argument,
     attribute_nodes,
-    convolution_arguments,
     fetch,
     given_arguments,
+    site_arguments,
     sites,
 )
 from fxsparse.kernel import Choice, Kernel, Problem
@@ -120,15 +120,11 @@ class _Stored:
         return self.kernel.run(x, bias, *self.buffers, **self.arguments)
 
 
-def site_arguments(site: Site, shape: Sequence[int]) -> dict[str, Any]:
-    """What a kernel's `run` takes besides tensors at a call site of a weight of `shape`."""
-    return {} if site.op == "linear" else convolution_arguments(site.node, shape)
-
-
 def outputs_of_a_row(site: Site, x: Tensor, shape: Sequence[int]) -> int:
     """How many numbers a call site computes with one row of a weight of `shape`: tokens, or output pixels."""
     op, arguments = site.node.target, site_arguments(site, shape)
-    arguments.pop("kernel_size", None)
+    for name in ("in_features", "kernel_size"):
+        arguments.pop(name, None)
     weight = torch.empty(1, *shape[1:], device="meta", dtype=x.dtype).expand(shape)
     assert callable(op)
     return op(x.to("meta"), weight, **arguments).numel() // max(1, shape[0])

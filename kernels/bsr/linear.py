@@ -8,7 +8,15 @@ from torch.utils.flop_counter import register_flop_formula
 from fxsparse.formats import bsr
 from fxsparse.kernel import Cost, Kernel, Problem, register
 from fxsparse.kernels import cpu
-from fxsparse.kernels.library import ACTIVATIONS, COMPILED, activate, autocast, define, with_epilogue
+from fxsparse.kernels.library import (
+    ACTIVATIONS,
+    COMPILED,
+    activate,
+    autocast,
+    check_input,
+    define,
+    with_epilogue,
+)
 
 
 def bsr_linear(
@@ -24,6 +32,9 @@ def bsr_linear(
     """``activation(x @ W^T + bias + residual)`` [..., out] for W from ``formats.bsr.pack``; inference only.
 
     x [..., in], values and residual [..., out] are of one floating dtype.
+
+    Raises:
+        RuntimeError: an x of another width or dtype than the weight's.
     """
     x, values, bias = autocast(x, values, bias)
     run = reference if x.dtype not in COMPILED else torch.ops.fxsparse.bsr_forward.default
@@ -41,6 +52,7 @@ def reference(
     residual: Tensor | None = None,
 ) -> Tensor:
     """The same in plain PyTorch on the dense weight, differentiable."""
+    check_input(x, values, dense.shape[2])
     wide = torch.promote_types(x.dtype, torch.float32)
     weight = bsr.to_dense(values.to(wide), crow, columns, dense)
     y = F.linear(x.to(wide), weight, None if bias is None else bias.to(wide))
@@ -49,6 +61,7 @@ def reference(
 
 
 def _fake(x, values, crow, columns, dense, bias, activation, residual=None):
+    check_input(x, values, dense.shape[2])
     return x.new_empty(*x.shape[:-1], dense.shape[1])
 
 
@@ -65,11 +78,15 @@ def _flops(x_shape, values_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * torch.Size(values_shape).numel() * torch.Size(x_shape[:-1]).numel()
 
 
-def _run(x, bias, *packed, activation: str = "none", residual: Tensor | None = None) -> Tensor:
+def _run(
+    x, bias, *packed, activation: str = "none", residual: Tensor | None = None, in_features: int | None = None
+) -> Tensor:
     return bsr_linear(x, *packed, bias, activation, residual)
 
 
-def _reference(x, bias, *packed, activation: str = "none", residual: Tensor | None = None) -> Tensor:
+def _reference(
+    x, bias, *packed, activation: str = "none", residual: Tensor | None = None, in_features: int | None = None
+) -> Tensor:
     return reference(x, *packed, bias, ACTIVATIONS.index(activation), residual)
 
 

@@ -15,6 +15,7 @@ from fxsparse.kernels.library import (
     COMPILED,
     activate,
     autocast,
+    check_input,
     define,
     scattered,
     with_epilogue,
@@ -30,16 +31,23 @@ def condensed_linear(
     active_rows: Tensor | None = None,
     empty_rows: Tensor | None = None,
     residual: Tensor | None = None,
+    *,
+    in_features: int,
 ) -> Tensor:
-    """``activation(x @ W^T + bias + residual)`` for W [out, in] with k nonzeros in every row with any; inference only.
+    """``activation(x @ W^T + bias + residual)`` for W with k nonzeros in every row with any; inference only.
 
-    x [..., in] and values [active, k] are of one floating dtype; indices [active, k] are columns, int16 or int32.
-    With active_rows int32 [active] and empty_rows int32 [out - active] the result is [..., out], ``activation(bias)``
-    where W has no entries; without them it is [..., active].
+    x [..., in_features] and values [active, k] are of one floating dtype; indices [active, k] are columns, int16 or
+    int32.  With active_rows int32 [active] and empty_rows int32 [out - active] the result is [..., out],
+    ``activation(bias)`` where W has no entries; without them it is [..., active].
+
+    Raises:
+        RuntimeError: an x of another width or dtype than the weight's.
     """
     x, values, bias = autocast(x, values, bias)
     run = reference if x.dtype not in COMPILED else _FORWARD
-    return with_epilogue(run, x, (values, indices, active_rows, empty_rows), bias, activation, residual)
+    return with_epilogue(
+        run, x, (values, indices, active_rows, empty_rows, in_features), bias, activation, residual
+    )
 
 
 def reference(
@@ -48,30 +56,33 @@ def reference(
     indices: Tensor,
     active_rows: Tensor | None,
     empty_rows: Tensor | None,
+    in_features: int,
     bias: Tensor | None,
     activation: int,
     residual: Tensor | None = None,
 ) -> Tensor:
     """The same in plain PyTorch, differentiable."""
+    check_input(x, values, in_features)
     active, k = values.shape
     crow = torch.arange(active + 1, device=values.device) * k
     weight = values.reshape(-1), crow, indices.reshape(-1).long()
     if active_rows is None or empty_rows is None:
-        return csr_reference.linear(x, *weight, bias, activation, residual)
+        return csr_reference.product(x, *weight, bias, activation, residual)
     wide = torch.promote_types(x.dtype, torch.float32)
-    y = scattered(csr_reference.linear(x.to(wide), *weight, None, 0), active_rows, empty_rows, None, 0)
+    y = scattered(csr_reference.product(x.to(wide), *weight, None, 0), active_rows, empty_rows, None, 0)
     y = y if bias is None else y + bias
     return activate(y if residual is None else y + residual, ACTIVATIONS[activation]).to(x.dtype)
 
 
-def _fake(x, values, indices, active_rows, empty_rows, bias, activation, residual=None):
+def _fake(x, values, indices, active_rows, empty_rows, in_features, bias, activation, residual=None):
+    check_input(x, values, in_features)
     empty = 0 if empty_rows is None else empty_rows.shape[0]
     return x.new_empty(*x.shape[:-1], values.shape[0] + empty)
 
 
 define(
-    "condensed_forward(Tensor x, Tensor values, Tensor indices, Tensor? active_rows, Tensor? empty_rows, Tensor? bias, "
-    "int activation, Tensor? residual=None) -> Tensor",
+    "condensed_forward(Tensor x, Tensor values, Tensor indices, Tensor? active_rows, Tensor? empty_rows, "
+    "int in_features, Tensor? bias, int activation, Tensor? residual=None) -> Tensor",
     reference,
     _fake,
 )
@@ -89,16 +100,36 @@ def _pack_entries(entries: Entries) -> Mapping[str, Tensor]:
 
 
 def _run(
-    x, bias, values, indices, active_rows=None, empty_rows=None, activation: str = "none", residual=None
+    x,
+    bias,
+    values,
+    indices,
+    active_rows=None,
+    empty_rows=None,
+    activation: str = "none",
+    residual=None,
+    *,
+    in_features: int,
 ) -> Tensor:
-    return condensed_linear(x, values, indices, bias, activation, active_rows, empty_rows, residual)
+    return condensed_linear(
+        x, values, indices, bias, activation, active_rows, empty_rows, residual, in_features=in_features
+    )
 
 
 def _reference(
-    x, bias, values, indices, active_rows=None, empty_rows=None, activation: str = "none", residual=None
+    x,
+    bias,
+    values,
+    indices,
+    active_rows=None,
+    empty_rows=None,
+    activation: str = "none",
+    residual=None,
+    *,
+    in_features: int,
 ) -> Tensor:
     code = ACTIVATIONS.index(activation)
-    return reference(x, values, indices, active_rows, empty_rows, bias, code, residual)
+    return reference(x, values, indices, active_rows, empty_rows, in_features, bias, code, residual)
 
 
 def _refuses(problem: Problem) -> list[str]:

@@ -146,6 +146,9 @@ def _compile(compiler: list[str], folder: Path) -> None:
     """Write ``out.so`` into `folder`; the objects are compiled side by side."""
     torch_folder = Path(torch.__file__).parent
     headers = [f"-I{torch_folder / 'include'}", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    headers.append(
+        f"-fmacro-prefix-map={torch_folder.parent}{os.sep}="
+    )  # messages name files, not this machine's
     x86 = ["-DFXSPARSE_X86"] if _X86 else []
     units = {name: [f"{name}.cpp", *headers, *x86] for name in _TORCH_UNITS}
     for name, flags in _TABLES.items():
@@ -156,10 +159,12 @@ def _compile(compiler: list[str], folder: Path) -> None:
         units["lookup"] = _LOOKUP
     objects = [str(folder / f"{name}.o") for name in units]
     commands = [
-        [*compiler, *_FLAGS, "-c", str(_FOLDER / source), *flags, "-o", target]
+        [*compiler, *_FLAGS, "-c", source, *flags, "-o", target]
         for (source, *flags), target in zip(units.values(), objects, strict=True)
     ]
-    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    running = [
+        subprocess.Popen(command, cwd=_FOLDER, stderr=subprocess.PIPE, text=True) for command in commands
+    ]
     errors = [process.communicate()[1] for process in running]
     for process, error in zip(running, errors, strict=True):
         if process.returncode:

@@ -169,11 +169,6 @@ Tensor forward(const Tensor& x_any, Sparse s, int64_t rows, int64_t nnz, const S
 
 // ---- ops
 
-void check_same_type(const Tensor& x, const Tensor& values) {
-  STD_TORCH_CHECK(x.dim() > 0 && x.scalar_type() == values.scalar_type() && values.is_contiguous(),
-                  "fxsparse: expected x [..., in] and contiguous values of one dtype");
-}
-
 // The entries end where crow does; what `values` and `cols` hold after them is never read.
 Sparse csr(const Tensor& values, const Tensor& crow, const Tensor& cols) {
   const int64_t capacity = values.numel();
@@ -186,8 +181,9 @@ Sparse csr(const Tensor& values, const Tensor& crow, const Tensor& cols) {
 }
 
 Tensor csr_forward(const Tensor& x, const Tensor& values, const Tensor& crow, const Tensor& cols,
-                   std::optional<Tensor> bias, int64_t activation, std::optional<Tensor> residual) {
-  check_same_type(x, values);
+                   int64_t in_features, std::optional<Tensor> bias, int64_t activation,
+                   std::optional<Tensor> residual) {
+  check_input(x, values, in_features);
   const Sparse s = csr(values, crow, cols);
   const int64_t rows = crow.numel() - 1;
   return forward(x, s, rows, s.start[rows], {}, {bias, residual}, activation);
@@ -195,8 +191,9 @@ Tensor csr_forward(const Tensor& x, const Tensor& values, const Tensor& crow, co
 
 Tensor condensed_forward(const Tensor& x, const Tensor& values, const Tensor& indices,
                          std::optional<Tensor> active_rows, std::optional<Tensor> empty_rows,
-                         std::optional<Tensor> bias, int64_t activation, std::optional<Tensor> residual) {
-  check_same_type(x, values);
+                         int64_t in_features, std::optional<Tensor> bias, int64_t activation,
+                         std::optional<Tensor> residual) {
+  check_input(x, values, in_features);
   const bool index16 = indices.scalar_type() == ScalarType::Short;
   STD_TORCH_CHECK(values.dim() == 2 && indices.numel() == values.numel() && indices.is_contiguous() &&
                       (index16 || indices.scalar_type() == ScalarType::Int),
@@ -260,8 +257,9 @@ void multiply_lookup(const Matrix& x, const Lookup& s, int64_t groups, const Epi
 
 Tensor lookup_forward(const Tensor& x_any, const Tensor& values, const Tensor& columns, const Tensor& counts,
                       const Tensor& starts, const Tensor& active_rows, const Tensor& empty_rows,
-                      std::optional<Tensor> bias, int64_t activation, std::optional<Tensor> residual) {
-  check_same_type(x_any, values);
+                      int64_t in_features, std::optional<Tensor> bias, int64_t activation,
+                      std::optional<Tensor> residual) {
+  check_input(x_any, values, in_features);
   STD_TORCH_CHECK(counts.dim() == 2, "fxsparse: expected counts [groups, windows]");
   const int64_t groups = counts.size(0), active = active_rows.numel();
   STD_TORCH_CHECK((active + kGroup - 1) / kGroup == groups, "fxsparse: expected a group for every ", kGroup, " rows");
@@ -300,9 +298,8 @@ const T* narrow(const Tensor& t, ScalarType type, int64_t count, const char* nam
 Tensor striped_forward(const Tensor& x_any, const Tensor& values, const Tensor& columns, const Tensor& rows,
                        const Tensor& lengths, const Tensor& starts, const Tensor& dense, std::optional<Tensor> bias,
                        int64_t activation, std::optional<Tensor> residual) {
-  check_same_type(x_any, values);
   const int64_t segments = rows.numel(), nnz = values.numel(), out = dense.size(1), in = dense.size(2);
-  STD_TORCH_CHECK(x_any.size(-1) == in, "fxsparse: expected x [..., ", in, "], got ", x_any.size(-1), " features");
+  check_input(x_any, values, in);
   const int64_t chunks = (out + kChunk - 1) / kChunk, stripes = (in + kStripe - 1) / kStripe;
   const Striped s{values.const_data_ptr(),
                   scalar_of(values, "values"),
@@ -334,12 +331,11 @@ Tensor striped_forward(const Tensor& x_any, const Tensor& values, const Tensor& 
 
 Tensor bsr_forward(const Tensor& x_any, const Tensor& values, const Tensor& crow, const Tensor& columns,
                    const Tensor& dense, std::optional<Tensor> bias, int64_t activation, std::optional<Tensor> residual) {
-  check_same_type(x_any, values);
   STD_TORCH_CHECK(values.dim() == 3 && crow.numel() > 0 && dense.dim() == 3,
                   "fxsparse: expected values [blocks, width, height], crow and dense [0, out, in]");
   const int64_t blocks = values.size(0), width = values.size(1), height = values.size(2), count = crow.numel() - 1;
   const int64_t out = dense.size(1), in = dense.size(2);
-  STD_TORCH_CHECK(x_any.size(-1) == in, "fxsparse: expected x [..., ", in, "], got ", x_any.size(-1), " features");
+  check_input(x_any, values, in);
   STD_TORCH_CHECK(count * height == out && width > 0 && in % width == 0, "fxsparse: expected blocks that divide ", out,
                   " x ", in, ", got ", height, " x ", width);
   const Blocks s{values.const_data_ptr(),
@@ -421,12 +417,12 @@ std::tuple<Tensor, Tensor, Tensor> csr_backward(const Tensor& grad_any, const Te
                                                 const Tensor& crow, const Tensor& cols, const Tensor& ccol,
                                                 const Tensor& rows_t, const Tensor& perm, bool need_x,
                                                 bool need_values, bool need_bias) {
-  check_same_type(x_any, values);
   const Tensor grad = in_order(grad_any), x = in_order(x_any);
   const int64_t capacity = values.numel(), rows = crow.numel() - 1, columns = ccol.numel() - 1;
-  STD_TORCH_CHECK(x.size(-1) == columns && grad.size(-1) == rows && tokens_of(x) == tokens_of(grad) &&
+  check_input(x, values, columns);
+  STD_TORCH_CHECK(grad.dim() > 0 && grad.size(-1) == rows && tokens_of(x) == tokens_of(grad) &&
                       grad.scalar_type() == x.scalar_type(),
-                  "fxsparse: expected x [..., ", columns, "] and grad [..., ", rows, "] of one dtype");
+                  "fxsparse: expected grad [..., ", rows, "] for x ", described(x), ", got ", described(grad));
   std::vector<Buffer> owned;
   Sparse by_row = csr(values, crow, cols);
   by_row.far = is_far(columns, table());

@@ -13,6 +13,7 @@
 #include <atomic>
 #include <memory>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -74,6 +75,31 @@ inline Scalar scalar_of(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, "fxsparse: expected ", name,
                   " in float32 or bfloat16");
   return type == ScalarType::Float ? Scalar::f32 : Scalar::bf16;
+}
+
+inline std::string type_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Double: return "float64";
+    default: return torch::headeronly::toString(type);
+  }
+}
+
+// "[2, 40] in float32"
+inline std::string described(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t d = 0; d < t.dim(); d++) text += (d ? ", " : "") + std::to_string(t.size(d));
+  return text + "] in " + type_name(t.scalar_type());
+}
+
+// An x [..., features] of the weight's dtype; `check_input` of library.py says the same.
+inline void check_input(const Tensor& x, const Tensor& values, int64_t features) {
+  STD_TORCH_CHECK(x.dim() > 0 && x.size(-1) == features && x.scalar_type() == values.scalar_type(),
+                  "fxsparse: expected x [..., ", features, "] in ", type_name(values.scalar_type()),
+                  " as the weight is, got ", described(x));
+  STD_TORCH_CHECK(values.is_contiguous(), "fxsparse: expected contiguous values");
 }
 
 inline Matrix matrix(const Tensor& t, const char* name) {

@@ -11,7 +11,7 @@ from fxsparse.formats import csr
 from fxsparse.kernel import TRAINING, Cost, Entries, Kernel, Problem, register
 from fxsparse.kernels import cpu, probe
 from fxsparse.kernels.csr import reference
-from fxsparse.kernels.library import ACTIVATIONS, COMPILED, autocast, define, with_epilogue
+from fxsparse.kernels.library import ACTIVATIONS, COMPILED, autocast, check_input, define, with_epilogue
 
 _BACKWARD_ARGUMENTS = (
     "(Tensor grad, Tensor x, Tensor values, Tensor crow, Tensor cols, Tensor ccol, Tensor rows_t, "
@@ -31,6 +31,8 @@ def csr_linear(
     probe_key: int = -1,
     activation: str = "none",
     residual: Tensor | None = None,
+    *,
+    in_features: int | None = None,
 ) -> Tensor:
     """``activation(x @ W^T + bias + residual)`` with W [out, in] in CSR; sums in fp32 (fp64 for fp64).
 
@@ -39,13 +41,18 @@ def csr_linear(
     are read; the rest gets the gradient 0.
     With the transposed index (ccol [in + 1], rows_t, perm [capacity]; ``formats.csr.CsrIndex``) the result
     is differentiable in x, values and bias, and no tensor of W's size is made.  Without it there is no
-    gradient.  With ``probe_key >= 0`` backward leaves copies of x and the output gradient in
-    ``probe.PROBES[probe_key]``.  An activation and a
-    residual [..., out] go with inference only.
+    gradient, and `in_features` says how wide W is.  With ``probe_key >= 0`` backward leaves copies of x and the output
+    gradient in ``probe.PROBES[probe_key]``.  An activation and a residual [..., out] go with inference only.
+
+    Raises:
+        RuntimeError: an x of another width or dtype than the weight's.
+        ValueError: neither the transposed index nor `in_features`, or an activation with gradients.
     """
     x, values, bias = autocast(x, values, bias)
     if ccol is None:
-        return with_epilogue(_forward, x, (values, crow, cols), bias, activation, residual)
+        if in_features is None:
+            raise ValueError("csr_linear without the transposed index: expected in_features, got None")
+        return with_epilogue(_forward, x, (values, crow, cols, in_features), bias, activation, residual)
     if activation != "none" or residual is not None:
         raise ValueError(
             f"the differentiable CSR linear fuses no activation and no residual, got {activation!r}: apply it after"
@@ -58,7 +65,7 @@ class _CsrLinear(torch.autograd.Function):
     def forward(ctx, x, values, crow, cols, ccol, rows_t, perm, bias, probe_key):
         ctx.save_for_backward(x, values, crow, cols, ccol, rows_t, perm)
         ctx.probe_key = probe_key
-        return _forward(x, values, crow, cols, bias, 0)
+        return _forward(x, values, crow, cols, ccol.shape[0] - 1, bias, 0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -84,16 +91,18 @@ def _forward(
     values: Tensor,
     crow: Tensor,
     cols: Tensor,
+    in_features: int,
     bias: Tensor | None,
     activation: int,
     residual: Tensor | None = None,
 ) -> Tensor:
     """The op, or for fp64 its reference: the compiled kernels sum in fp32."""
     run = reference.linear if x.dtype not in COMPILED else torch.ops.fxsparse.csr_forward.default
-    return run(x, values, crow, cols, bias, activation, residual)
+    return run(x, values, crow, cols, in_features, bias, activation, residual)
 
 
-def _forward_fake(x, values, crow, cols, bias, activation, residual=None):
+def _forward_fake(x, values, crow, cols, in_features, bias, activation, residual=None):
+    check_input(x, values, in_features)
     return x.new_empty(*x.shape[:-1], crow.shape[0] - 1)
 
 
@@ -106,8 +115,8 @@ def _backward_fake(grad, x, values, crow, cols, ccol, rows_t, perm, need_x, need
 
 
 define(
-    "csr_forward(Tensor x, Tensor values, Tensor crow, Tensor cols, Tensor? bias, int activation, "
-    "Tensor? residual=None) -> Tensor",
+    "csr_forward(Tensor x, Tensor values, Tensor crow, Tensor cols, int in_features, Tensor? bias, "
+    "int activation, Tensor? residual=None) -> Tensor",
     reference.linear,
     _forward_fake,
 )
@@ -146,14 +155,25 @@ def _pack_entries_inference(entries: Entries) -> Mapping[str, Tensor]:
 
 
 def csr_infer(
-    x, bias, values, crow, cols, activation: str = "none", residual: Tensor | None = None
+    x, bias, values, crow, cols, activation: str = "none", residual: Tensor | None = None, *, in_features: int
 ) -> Tensor:
     """`csr_linear` without gradients, in the argument order of ``Kernel.run``."""
-    return csr_linear(x, values, crow, cols, bias=bias, activation=activation, residual=residual)
+    return csr_linear(
+        x,
+        values,
+        crow,
+        cols,
+        bias=bias,
+        activation=activation,
+        residual=residual,
+        in_features=in_features,
+    )
 
 
-def _reference_inference(x, bias, values, crow, cols, activation: str = "none", residual=None) -> Tensor:
-    return reference.linear(x, values, crow, cols, bias, ACTIVATIONS.index(activation), residual)
+def _reference_inference(
+    x, bias, values, crow, cols, activation: str = "none", residual=None, *, in_features: int
+) -> Tensor:
+    return reference.linear(x, values, crow, cols, in_features, bias, ACTIVATIONS.index(activation), residual)
 
 
 def _pack_training(weight: Tensor) -> Mapping[str, Tensor]:
@@ -174,14 +194,26 @@ def _parts(index: csr.CsrIndex) -> Mapping[str, Tensor]:
 
 
 def csr_train(
-    x, bias, values, crow, cols, ccol, rows_t, perm, activation: str = "none", probe_key: int = -1
+    x,
+    bias,
+    values,
+    crow,
+    cols,
+    ccol,
+    rows_t,
+    perm,
+    activation: str = "none",
+    probe_key: int = -1,
+    in_features: int | None = None,
 ) -> Tensor:
-    """`csr_linear` with gradients, in the argument order of ``Kernel.run``."""
+    """`csr_linear` with gradients, in the argument order of ``Kernel.run``; `ccol` says `in_features`, too."""
     return csr_linear(x, values, crow, cols, ccol, rows_t, perm, bias, probe_key)
 
 
-def _reference_training(x, bias, values, crow, cols, ccol, rows_t, perm, activation: str = "none") -> Tensor:
-    return reference.linear(x, values, crow, cols, bias, 0)
+def _reference_training(
+    x, bias, values, crow, cols, ccol, rows_t, perm, activation: str = "none", in_features: int | None = None
+) -> Tensor:
+    return reference.linear(x, values, crow, cols, ccol.shape[0] - 1, bias, 0)
 
 
 def _refuses_inference(problem: Problem) -> list[str]:

@@ -24,7 +24,7 @@ def conv(
     cols = _columns(crow, cols, x.shape[1], window)
     y = x.new_empty(x.shape[0], rows, *output_size(x.shape[2:], window))
     for part, patches, _ in _patches(x, y, window):
-        product = reference.linear(patches, values.to(patches.dtype), crow, cols, bias, 0)
+        product = reference.product(patches, values.to(patches.dtype), crow, cols, bias, 0)
         part.copy_(product.view(len(part), *part.shape[2:], rows).movedim(3, 1))
     return y
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fxsparse.kernels.library import ACTIVATIONS, activate
+from fxsparse.kernels.library import ACTIVATIONS, activate, check_input
 
 _GATHERED = 1 << 20
 """Entries that one step may gather, so that memory stays far below [tokens, nnz]."""
@@ -14,11 +14,30 @@ def linear(
     values: Tensor,
     crow: Tensor,
     cols: Tensor,
+    in_features: int,
     bias: Tensor | None,
     activation: int,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """``activation(x @ W^T + bias + residual)`` for W in CSR; differentiable; sums in at least fp32."""
+    """``activation(x @ W^T + bias + residual)`` for W [out, in_features] in CSR; differentiable.
+
+    Raises:
+        RuntimeError: an x of another width or dtype than the weight's.
+    """
+    check_input(x, values, in_features)
+    return product(x, values, crow, cols, bias, activation, residual)
+
+
+def product(
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    cols: Tensor,
+    bias: Tensor | None,
+    activation: int,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """What `linear` computes, for dtypes that may differ; sums in at least fp32."""
     flat = _accumulating(x.reshape(-1, x.shape[-1]))
     rows, cols, unused = entries(crow, cols)
     weight = values.to(flat.dtype).masked_fill(unused, 0)

@@ -13,7 +13,7 @@ def _pack(weight: Tensor) -> Mapping[str, Tensor]:
     return {"weight": weight}
 
 
-def _run(x, bias, weight, activation: str = "none") -> Tensor:
+def _run(x, bias, weight, activation: str = "none", in_features: int | None = None) -> Tensor:
     return activate(F.linear(x, weight, bias), activation)
 
 
@@ -21,7 +21,7 @@ def _pack_masked(weight: Tensor) -> Mapping[str, Tensor]:
     return {"weight": weight, "mask": weight != 0}
 
 
-def _run_masked(x, bias, weight, mask, activation: str = "none") -> Tensor:
+def _run_masked(x, bias, weight, mask, activation: str = "none", in_features: int | None = None) -> Tensor:
     return activate(F.linear(x, weight * mask, bias), activation)
 
 

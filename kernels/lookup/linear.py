@@ -12,6 +12,7 @@ from fxsparse.kernels.library import (
     ACTIVATIONS,
     COMPILED,
     autocast,
+    check_input,
     define,
     with_epilogue,
 )
@@ -28,15 +29,20 @@ def lookup_linear(
     bias: Tensor | None = None,
     activation: str = "none",
     residual: Tensor | None = None,
+    *,
+    in_features: int,
 ) -> Tensor:
     """``activation(x @ W^T + bias + residual)`` [..., out], W from ``formats.lookup.pack``; inference only.
 
-    x [..., in], values and residual [..., out] are of one floating dtype.  Rows without entries give the activation of
-    bias + residual.
+    x [..., in_features], values and residual [..., out] are of one floating dtype.  Rows without entries give the
+    activation of bias + residual.
+
+    Raises:
+        RuntimeError: an x of another width or dtype than the weight's.
     """
     x, values, bias = autocast(x, values, bias)
     run = reference if x.dtype not in COMPILED else _FORWARD
-    weight = values, columns, counts, starts, active_rows, empty_rows
+    weight = values, columns, counts, starts, active_rows, empty_rows, in_features
     return with_epilogue(run, x, weight, bias, activation, residual)
 
 
@@ -48,25 +54,30 @@ def reference(
     starts: Tensor,
     active_rows: Tensor,
     empty_rows: Tensor,
+    in_features: int,
     bias: Tensor | None,
     activation: int,
     residual: Tensor | None = None,
 ) -> Tensor:
     """The same in plain PyTorch, differentiable."""
+    check_input(x, values, in_features)
     entries = lookup.unpack(values, columns, counts, starts, active_rows, empty_rows)
     out_features = len(active_rows) + len(empty_rows)
     lengths = torch.bincount(entries.rows, minlength=out_features)
     crow = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    return csr_reference.linear(x, entries.values, crow, entries.columns, bias, activation, residual)
+    return csr_reference.product(x, entries.values, crow, entries.columns, bias, activation, residual)
 
 
-def _fake(x, values, columns, counts, starts, active_rows, empty_rows, bias, activation, residual=None):
+def _fake(
+    x, values, columns, counts, starts, active_rows, empty_rows, in_features, bias, activation, residual=None
+):
+    check_input(x, values, in_features)
     return x.new_empty(*x.shape[:-1], active_rows.shape[0] + empty_rows.shape[0])
 
 
 define(
     "lookup_forward(Tensor x, Tensor values, Tensor columns, Tensor counts, Tensor starts, Tensor active_rows, "
-    "Tensor empty_rows, Tensor? bias, int activation, Tensor? residual=None) -> Tensor",
+    "Tensor empty_rows, int in_features, Tensor? bias, int activation, Tensor? residual=None) -> Tensor",
     reference,
     _fake,
 )
@@ -80,12 +91,16 @@ def _flops(x_shape, values_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * values_shape.numel() * torch.Size(x_shape[:-1]).numel()
 
 
-def _run(x, bias, *packed, activation: str = "none", residual: Tensor | None = None) -> Tensor:
-    return lookup_linear(x, *packed, bias, activation, residual)
+def _run(
+    x, bias, *packed, activation: str = "none", residual: Tensor | None = None, in_features: int
+) -> Tensor:
+    return lookup_linear(x, *packed, bias, activation, residual, in_features=in_features)
 
 
-def _reference(x, bias, *packed, activation: str = "none", residual: Tensor | None = None) -> Tensor:
-    return reference(x, *packed, bias, ACTIVATIONS.index(activation), residual)
+def _reference(
+    x, bias, *packed, activation: str = "none", residual: Tensor | None = None, in_features: int
+) -> Tensor:
+    return reference(x, *packed, in_features, bias, ACTIVATIONS.index(activation), residual)
 
 
 def _refuses(problem: Problem) -> list[str]:

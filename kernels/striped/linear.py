@@ -15,6 +15,7 @@ from fxsparse.kernels.library import (
     COMPILED,
     activate,
     autocast,
+    check_input,
     define,
     with_epilogue,
 )
@@ -35,6 +36,9 @@ def striped_linear(
     """``activation(x @ W^T + bias + residual)`` [..., out] for W from ``formats.striped.pack``; inference only.
 
     x [..., in], values and residual [..., out] are of one floating dtype.
+
+    Raises:
+        RuntimeError: an x of another width or dtype than the weight's.
     """
     x, values, bias = autocast(x, values, bias)
     run = reference if x.dtype not in COMPILED else _FORWARD
@@ -55,6 +59,7 @@ def reference(
     residual: Tensor | None = None,
 ) -> Tensor:
     """The same in plain PyTorch on the dense weight, differentiable."""
+    check_input(x, values, dense.shape[2])
     wide = torch.promote_types(x.dtype, torch.float32)
     weight = torch.zeros(dense.shape[1:], dtype=wide, device=x.device)
     weight = weight.index_put(striped.positions(columns, rows, lengths, starts, dense), values.to(wide))
@@ -64,6 +69,7 @@ def reference(
 
 
 def _fake(x, values, columns, rows, lengths, starts, dense, bias, activation, residual=None):
+    check_input(x, values, dense.shape[2])
     return x.new_empty(*x.shape[:-1], dense.shape[1])
 
 
@@ -82,11 +88,15 @@ def _flops(x_shape, values_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * values_shape.numel() * torch.Size(x_shape[:-1]).numel()
 
 
-def _run(x, bias, *packed, activation: str = "none", residual: Tensor | None = None) -> Tensor:
+def _run(
+    x, bias, *packed, activation: str = "none", residual: Tensor | None = None, in_features: int | None = None
+) -> Tensor:
     return striped_linear(x, *packed, bias, activation, residual)
 
 
-def _reference(x, bias, *packed, activation: str = "none", residual: Tensor | None = None) -> Tensor:
+def _reference(
+    x, bias, *packed, activation: str = "none", residual: Tensor | None = None, in_features: int | None = None
+) -> Tensor:
     return reference(x, *packed, bias, ACTIVATIONS.index(activation), residual)
 
 

@@ -10,7 +10,8 @@ from fxsparse.kernel import Entries, Problem, candidates, capabilities, choose, 
 from fxsparse.testing import sparse_weight
 
 CPU = torch.device("cpu")
-PROBLEM = Problem("linear", (64, 48), 4, 300, torch.float32, CPU, training=False, fan_in=None)
+ARGUMENTS = (("in_features", 48),)
+PROBLEM = Problem("linear", (64, 48), 4, 300, torch.float32, CPU, False, None, ARGUMENTS)
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ def test_a_sparse_kernel_has_to_be_clearly_faster(registry):
 
 
 def test_a_wrong_kernel_is_never_chosen(registry):
-    def wrong(x, bias, weight, activation="none"):
+    def wrong(x, bias, weight, activation="none", in_features=None):
         return F.linear(x, weight * 1.01, bias)
 
     register(replace(registered()["dense"], name="wrong", format="csr", run=wrong))
@@ -112,13 +113,16 @@ def entries_of(weight):
 
 
 def test_given_entries_no_dense_kernel_takes_part_and_a_wrong_one_is_found(registry):
-    def wrong(x, bias, values, crow, cols, activation="none"):
-        return registered()["cpu-csr"].run(x, bias, values * 1.01, crow, cols, activation=activation)
+    def wrong(x, bias, values, *rest, **arguments):
+        return registered()["cpu-csr"].run(x, bias, values * 1.01, *rest, **arguments)
 
     register(replace(registered()["cpu-csr"], name="wrong", run=wrong))
     x, weight, bias = call()
     choice = choose(PROBLEM, x, entries_of(weight), bias, "relu", rounds=3, advantage=1e9)
-    assert set(choice.times_us) == {"cpu-csr"}
+    packing = {kernel.name for kernel in candidates(PROBLEM)[0] if kernel.pack_entries is not None}
+    assert set(choice.times_us) == packing - {"wrong"}
+    assert "cpu-csr" in choice.times_us
+    assert not any(registered()[name].format == "dense" for name in choice.times_us)
     assert choice.refusals["dense"] == ["it packs dense weights only"]
     assert "its result is wrong here: relative error" in choice.refusals["wrong"][0]
     assert "dense" in choose(PROBLEM, x, weight, bias, "relu", rounds=3).times_us, "remembered apart"

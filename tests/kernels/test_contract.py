@@ -54,7 +54,7 @@ def test_inference_kernels_add_a_residual_before_the_activation(name, level, dty
         exact = F.gelu(F.linear(*inputs) + residual.double())
         scale = (F.linear(*(t.abs() for t in inputs)) + residual.double().abs()).max()
         for run in (entry.run, entry.reference):
-            y = run(x, bias, *buffers, activation="gelu", residual=residual)
+            y = run(x, bias, *buffers, activation="gelu", residual=residual, in_features=53)
             assert y.dtype == dtype
             assert (y.double() - exact).abs().max() / scale < tolerance(dtype, 55)
 
@@ -64,13 +64,63 @@ def test_a_residual_of_another_dtype_is_added_after_and_of_another_shape_is_refu
     entry = registered()[name]
     buffers, x = list(entry.pack(torch.eye(4)).values()), torch.tensor([[1.0, -2.0, 3.0, -4.0]])
     with torch.autocast("cpu", torch.bfloat16):
-        y = entry.run(x, None, *buffers, activation="relu", residual=torch.ones(1, 4))
+        y = entry.run(x, None, *buffers, activation="relu", residual=torch.ones(1, 4), in_features=4)
     assert (y.dtype, y.tolist()) == (torch.float32, [[2.0, 0.0, 4.0, 0.0]])
     if cpu.availability() is None:
         with pytest.raises(RuntimeError, match="expected a residual of the output's shape, with 4 features"):
-            entry.run(x, None, *buffers, residual=torch.ones(4))
+            entry.run(x, None, *buffers, residual=torch.ones(4), in_features=4)
     with pytest.raises(UnsupportedError, match="requires a gradient"):
-        entry.run(x, None, *buffers, residual=torch.ones(1, 4, requires_grad=True))
+        entry.run(x, None, *buffers, residual=torch.ones(1, 4, requires_grad=True), in_features=4)
+
+
+LINEAR = ("cpu-csr", "cpu-csr-train", "cpu-condensed", "cpu-lookup", "cpu-striped", "cpu-bsr")
+
+
+@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_an_input_of_another_dtype_or_width_than_the_weight_is_refused(name, dtype):
+    entry = registered()[name]
+    weight = torch.zeros(70, 32, dtype=dtype)
+    weight[:, [3, 8]] = 1  # no entry in a column that a narrower x lacks
+    buffers = list(entry.pack(weight).values())
+    wrong = [torch.ones(2, 32, dtype=other) for other in OTHER_DTYPES if other != dtype]
+    wrong += [torch.ones(size, dtype=dtype) for size in ((2, 40), (2, 31), (40,), (64, 33), (2, 32, 1), ())]
+    for x in wrong:
+        kind = str(x.dtype).removeprefix("torch.")
+        expected = rf"expected x \[..., 32\] in {str(dtype)[6:]} as the weight is, got \[.*\] in \w+"
+        for run in (entry.run, entry.reference):
+            with pytest.raises(RuntimeError, match=expected) as raised:
+                run(x, None, *buffers, in_features=32)
+            assert str(raised.value).partition("got ")[2].startswith(f"{list(x.shape)} in {kind}")
+
+
+OTHER_DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+OTHER_DTYPES += (torch.int64, torch.uint8, torch.bool, torch.complex64)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_compiler_refuses_another_dtype_or_width_too(name):
+    entry = registered()[name]
+    buffers = list(entry.pack(torch.eye(32)).values())
+    compiled = torch.compile(lambda x: entry.run(x, None, *buffers, in_features=32), backend="aot_eager")
+    for x in (
+        torch.ones(2, 40),
+        torch.ones(2, 32, dtype=torch.bfloat16),
+        torch.ones(2, 32, dtype=torch.long),
+    ):
+        with pytest.raises(RuntimeError, match=r"expected x \[..., 32\] in float32 as the weight is, got"):
+            compiled(x)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_autocast_leaves_integers_to_be_refused(name):
+    entry = registered()[name]
+    buffers = list(entry.pack(torch.eye(32)).values())
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(RuntimeError, match=r"in float32 as .* in int64"),
+    ):
+        entry.run(torch.ones(2, 32, dtype=torch.long), None, *buffers, in_features=32)
 
 
 def test_lookups_fulfil_the_contract(instruction_set):
@@ -84,11 +134,12 @@ def test_the_contract_catches_a_wrong_result_and_an_unwritten_entry():
 
     dense = registered()["dense"]
     wrong = replace(
-        dense, run=lambda x, bias, w, activation="none": dense.run(x, bias, w * 1.001, activation)
+        dense,
+        run=lambda x, bias, w, activation="none", **_: dense.run(x, bias, w * 1.001, activation),
     )
     with pytest.raises(AssertionError, match="relative error"):
         testing.check_kernel(wrong)
-    unwritten = replace(dense, run=lambda x, bias, w, activation="none": x.new_empty(*x.shape[:-1], len(w)))
+    unwritten = replace(dense, run=lambda x, bias, w, **_: x.new_empty(*x.shape[:-1], len(w)))
     with pytest.raises(AssertionError, match="finite"):
         testing.check_kernel(unwritten)
 

@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from fxsparse.kernels import cpu
+from fxsparse.kernels import condensed_linear, cpu
 
 ROOT = Path(__file__).resolve().parents[2]
 LINEAR = """
@@ -14,7 +15,7 @@ import torch
 from fxsparse.kernel import Problem, candidates
 from fxsparse.kernels import condensed_linear, cpu
 values, indices = torch.ones(3, 2), torch.tensor([[0, 1], [1, 2], [0, 2]], dtype=torch.int16)
-print(condensed_linear(torch.tensor([1.0, 2.0, 4.0]), values, indices).tolist())
+print(condensed_linear(torch.tensor([1.0, 2.0, 4.0]), values, indices, in_features=3).tolist())
 problem = Problem("linear", (3, 3), 1, 6, torch.float32, torch.device("cpu"), False, 2)
 usable, refusals = candidates(problem)
 print(cpu.instruction_set(), [kernel.name for kernel in usable], refusals.get("cpu-csr"))
@@ -70,3 +71,17 @@ def test_the_environment_asks_for_an_instruction_set():
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
 def test_the_kernels_build_where_there_is_a_compiler():
     assert cpu.availability() in (None, "FXSPARSE_ISA=reference asks for the PyTorch reference")
+
+
+def test_messages_and_the_library_name_no_folder_of_this_machine():
+    if cpu.availability() is not None:
+        pytest.skip("there are no C++ kernels")
+    from fxsparse.kernels.cpu import build
+
+    with pytest.raises(RuntimeError, match=r"^check_input, tensors\.h:\d+, fxsparse: expected x "):
+        condensed_linear(
+            torch.randn(2), torch.ones(3, 2), torch.zeros(3, 2, dtype=torch.int16), in_features=3
+        )
+    built = build._built().read_bytes()
+    for folder in (ROOT, Path(torch.__file__).parent):
+        assert str(folder).encode() not in built

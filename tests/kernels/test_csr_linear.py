@@ -67,7 +67,7 @@ def test_unused_slots_change_nothing_and_get_gradient_zero(dtype, shape, density
     for got, expected in ((y_roomy, y), (grad_x_roomy, grad_x), (grad_roomy[: len(values)], grad)):
         torch.testing.assert_close(got, expected, rtol=allowed, atol=allowed, equal_nan=True)
     assert grad_roomy[len(values) :].tolist() == [0.0] * 9
-    inference = csr_linear(x, filled.detach(), roomy.crow, roomy.cols.to(torch.int16))
+    inference = csr_linear(x, filled.detach(), roomy.crow, roomy.cols.to(torch.int16), in_features=shape[1])
     assert torch.equal(inference.nan_to_num(), y.nan_to_num())
 
 
@@ -80,7 +80,7 @@ def test_the_references_leave_unused_slots_alone():
     assert torch.equal(got[0], expected[0])
     assert got[1].tolist() == [*expected[1].tolist(), *[0.0] * 9]
     filled.requires_grad_()
-    reference.linear(x, filled, roomy.crow, roomy.cols, None, 0).backward(upstream)
+    reference.linear(x, filled, roomy.crow, roomy.cols, 53, None, 0).backward(upstream)
     assert filled.grad[len(values) :].tolist() == [0.0] * 9
     torch.testing.assert_close(filled.grad[: len(values)], expected[1])
 
@@ -89,7 +89,7 @@ def test_the_references_leave_unused_slots_alone():
 def test_ops_pass_opcheck(dtype):
     *floats, index = leaves(dtype)
     x, values, bias = (leaf.detach() for leaf in floats)
-    opcheck(torch.ops.fxsparse.csr_forward.default, (x, values, index.crow, index.cols, bias, 2))
+    opcheck(torch.ops.fxsparse.csr_forward.default, (x, values, index.crow, index.cols, 53, bias, 2))
     upstream = torch.randn(3, 5, 37).to(dtype)
     for needs in ((True, True, True), (False, True, False), (True, False, False)):
         opcheck(torch.ops.fxsparse.csr_backward.default, (upstream, x, values, *indices(index), *needs))
@@ -134,10 +134,10 @@ def test_results_too_large_for_the_caches_equal_those_of_a_few_tokens(threads):
     values, x = torch.randn(index.perm.numel()), torch.randn(1024, 48)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    y = csr_linear(x, values, index.crow, index.cols)
+    y = csr_linear(x, values, index.crow, index.cols, in_features=48)
     torch.set_num_threads(before)
     assert y.nbytes == 2 << 20
-    parts = [csr_linear(part, values, index.crow, index.cols) for part in x.split(64)]
+    parts = [csr_linear(part, values, index.crow, index.cols, in_features=48) for part in x.split(64)]
     assert torch.equal(y, torch.cat(parts))
 
 
@@ -160,8 +160,8 @@ class LargestTensor(TorchDispatchMode):
 def test_layers_so_wide_that_panels_outgrow_the_cache_equal_the_reference(shape):
     _, values, index = layer(0.01, shape=shape)
     x, grad = torch.randn(70, shape[1]), torch.randn(70, shape[0])
-    y = csr_linear(x, values, index.crow, index.cols)
-    expected = reference.linear(x, values, index.crow, index.cols, None, 0)
+    y = csr_linear(x, values, index.crow, index.cols, in_features=shape[1])
+    expected = reference.linear(x, values, index.crow, index.cols, shape[1], None, 0)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
     rest = (*indices(index), True, True, True)
     found = torch.ops.fxsparse.csr_backward(grad, x, values, *rest)
@@ -182,7 +182,7 @@ def test_no_tensor_of_the_dense_weights_size_is_made(compiled, monkeypatch):
         monkeypatch.setattr(reference, "_GATHERED", 300 * 400 // 4)
         arguments = (values.detach(), *indices(index))
         with largest:
-            y = reference.linear(x.detach(), *arguments[:3], None, 0)
+            y = reference.linear(x.detach(), *arguments[:3], 400, None, 0)
             reference.linear_backward(y, x.detach(), *arguments, True, True, True)
     assert 0 < largest.numel <= 300 * 400 // 4
 
@@ -273,26 +273,25 @@ def test_activation_checkpointing_stashes_once_per_backward():
     assert len(probe.PROBES.pop(13)) == 2
 
 
-def test_refuses_inputs_of_another_width_and_broken_indices():
+def test_refuses_broken_indices():
     _, values, index = layer()
     if cpu.availability() is not None:
         pytest.skip("the reference checks by indexing")
-    with pytest.raises(RuntimeError, match="columns past those of x, which has 20"):
-        csr_linear(torch.randn(4, 20), values, index.crow, index.cols)
-    with pytest.raises(RuntimeError, match="columns past those of x, which has 20"):
-        csr_linear(torch.randn(20), values, index.crow, index.cols)
+    for tokens in (1, 4):
+        with pytest.raises(RuntimeError, match="columns past those of x, which has 20"):
+            csr_linear(torch.randn(tokens, 20), values, index.crow, index.cols, in_features=20)
     with pytest.raises(RuntimeError, match="crow to end with at most"):
-        csr_linear(torch.randn(4, 53), values[:-1], index.crow, index.cols[:-1])
+        csr_linear(torch.randn(4, 53), values[:-1], index.crow, index.cols[:-1], in_features=53)
     y = csr_linear(
         torch.randn(4, 53, requires_grad=True), values, *indices(replace(index, ccol=index.ccol * 0))
     )
     with pytest.raises(RuntimeError, match="ccol to end with"):
         y.sum().backward()
-    with pytest.raises(RuntimeError, match="of one dtype"):
-        csr_linear(torch.randn(4, 53).bfloat16(), values, index.crow, index.cols)
     with pytest.raises(RuntimeError, match="cols int32"):
-        csr_linear(torch.randn(4, 53), values, index.crow, index.cols.long())
+        csr_linear(torch.randn(4, 53), values, index.crow, index.cols.long(), in_features=53)
+    with pytest.raises(ValueError, match="expected in_features, got None"):
+        csr_linear(torch.randn(4, 53), values, index.crow, index.cols)
     with pytest.raises(ValueError, match="fuses no activation"):
         csr_linear(torch.randn(4, 53), values, *indices(index), activation="relu")
     with pytest.raises(ValueError, match="expected an activation of"):
-        csr_linear(torch.randn(4, 53), values, index.crow, index.cols, activation="tanh")
+        csr_linear(torch.randn(4, 53), values, index.crow, index.cols, activation="tanh", in_features=53)

@@ -85,7 +85,7 @@ def test_fuses_every_spelling(function: Callable[..., Tensor], name: str) -> Non
     model, x = After(function), torch.randn(3, 6)
     count, gm, _ = fused(model, x)
     assert count == 1
-    assert kernel_call(gm).kwargs == {"activation": name}
+    assert kernel_call(gm).kwargs == {"in_features": 6, "activation": name}
     assert [node.op for node in gm.graph.nodes if node.op.startswith("call")] == ["call_function"]
     check_function(gm, model, x)
 
@@ -101,7 +101,7 @@ def test_fuses_modules(module: nn.Module, name: str) -> None:
 
     model, x = Model(), torch.randn(3, 6)
     count, gm, _ = fused(model, x)
-    assert (count, kernel_call(gm).kwargs) == (1, {"activation": name})
+    assert (count, kernel_call(gm).kwargs) == (1, {"in_features": 6, "activation": name})
     check_function(gm, model, x)
 
 
@@ -188,7 +188,7 @@ def test_an_output_with_two_readers_is_not_activated_and_the_note_says_so() -> N
     model, x = After(lambda m, y: F.relu(y) + y), torch.randn(3, 6)
     count, gm, ctx = fused(model, x)
     assert count == 0
-    assert kernel_call(gm).kwargs == {}
+    assert kernel_call(gm).kwargs == {"in_features": 6}
     assert ctx.notes == ["csr_infer keeps its output as it is: relu is one of 2 readers"]
     check_function(gm, model, x)
 

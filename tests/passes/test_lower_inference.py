@@ -61,7 +61,7 @@ def test_shows_the_graph_before_and_after() -> None:
     assert [node.target for node in calls] == [kernel.registered()["cpu-csr"].run, F.linear]
     read = [str(arg.target) for arg in calls[0].args[1:]]
     assert read == ["0.bias", "0.weight.values", "0.weight.crow", "0.weight.cols"]
-    assert calls[0].kwargs == {"activation": "relu"}
+    assert calls[0].kwargs == {"in_features": 6, "activation": "relu"}
     assert not gm.graph.find_nodes(op="call_module", target="1")
     assert rewrites(ctx) == {"lower-inference": 1, "fuse-epilogue": 1}
     assert error(ctx, model, x) <= 4 * tolerance(torch.float32, 6)
