@@ -1,5 +1,6 @@
 """Kernels: one family a folder.  Importing this registers the shipped ones."""
 
+from fxsparse.kernels.attention.attention import scaled_dot_product_attention
 from fxsparse.kernels.bsr.linear import bsr_linear
 from fxsparse.kernels.condensed.linear import condensed_linear
 from fxsparse.kernels.csr.conv import csr_conv2d
@@ -31,6 +32,7 @@ __all__ = [
     "lookup_linear",
     "max_pool2d",
     "position_change",
+    "scaled_dot_product_attention",
     "soft_topk_shift",
     "striped_linear",
 ]

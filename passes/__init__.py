@@ -16,9 +16,9 @@ from fxsparse.passes.insert_mask_updates import InsertMaskUpdates
 from fxsparse.passes.insert_reparam import InsertReparam
 from fxsparse.passes.insert_soft_masks import InsertSoftMasks
 from fxsparse.passes.keep_neurons import KeepNeurons
+from fxsparse.passes.lower_glue import LowerGlue
 from fxsparse.passes.lower_inference import LowerInference
 from fxsparse.passes.lower_kernels import LowerKernels
-from fxsparse.passes.lower_pooling import LowerPooling
 from fxsparse.passes.price_weights import PriceWeights
 from fxsparse.passes.remove_dead_neurons import RemoveDeadNeurons
 from fxsparse.passes.remove_identities import RemoveIdentities
@@ -52,7 +52,7 @@ inference_pipeline = (
     SelectEntryKernels(),
     CountFlops(),
     LowerInference(),
-    LowerPooling(),
+    LowerGlue(),
     FuseEpilogue(),
     Cleanup(),
 )
@@ -80,9 +80,9 @@ __all__ = [
     "InsertReparam",
     "InsertSoftMasks",
     "KeepNeurons",
+    "LowerGlue",
     "LowerInference",
     "LowerKernels",
-    "LowerPooling",
     "PriceWeights",
     "RemoveDeadNeurons",
     "RemoveIdentities",

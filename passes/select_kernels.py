@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
 from fxsparse import kernel
 from fxsparse.formats import condensed
@@ -84,18 +85,27 @@ class SelectKernels:
 
 def site_inputs(gm: GraphModule, ctx: PassContext, nodes: list[Node]) -> dict[Node, Tensor]:
     """The first argument of every given node when the graph runs on the example inputs."""
-    if not nodes:
+    found = call_inputs(gm, ctx, {node: node.args[:1] for node in nodes})
+    return {node: values[0] for node, values in found.items()}
+
+
+def call_inputs(
+    gm: GraphModule, ctx: PassContext, wanted: Mapping[Node, tuple[Any, ...]]
+) -> dict[Node, tuple[Tensor, ...]]:
+    """The tensors that some arguments of each node are when the graph runs on the example inputs and calls it."""
+    if not wanted:
         return {}
     graph, seen = copy.deepcopy(gm.graph), _Seen({})
-    wanted = {node.name for node in nodes}
+    named = {node.name: node for node in graph.nodes}
     _run_on_entries(gm, graph, ctx)
-    for node in [node for node in graph.nodes if node.name in wanted]:
-        with graph.inserting_before(node):
-            graph.call_function(seen.keep, (node.name, node.args[0]))
+    for node, arguments in wanted.items():
+        copied = named[node.name]
+        with graph.inserting_before(copied):
+            graph.call_function(seen.keep, (copied.name, *map_arg(arguments, lambda n: named[n.name])))
     args, kwargs = copied_inputs(ctx.example_inputs)
     with frozen_state(ctx.program.skeleton, training=False), torch.no_grad():
         bind(graph, ctx.program.skeleton)(*args, **kwargs)
-    return {node: seen.inputs[node.name] for node in nodes}
+    return {node: seen.inputs[node.name] for node in wanted}
 
 
 def _run_on_entries(gm: GraphModule, graph: Graph, ctx: PassContext) -> None:
@@ -132,11 +142,11 @@ def outputs_of_a_row(site: Site, x: Tensor, shape: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class _Seen:
-    inputs: dict[str, Tensor]
+    inputs: dict[str, tuple[Tensor, ...]]
 
-    def keep(self, name: str, value: Tensor) -> None:
-        # A copy: the model may change its activations in place further down.
-        self.inputs[name] = value.detach().clone()
+    def keep(self, name: str, *values: Tensor) -> None:
+        # Copies: the model may change its activations in place further down.
+        self.inputs[name] = tuple(value.detach().clone() for value in values)
 
 
 def _refusal(

@@ -27,9 +27,10 @@ _OPS += (
     "csr_conv_inference",
     "soft_topk_sums",
     "max_pool",
+    "attention",
 )
 _FOLDER = Path(__file__).parent
-_HEADERS = ("table.h", "vec.h", "rows.h", "planes.h", "tensors.h", "tiles.h", "window.h")
+_HEADERS = ("table.h", "vec.h", "rows.h", "planes.h", "tensors.h", "tiles.h", "window.h", "attend.h")
 _SOURCES = (
     *_HEADERS,
     "products.cpp",
@@ -40,8 +41,8 @@ _SOURCES = (
     "soft_topk.cpp",
     "pool.cpp",
 )
-_SOURCES += ("tiles.cpp", "conv_inference.cpp")
-_TORCH_UNITS = ("ops", "conv", "conv_inference", "topology", "soft_topk", "pool")
+_SOURCES += ("tiles.cpp", "conv_inference.cpp", "attend.cpp", "attention.cpp")
+_TORCH_UNITS = ("ops", "conv", "conv_inference", "topology", "soft_topk", "pool", "attention")
 _FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
 _TABLES = {
@@ -155,6 +156,7 @@ def _compile(compiler: list[str], folder: Path) -> None:
         if _X86 or not flags:
             units[name] = ["products.cpp", f"-DFXSPARSE_TABLE=table_{name}", *flags]
             units[f"tiles_{name}"] = ["tiles.cpp", f"-DFXSPARSE_TILES=tiles_{name}", *flags]
+            units[f"attend_{name}"] = ["attend.cpp", f"-DFXSPARSE_ATTEND=attend_{name}", *flags]
     if _X86:
         units["lookup"] = _LOOKUP
     objects = [str(folder / f"{name}.o") for name in units]
