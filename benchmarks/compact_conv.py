@@ -61,10 +61,11 @@ def row(
     index, weight = csr.from_mask(mask), torch.randn(shape, dtype=dtype)
     given: dict[str, Any] = {"stride": stride, "padding": kernel // 2, "groups": groups}
     x = torch.randn(samples, channels, size, size, dtype=dtype)
+    window = {"kernel_size": (kernel, kernel), "in_channels": channels}
     upstream = torch.randn_like(F.conv2d(x, weight, **given))
 
     def sparse(x: Tensor, values: Tensor) -> Tensor:
-        return csr_conv2d(x, values, index.crow, index.cols, kernel_size=(kernel, kernel), **given)
+        return csr_conv2d(x, values, index.crow, index.cols, **window, **given)
 
     calls = {
         "dense": step(lambda x, w: F.conv2d(x, w, **given), x, weight, upstream),

@@ -118,13 +118,14 @@ def given_arguments(node: Node, names: Sequence[str]) -> dict[str, Any] | None:
 
 
 def convolution_arguments(node: Node, shape: Sequence[int]) -> dict[str, Any]:
-    """Those that a call of a convolution on a weight of `shape` is given, and ``kernel_size``, by name."""
+    """What a call of a convolution on a weight of `shape` is given, ``kernel_size`` and ``in_channels``, by name."""
     given = given_arguments(node, CONVOLUTION)
     assert given is not None, "storage is chosen where every argument is a number"
     plain = {
         name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in given.items()
     }
-    return {"kernel_size": tuple(shape[2:]), **plain}
+    channels = shape[1] * plain.get("groups", 1)
+    return {"kernel_size": tuple(shape[2:]), "in_channels": channels, **plain}
 
 
 def site_arguments(site: Site, shape: Sequence[int]) -> dict[str, Any]:

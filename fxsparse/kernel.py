@@ -34,7 +34,7 @@ class Problem:
     fan_in: int | None = None
     """Nonzeros of every active row where that is one number, else None."""
     arguments: tuple[tuple[str, Any], ...] = ()
-    """What a kernel's `run` takes by name: in_features, or of a convolution kernel_size, stride, padding and so on."""
+    """What a kernel's `run` takes by name: in_features; of a convolution kernel_size, in_channels, stride and so on."""
     is_blocked: bool = False
     """The zeros lie in blocks of at least four."""
 
@@ -101,6 +101,9 @@ TRAINING = {
     "conv2d": "cpu-csr-conv-train",
 }
 """The kernels that compact storage trains with, by op; their `run` also takes ``probe_key``."""
+
+OF_THE_WEIGHT = ("in_features", "kernel_size", "in_channels")
+"""The `Problem.arguments` that a dense op reads off its weight."""
 
 _CHECKED_PRODUCTS = 1 << 16
 """Multiply-adds of the plain PyTorch product that checks a kernel on a weight given by its entries."""
@@ -363,7 +366,7 @@ def _exact_op(problem: Problem, weight: Tensor | Entries) -> tuple[Callable[...,
     """A function of (x, values, bias) in plain PyTorch, and the values: the dense weight, or its entries."""
     arguments = dict(problem.arguments)
     if isinstance(weight, Tensor):
-        for name in ("in_features", "kernel_size"):
+        for name in OF_THE_WEIGHT:
             arguments.pop(name, None)
         op: Any = {2: F.linear, 3: F.conv1d, 4: F.conv2d}[weight.dim()]
         return functools.partial(op, **arguments), weight

@@ -15,7 +15,7 @@ from torch import Tensor
 from fxsparse.formats import bsr, condensed
 from fxsparse.guards import forbid_tensors_of as forbid_tensors_of
 from fxsparse.guards import poisoned_memory as poisoned_memory
-from fxsparse.kernel import Entries, Kernel, Problem, tolerance
+from fxsparse.kernel import OF_THE_WEIGHT, Entries, Kernel, Problem, tolerance
 from fxsparse.kernels.library import ACTIVATIONS, activate
 from fxsparse.method import Method, Probe, Signs, WeightView, from_dict
 from fxsparse.observed import Observed, marginals
@@ -138,7 +138,11 @@ def _problems(op: str) -> Iterator[tuple[Tensor, tuple[int, ...], dict[str, Any]
     for (shape, size, given), density, samples in itertools.product(CONVOLUTIONS, DENSITIES, SAMPLES):
         weight = sparse_weight((shape[0], prod(shape[1:])), density).view(shape)
         channels = shape[1] * given.get("groups", 1)
-        yield weight, (*samples, channels, *size), {"kernel_size": shape[2:], **given}
+        yield (
+            weight,
+            (*samples, channels, *size),
+            {"kernel_size": shape[2:], "in_channels": channels, **given},
+        )
 
 
 def _check_problem(
@@ -227,7 +231,7 @@ def _largest(magnitudes: Tensor) -> float:
 
 def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, arguments: dict[str, Any]) -> Tensor:
     op: Any = {2: F.linear, 3: F.conv1d, 4: F.conv2d}[weight.dim()]
-    given = {name: value for name, value in arguments.items() if name not in ("in_features", "kernel_size")}
+    given = {name: value for name, value in arguments.items() if name not in OF_THE_WEIGHT}
     return op(x.double(), weight.double(), None if bias is None else bias.double(), **given)
 
 

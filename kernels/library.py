@@ -84,6 +84,18 @@ def check_input(x: Tensor, values: Tensor, in_features: int) -> None:
         )
 
 
+def check_images(x: Tensor, typed: Tensor, channels: int) -> None:
+    """Raise RuntimeError, as the dense op does, unless x is [samples, channels, height, width] of the dtype of `typed`.
+
+    References and fakes call it; ``check_images`` of window.h says the same.
+    """
+    if x.dtype != typed.dtype or x.dim() != 4 or x.shape[1] != channels:
+        raise RuntimeError(
+            f"fxsparse: expected images of {channels} channels in {_name(typed.dtype)} as the weight is, got "
+            f"{list(x.shape)} in {_name(x.dtype)}"
+        )
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

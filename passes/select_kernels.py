@@ -133,7 +133,7 @@ class _Stored:
 def outputs_of_a_row(site: Site, x: Tensor, shape: Sequence[int]) -> int:
     """How many numbers a call site computes with one row of a weight of `shape`: tokens, or output pixels."""
     op, arguments = site.node.target, site_arguments(site, shape)
-    for name in ("in_features", "kernel_size"):
+    for name in kernel.OF_THE_WEIGHT:
         arguments.pop(name, None)
     weight = torch.empty(1, *shape[1:], device="meta", dtype=x.dtype).expand(shape)
     assert callable(op)

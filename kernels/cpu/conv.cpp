@@ -227,7 +227,7 @@ Entries entries_of(const Tensor* values, const Tensor& crow, const Tensor& cols,
 Tensor csr_conv_forward(const Tensor& x_any, const Tensor& values, const Tensor& crow, const Tensor& cols,
                         std::optional<Tensor> bias, std::vector<int64_t> numbers) {
   const Tensor x = in_order(x_any);
-  const Window w = window_of(numbers, x);
+  const Window w = window_of(numbers, x, values);
   Entries entries = entries_of(&values, crow, cols, w.groups);
   const int64_t height = w.height.out(), width = w.width.out(), rows = entries.rows;
   STD_TORCH_CHECK(!bias || bias->numel() == rows, "fxsparse: expected bias [", rows, "]");
@@ -356,7 +356,7 @@ std::tuple<Tensor, Tensor> csr_conv_backward(const Tensor& grad_any, const Tenso
                                              const Tensor& crow, const Tensor& cols, std::vector<int64_t> numbers,
                                              bool need_x, bool need_values) {
   const Tensor grad = in_order(grad_any), x = in_order(x_any);
-  const Window w = window_of(numbers, x);
+  const Window w = window_of(numbers, x, values);
   const Entries entries = entries_of(&values, crow, cols, w.groups);
   check_gradient(grad, x, w, entries.rows);
   Tensor grad_x = empty(x, {0}), grad_values = empty(values, {need_values ? values.numel() : 0});
@@ -377,7 +377,7 @@ std::tuple<Tensor, Tensor> csr_conv_backward(const Tensor& grad_any, const Tenso
 Tensor csr_conv_sample(const Tensor& grad_any, const Tensor& x_any, const Tensor& crow, const Tensor& cols,
                        std::vector<int64_t> numbers) {
   const Tensor grad = in_order(grad_any), x = in_order(x_any);
-  const Window w = window_of(numbers, x);
+  const Window w = window_of(numbers, x, grad);
   const Entries entries = entries_of(nullptr, crow, cols, w.groups);
   check_gradient(grad, x, w, entries.rows);
   Tensor result = empty(aoti_torch_dtype_float32(), {cols.numel()});

@@ -241,7 +241,7 @@ Tensor csr_conv_inference(const Tensor& x_any, const Tensor& values, const Tenso
                           std::optional<Tensor> bias, std::optional<Tensor> residual, int64_t activation,
                           std::vector<int64_t> numbers) {
   const Tensor x = in_order(x_any);
-  const Window w = window_of(numbers, x);
+  const Window w = window_of(numbers, x, bias ? *bias : x);  // the values of halves are float32
   const int64_t samples = x.size(0), taps_count = w.height.kernel * w.width.kernel;
   Weight weight = weight_of(values, start, columns, x.size(1) / w.groups * taps_count, w.groups);
   check(weight, values.numel());

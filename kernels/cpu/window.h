@@ -21,8 +21,17 @@ struct Window {
   int64_t groups;
 };
 
-inline Window window_of(const std::vector<int64_t>& w, const Tensor& x) {
-  STD_TORCH_CHECK(w.size() == 11 && x.dim() == 4, "fxsparse: expected x [samples, in, height, width] and 11 numbers");
+// Images of these channels, of the weight's dtype; `check_images` of library.py says the same.
+inline void check_images(const Tensor& x, const Tensor& typed, int64_t channels) {
+  STD_TORCH_CHECK(x.dim() == 4 && x.size(1) == channels && x.scalar_type() == typed.scalar_type(),
+                  "fxsparse: expected images of ", channels, " channels in ", type_name(typed.scalar_type()),
+                  " as the weight is, got ", described(x));
+}
+
+// `typed` has the dtype of the weight.
+inline Window window_of(const std::vector<int64_t>& w, const Tensor& x, const Tensor& typed) {
+  STD_TORCH_CHECK(w.size() == 12, "fxsparse: expected a window of 12 numbers, got ", w.size());
+  check_images(x, typed, w[11]);
   const Window window{{w[0], w[2], w[4], w[6], w[8], x.size(2)}, {w[1], w[3], w[5], w[7], w[9], x.size(3)}, w[10]};
   STD_TORCH_CHECK(window.height.out() > 0 && window.width.out() > 0 && w[10] > 0 && x.size(1) % w[10] == 0,
                   "fxsparse: expected an input that the kernel fits into, its channels in ", w[10], " groups");

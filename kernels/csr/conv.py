@@ -14,7 +14,7 @@ from fxsparse.formats import csr
 from fxsparse.kernel import TRAINING, Cost, Entries, Kernel, Problem, register
 from fxsparse.kernels import cpu, probe
 from fxsparse.kernels.csr import patches
-from fxsparse.kernels.library import COMPILED, autocast, define
+from fxsparse.kernels.library import COMPILED, autocast, check_images, define
 
 
 def csr_conv2d(
@@ -25,6 +25,7 @@ def csr_conv2d(
     bias: Tensor | None = None,
     *,
     kernel_size: Sequence[int],
+    in_channels: int,
     stride: int | Sequence[int] = 1,
     padding: str | int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
@@ -33,31 +34,42 @@ def csr_conv2d(
 ) -> Tensor:
     """``F.conv2d(x, W, bias, stride, padding, dilation, groups)`` with W [out, in / groups, *kernel_size] in CSR.
 
-    A `kernel_size` of one number makes it ``F.conv1d``.  x [samples, in, *size], or one sample without the first
-    dimension, and values [capacity] are of one floating dtype; crow [out + 1] and cols [capacity] are int32, columns
-    flat in [in / groups, *kernel_size].  Sums are in fp32 (fp64 for fp64).  Differentiable in x, values and bias; no
-    tensor of W's size and no patches of all pixels are made.  With ``probe_key >= 0`` backward leaves copies of x and
-    the output gradient in ``probe.PROBES[probe_key]``.
+    A `kernel_size` of one number makes it ``F.conv1d``.  x [samples, in_channels, *size], or one sample without the
+    first dimension, and values [capacity] are of one floating dtype; crow [out + 1] and cols [capacity] are int32,
+    columns flat in [in / groups, *kernel_size].  Sums are in fp32 (fp64 for fp64).  Differentiable in x, values and
+    bias; no tensor of W's size and no patches of all pixels are made.  With ``probe_key >= 0`` backward leaves
+    copies of x and the output gradient in ``probe.PROBES[probe_key]``.
 
     Raises:
-        ValueError: a kernel larger than the padded input.
+        RuntimeError: an x of other channels or another dtype than the weight's.
+        ValueError: an x of too few or too many dimensions, or smaller with its padding than the kernel.
     """
     x, values, bias = autocast(x, values, bias)
-    numbers = window(kernel_size, stride, padding, dilation, groups)
-    images, _ = as_images(x, len(kernel_size))
-    if min(patches.output_size(images.shape[2:], numbers)) < 1:
-        raise ValueError(f"a kernel of {list(kernel_size)} is larger than the padded input {list(x.shape)}")
+    numbers = window(kernel_size, in_channels, stride, padding, dilation, groups)
+    check_size(x, kernel_size, numbers)
     return _CsrConv.apply(x, values, crow, cols, bias, numbers, len(kernel_size), probe_key)
+
+
+def check_size(x: Tensor, kernel_size: Sequence[int], window: Sequence[int]) -> None:
+    """Raise ValueError unless x has the dimensions of images, batched or not, and the kernel fits into it."""
+    sizes = "length" if len(kernel_size) == 1 else "height, width"
+    if x.dim() - len(kernel_size) not in (1, 2):
+        raise ValueError(
+            f"fxsparse: expected x [samples, {window[11]}, {sizes}] or [{window[11]}, {sizes}], got {list(x.shape)}"
+        )
+    if min(patches.output_size(as_images(x, len(kernel_size))[0].shape[2:], window)) < 1:
+        raise ValueError(f"a kernel of {list(kernel_size)} is larger than the padded input {list(x.shape)}")
 
 
 def window(
     kernel_size: Sequence[int],
+    in_channels: int,
     stride: int | Sequence[int] = 1,
     padding: str | int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> list[int]:
-    """11 numbers: kernel, stride, padding before, padding after, dilation (each height and width), groups.
+    """12 numbers: kernel, stride, padding before, padding after, dilation (each height and width), groups, channels.
 
     One dimension is a height of 1.
     """
@@ -70,7 +82,8 @@ def window(
     else:
         before = after = _each(0 if padding == "valid" else padding, dimensions)  # type: ignore[arg-type]
     fill = ((1, kernel_size), (1, strides), (0, before), (0, after), (1, dilations))
-    return [number for idle, given in fill for number in [idle] * (2 - dimensions) + list(given)] + [groups]
+    numbers = [number for idle, given in fill for number in [idle] * (2 - dimensions) + list(given)]
+    return [*numbers, groups, in_channels]
 
 
 def as_images(x: Tensor, dimensions: int) -> tuple[Tensor, list[int]]:
@@ -123,6 +136,7 @@ def _each(number: int | Sequence[int], dimensions: int) -> list[int]:
 
 
 def _forward_fake(x, values, crow, cols, bias, window):
+    check_images(x, values, window[11])
     return x.new_empty(x.shape[0], crow.shape[0] - 1, *patches.output_size(x.shape[2:], window))
 
 

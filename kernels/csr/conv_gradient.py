@@ -54,7 +54,7 @@ def _images(
     x: Tensor, grad: Tensor, arguments: Mapping[str, Any], shape: Sequence[int]
 ) -> tuple[Tensor, Tensor, list[int]]:
     dimensions = len(shape) - 2
-    numbers = window(shape[2:], **arguments)
+    numbers = window(shape[2:], shape[1] * arguments.get("groups", 1), **arguments)
     return as_images(x, dimensions)[0], as_images(grad, dimensions)[0], numbers
 
 

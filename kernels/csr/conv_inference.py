@@ -17,13 +17,14 @@ from fxsparse.formats import column_blocks
 from fxsparse.kernel import Cost, Entries, Kernel, Problem, register
 from fxsparse.kernels import cpu
 from fxsparse.kernels.csr import patches
-from fxsparse.kernels.csr.conv import as_given, as_images, window
+from fxsparse.kernels.csr.conv import as_given, as_images, check_size, window
 from fxsparse.kernels.library import (
     ACTIVATIONS,
     COMPILED,
     activate,
     activation_code,
     autocast,
+    check_images,
     define,
     refuse_gradient,
 )
@@ -41,23 +42,21 @@ def csr_conv_infer(
 ) -> Tensor:
     """``activation(F.conv2d(x, W, bias, ...) + residual)`` with W in ``formats.column_blocks``; no gradient.
 
-    `arguments` are kernel_size, stride, padding, dilation and groups as of ``F.conv2d``, or ``F.conv1d`` where
-    kernel_size is one number.  x [samples, in, *size], or one sample without the first dimension, is of one floating
-    dtype with bias [out] and residual (of the output's shape); values are fp32 or of that dtype.  Sums are in fp32
-    (fp64 for fp64).  The result is contiguous.
+    `arguments` are kernel_size, in_channels, stride, padding, dilation and groups as of ``F.conv2d``, or
+    ``F.conv1d`` where kernel_size is one number.  x [samples, in_channels, *size], or one sample without the first
+    dimension, is of one floating dtype with bias [out] and residual (of the output's shape); values are fp32 or of
+    that dtype.  Sums are in fp32 (fp64 for fp64).  The result is contiguous.
 
     Raises:
         UnsupportedError: an input that requires a gradient.
-        ValueError: a kernel larger than the padded input.
+        RuntimeError: an x of other channels or another dtype than the weight's.
+        ValueError: an x of too few or too many dimensions, or smaller with its padding than the kernel.
     """
     refuse_gradient(x)
     x, values, bias = autocast(x, values, bias)
     numbers = window(**arguments)
+    check_size(x, arguments["kernel_size"], numbers)
     images, added = as_images(x, len(arguments["kernel_size"]))
-    if min(patches.output_size(images.shape[2:], numbers)) < 1:
-        raise ValueError(
-            f"a kernel of {list(arguments['kernel_size'])} is larger than the padded input {list(x.shape)}"
-        )
     if residual is not None:
         residual, _ = as_images(residual.to(x.dtype), len(arguments["kernel_size"]))
     run = reference if x.dtype not in COMPILED else torch.ops.fxsparse.csr_conv_inference.default
@@ -76,6 +75,7 @@ def reference(
     window: Sequence[int],
 ) -> Tensor:
     """The op in plain PyTorch: the dense convolution of the unpacked weight, on images and in at least fp32."""
+    _check(x, values, bias, window)
     groups, (top, left, bottom, right) = window[10], window[4:8]
     wide = torch.promote_types(x.dtype, torch.float32)
     channels = x.shape[1] // groups
@@ -90,7 +90,14 @@ def reference(
     return activate(y, ACTIVATIONS[activation]).to(x.dtype).contiguous()
 
 
+def _check(x: Tensor, values: Tensor, bias: Tensor | None, window: Sequence[int]) -> None:
+    """`check_images` for values that are fp32 in weights of half precision, too: there the bias tells its dtype."""
+    half = values.dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16)
+    check_images(x, bias if bias is not None else x if half else values, window[11])
+
+
 def _fake(x, values, start, columns, bias, residual, activation, window):
+    _check(x, values, bias, window)
     return x.new_empty(x.shape[0], start.shape[1] - 1, *patches.output_size(x.shape[2:], window))
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxsparse.kernels.csr import reference
+from fxsparse.kernels.library import check_images
 
 _PATCHED = 1 << 20
 """Entries of patches that are made at once (at least one output row of one sample)."""
@@ -19,7 +20,8 @@ _PATCHED = 1 << 20
 def conv(
     x: Tensor, values: Tensor, crow: Tensor, cols: Tensor, bias: Tensor | None, window: Sequence[int]
 ) -> Tensor:
-    """The convolution of x [samples, in, height, width]; `window` as in `conv.Window.numbers`."""
+    """The convolution of x [samples, in, height, width]; `window` is `conv.window`."""
+    check_images(x, values, window[11])
     rows = crow.numel() - 1
     cols = _columns(crow, cols, x.shape[1], window)
     y = x.new_empty(x.shape[0], rows, *output_size(x.shape[2:], window))

@@ -15,7 +15,16 @@ def _pack(weight: Tensor) -> Mapping[str, Tensor]:
     return {"weight": weight}
 
 
-def _run(x, bias, weight, activation: str = "none", *, kernel_size: Any = None, **arguments: Any) -> Tensor:
+def _run(
+    x,
+    bias,
+    weight,
+    activation: str = "none",
+    *,
+    kernel_size: Any = None,
+    in_channels: int | None = None,
+    **arguments: Any,
+) -> Tensor:
     op: Any = F.conv1d if weight.dim() == 3 else F.conv2d
     return activate(op(x, weight, bias, **arguments), activation)
 

@@ -1,5 +1,7 @@
 """Every shipped kernel against the contract of fxsparse.testing, on every instruction set of this machine."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -121,6 +123,52 @@ def test_autocast_leaves_integers_to_be_refused(name):
         pytest.raises(RuntimeError, match=r"in float32 as .* in int64"),
     ):
         entry.run(torch.ones(2, 32, dtype=torch.long), None, *buffers, in_features=32)
+
+
+CONVOLUTIONS = (
+    ((8, 16, 3, 3), (8, 8), 1),
+    ((8, 4, 3, 3), (8, 8), 4),
+    ((8, 16, 1, 1), (8, 8), 1),
+    ((8, 16, 3), (8,), 1),
+)
+
+
+@pytest.mark.parametrize("name", ["cpu-csr-conv", "cpu-csr-conv-train"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("shape", "size", "groups"), CONVOLUTIONS)
+def test_images_of_other_channels_or_of_another_dtype_are_refused(shape, size, groups, dtype, name):
+    entry, bias = registered()[name], torch.zeros(8, dtype=dtype)
+    weight = torch.zeros(shape, dtype=dtype)
+    weight[:, 1] = 1  # no entry in a channel that an x of fewer lacks
+    buffers = list(entry.pack(weight).values())
+    given = {"kernel_size": shape[2:], "in_channels": 16, "groups": groups}
+    wrong = [torch.ones(2, 16, *size, dtype=other) for other in OTHER_DTYPES if other != dtype]
+    wrong += [torch.ones(*lead, *size, dtype=dtype) for lead in ((2, 12), (2, 20), (12,), (20,))]
+    for x, run in itertools.product(wrong, (entry.run, entry.reference)):
+        with pytest.raises(RuntimeError) as raised:
+            run(x, bias, *buffers, **given)
+        expected, _, got = str(raised.value).partition(", got ")
+        assert f"expected images of 16 channels in {str(dtype)[6:]} as the weight is" in expected
+        assert str(x.shape[-len(size) - 1]) in got
+        assert got.endswith(f"in {str(x.dtype)[6:]}")
+    for x in (torch.ones(16, dtype=dtype), torch.ones(1, 2, 16, *size, dtype=dtype)):
+        with pytest.raises(ValueError, match=r"expected x \[samples, 16, .*\] or \[16, .*\], got \[.*16"):
+            entry.run(x, bias, *buffers, **given)
+
+
+@pytest.mark.parametrize("name", ["cpu-csr-conv", "cpu-csr-conv-train"])
+def test_a_compiler_and_autocast_refuse_images_of_other_channels_or_integers(name):
+    entry = registered()[name]
+    buffers = list(entry.pack(torch.ones(8, 16, 3, 3)).values())
+
+    def run(x):
+        return entry.run(x, torch.zeros(8), *buffers, kernel_size=(3, 3), in_channels=16)
+
+    for x in (torch.ones(2, 12, 8, 8), torch.ones(2, 16, 8, 8, dtype=torch.long)):
+        with pytest.raises(RuntimeError, match="expected images of 16 channels in float32"):
+            torch.compile(run, backend="aot_eager")(x)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match=r"in float32 .* in int64"):
+        run(torch.ones(2, 16, 8, 8, dtype=torch.long))
 
 
 def test_lookups_fulfil_the_contract(instruction_set):

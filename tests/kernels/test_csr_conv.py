@@ -34,8 +34,9 @@ def layer(shape, density=0.3, dtype=torch.float32, spare=0):
 
 
 def sparse_conv(x, values, index, bias, weight, arguments, **options):
+    given = {"in_channels": weight.shape[1] * arguments.get("groups", 1), **arguments}
     return csr_conv2d(
-        x, values, index.crow, index.cols, bias, kernel_size=weight.shape[2:], **arguments, **options
+        x, values, index.crow, index.cols, bias, kernel_size=weight.shape[2:], **given, **options
     )
 
 
@@ -156,7 +157,7 @@ def test_threads_do_not_change_a_bit():
 def test_ops_pass_opcheck(dtype):
     _, values, index = layer((6, 4, 3, 3), dtype=dtype)
     x, grad, bias = (torch.randn(size).to(dtype) for size in ((2, 4, 8, 7), (2, 6, 4, 4), (6,)))
-    numbers = window((3, 3), 2, 1)
+    numbers = window((3, 3), 4, 2, 1)
     opcheck(torch.ops.fxsparse.csr_conv_forward.default, (x, values, index.crow, index.cols, bias, numbers))
     for needs in itertools.product((True, False), repeat=2):
         arguments = (grad, x, values, index.crow, index.cols, numbers, *needs)
@@ -222,12 +223,17 @@ def test_refuses_what_does_not_fit():
     if cpu.availability() is not None:
         pytest.skip("the reference checks by indexing")
     with pytest.raises(RuntimeError, match="the weight has an entry in column"):
-        sparse_conv(torch.randn(1, 3, 5, 5), values, index, None, weight, {})
+        sparse_conv(torch.randn(1, 3, 5, 5), values, index, None, weight, {"in_channels": 3})
     with pytest.raises(RuntimeError, match="channels in 3 groups"):
-        sparse_conv(torch.randn(1, 4, 5, 5), values, index, None, weight, {"groups": 3})
+        sparse_conv(torch.randn(1, 4, 5, 5), values, index, None, weight, {"groups": 3, "in_channels": 4})
     with pytest.raises(RuntimeError, match="crow to end with at most"):
         csr_conv2d(
-            torch.randn(1, 4, 5, 5), values[:-1], index.crow, index.cols[:-1], kernel_size=weight.shape[2:]
+            torch.randn(1, 4, 5, 5),
+            values[:-1],
+            index.crow,
+            index.cols[:-1],
+            kernel_size=(3, 3),
+            in_channels=4,
         )
 
 

@@ -58,7 +58,7 @@ def test_makes_no_tensor_of_the_weights_size():
 
 def test_the_op_keeps_its_contract_and_counts_its_flops():
     crow, cols = torch.tensor([0, 1, 1, 3], dtype=torch.int32), torch.tensor([4, 0, 17], dtype=torch.int32)
-    arguments = (torch.randn(2, 3, 5, 5), torch.randn(2, 2, 5, 5), crow, cols, window((3, 3), padding=1))
+    arguments = (torch.randn(2, 3, 5, 5), torch.randn(2, 2, 5, 5), crow, cols, window((3, 3), 2, padding=1))
     opcheck(torch.ops.fxsparse.csr_conv_sample.default, arguments)
     with FlopCounterMode(display=False) as counter:
         torch.ops.fxsparse.csr_conv_sample(*arguments)

@@ -29,7 +29,8 @@ def weight_of(shape, density=0.3, dtype=torch.float32):
 
 
 def infer(x, weight, bias=None, run=KERNEL.run, **arguments):
-    return run(x, bias, *KERNEL.pack(weight).values(), kernel_size=tuple(weight.shape[2:]), **arguments)
+    given = {"in_channels": weight.shape[1] * arguments.get("groups", 1), **arguments}
+    return run(x, bias, *KERNEL.pack(weight).values(), kernel_size=tuple(weight.shape[2:]), **given)
 
 
 def check(x, weight, arguments, with_residual=True, activation="relu"):
@@ -156,7 +157,7 @@ def test_threads_do_not_change_a_bit():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_op_passes_opcheck(dtype):
     x, bias, residual = (torch.randn(size).to(dtype) for size in ((2, 4, 8, 7), (6,), (2, 6, 4, 4)))
-    buffers, numbers = KERNEL.pack(weight_of((6, 4, 3, 3))).values(), window((3, 3), 2, 1)
+    buffers, numbers = KERNEL.pack(weight_of((6, 4, 3, 3))).values(), window((3, 3), 4, 2, 1)
     for given in ((bias, residual, 1), (None, None, 0)):
         opcheck(torch.ops.fxsparse.csr_conv_inference.default, (x, *buffers, *given, numbers))
 
@@ -178,7 +179,9 @@ def test_compiles_whole_with_the_same_numbers(backend):
     buffers = tuple(KERNEL.pack(weight).values())
 
     def twice(x):
-        return 2 * KERNEL.run(x, None, *buffers, activation="silu", kernel_size=(3,), padding=1)
+        return 2 * KERNEL.run(
+            x, None, *buffers, activation="silu", kernel_size=(3,), in_channels=4, padding=1
+        )
 
     compiled = torch.compile(twice, backend=backend, fullgraph=True)
     with torch.no_grad():
@@ -210,16 +213,18 @@ def test_what_does_not_fit_is_refused():
     if cpu.availability() is not None:
         pytest.skip("the reference checks by indexing")
     with pytest.raises(RuntimeError, match="the weight has an entry in column"):
-        infer(torch.randn(1, 3, 5, 5), weight)
+        infer(torch.randn(1, 3, 5, 5), weight, in_channels=3)
     with pytest.raises(RuntimeError, match="channels in 3 groups"):
-        infer(torch.randn(1, 4, 5, 5), weight, groups=3)
+        infer(torch.randn(1, 4, 5, 5), weight, groups=3, in_channels=4)
     with pytest.raises(RuntimeError, match="a residual of the output's shape"):
         infer(torch.randn(1, 4, 5, 5), weight, residual=torch.randn(1, 6, 1, 1))
     with pytest.raises(RuntimeError, match=r"expected bias \[6\]"):
         infer(torch.randn(1, 4, 5, 5), weight, torch.randn(4))
     values, start, columns = KERNEL.pack(weight).values()
     with pytest.raises(RuntimeError, match="start to ascend to at most"):
-        KERNEL.run(torch.randn(1, 4, 5, 5), None, values[:-1], start, columns[:-1], kernel_size=(3, 3))
+        KERNEL.run(
+            torch.randn(1, 4, 5, 5), None, values[:-1], start, columns[:-1], kernel_size=(3, 3), in_channels=4
+        )
 
 
 @pytest.mark.parametrize(("samples", "size"), [(8, 7), (16, 7), (11, 7), (6, 14)])

@@ -140,8 +140,8 @@ def test_a_convolution_keeps_its_arguments() -> None:
         "columns",
     ]
     assert first.kwargs == {
-        "kernel_size": (3, 3), "stride": (2, 1), "padding": "valid", "dilation": (2, 2), "groups": 2,
-        "activation": "relu",
+        "kernel_size": (3, 3), "in_channels": 6, "stride": (2, 1), "padding": "valid", "dilation": (2, 2),
+        "groups": 2, "activation": "relu",
     }  # fmt: skip
     assert second.kwargs["kernel_size"] == (3,)
     assert fetch(ctx.program.skeleton, "0.weight").shape == (8, 3, 3, 3)

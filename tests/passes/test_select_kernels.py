@@ -125,7 +125,8 @@ def test_measures_convolutions_with_their_arguments_and_output_pixels(times) -> 
     (first, seen, activation), (second, hidden, none) = calls
     assert (first.op, first.batch, first.shape, first.nnz) == ("conv2d", 3 * 3 * 5, (4, 2, 3, 3), 36)
     assert dict(first.arguments) == {
-        "kernel_size": (3, 3), "stride": (2, 1), "padding": (0, 1), "dilation": (1, 1), "groups": 1
+        "kernel_size": (3, 3), "in_channels": 2, "stride": (2, 1), "padding": (0, 1), "dilation": (1, 1),
+        "groups": 1,
     }  # fmt: skip
     assert torch.equal(seen, x)
     assert torch.equal(hidden, model[0](x).relu())
