@@ -130,16 +130,21 @@ void product(const float* a, int64_t a_row, int64_t rows, const float* panels, i
 
 // ---- softmax
 
-inline float largest(V v) {
-  float most = v[0];
-  for (int i = 1; i < W; i++) most = v[i] > most || v[i] != v[i] ? v[i] : most;
-  return most;
+inline V larger(V a, V b) { return select(a > b, a, b); }
+
+// Every lane the largest, or the sum, of all lanes.
+template <int D = 1>
+inline V largest(V v) {
+  v = larger(lo<D>(v, v, Lanes{}), hi<D>(v, v, Lanes{}));
+  if constexpr (2 * D < W) return largest<2 * D>(v);
+  return v;
 }
 
-inline float total(V v) {
-  float sum = 0.0f;
-  for (int i = 0; i < W; i++) sum += v[i];
-  return sum;
+template <int D = 1>
+inline V total(V v) {
+  v = lo<D>(v, v, Lanes{}) + hi<D>(v, v, Lanes{});
+  if constexpr (2 * D < W) return total<2 * D>(v);
+  return v;
 }
 
 // s[j] = s[j] * scale with the mask, for j < count.
@@ -160,19 +165,23 @@ void scale_row(const Head& h, int64_t query, float* s, int64_t count) {
   }
 }
 
+// What a row without a finite score is multiplied by: NaN where it has one, or an infinite one, else 0.
+float unseen(float* s, int64_t end) {
+  float sum = 0.0f;
+  for (int64_t j = 0; j < end; j++) {
+    sum += s[j] == kNone ? 0.0f : s[j] - s[j];
+    s[j] = 0.0f;
+  }
+  return sum;
+}
+
 // s[j] = exp(s[j] - largest) for j < count, 0 up to `end`; returns what the row's sums are to be multiplied by.
 float soften(float* s, int64_t count, int64_t end) {
   for (int64_t j = count; j < whole(end); j++) s[j] = kNone;
   V most = splat(kNone);
-  for (int64_t j = 0; j < end; j += W) {
-    const V v = load<V>(s + j);
-    most = select((v > most) | (v != v), v, most);
-  }
-  const float top = largest(most);
-  if (top == kNone) {
-    for (int64_t j = 0; j < end; j++) s[j] = 0.0f;
-    return 0.0f;
-  }
+  for (int64_t j = 0; j < end; j += W) most = larger(load<V>(s + j), most);  // passes NaN over: they come through below
+  const V top = largest(most);
+  if (top[0] == kNone) return unseen(s, end);
   V sum{};
   for (int64_t j = 0; j < end; j += W) {
     const V v = load<V>(s + j) - top;
@@ -180,7 +189,7 @@ float soften(float* s, int64_t count, int64_t end) {
     store(s + j, e);
     sum += e;
   }
-  return 1.0f / total(sum);
+  return 1.0f / total(sum)[0];
 }
 
 void attend(const Head& h, int64_t begin, int64_t end, float* scratch) {

@@ -86,6 +86,11 @@ def test_large_scores_infinity_and_nan():
     assert y[0, 0, 1].isnan().all()
     assert y[1, 0, :, 2].isinf().all()
     assert not y[0, 0, 0].isnan().any()
+    only_nan = torch.full((5, 7), -math.inf)
+    only_nan[1, 6] = 0.0
+    y = scaled_dot_product_attention(q, k, v, only_nan)
+    assert y[0, 0, 1].isnan().all()
+    assert not y[0, 0, 0].any()
 
 
 @pytest.mark.parametrize("empty", ["queries", "keys", "batch"])
