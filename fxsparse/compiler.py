@@ -16,7 +16,7 @@ from fxsparse.graph import comment, set_parameter
 from fxsparse.inference import compile_for_inference
 from fxsparse.initial import target_of
 from fxsparse.module import Emitted, Recipe, SparseModule
-from fxsparse.passes import counting_pipeline, planning_pipeline, training_pipeline
+from fxsparse.passes import planning_pipeline, training_pipeline
 from fxsparse.pipeline import PassContext, run_passes
 from fxsparse.plans import Plan
 from fxsparse.report import Report
@@ -91,7 +91,8 @@ def count_flops(
     Args:
         model: left untouched.
         example_inputs: as for `compile`; they give the shapes.
-        plan: None counts the model as it is, dense.
+        plan: None counts the model as it is, dense.  Weights in compact storage execute their nonzeros alone; for
+            storage="auto" they count as masked, since `compile` decides by measured times.
         convention: "mac2" (2 x multiply-add), "rigl" (arXiv:1911.11134's counter) or "cerebras" (arXiv:2303.11525's).
 
     Raises:
@@ -101,7 +102,7 @@ def count_flops(
     _check_plan(plan, "count_flops")
     _check_dense(model, "count_flops")
     ctx = PassContext(plan, "train", capture(model, example_inputs), Report(), example_inputs)
-    run_passes(counting_pipeline(plan is not None, convention), ctx)
+    run_passes(planning_pipeline(plan, convention), ctx)
     if ctx.flops is None:
         raise PlanError(f"count_flops: no shapes to count with: {'; '.join(ctx.report.passes[-1]['notes'])}")
     return ctx.flops
@@ -127,7 +128,7 @@ def prune(model: nn.Module, plan: Plan, example_inputs: Any = None) -> nn.Module
 def _planned(model: nn.Module, plan: Plan, example_inputs: Any) -> PassContext:
     _check(model, plan, "train", planning=True)
     ctx = PassContext(plan, "train", capture(model, example_inputs), Report(), example_inputs)
-    run_passes(planning_pipeline, ctx)
+    run_passes(planning_pipeline(plan), ctx)
     summarize(ctx)
     return ctx
 

@@ -25,9 +25,9 @@ from fxsparse.passes.remove_identities import RemoveIdentities
 from fxsparse.passes.select_entry_kernels import SelectEntryKernels
 from fxsparse.passes.select_kernels import SelectKernels
 from fxsparse.pipeline import Pass
+from fxsparse.plans import Plan
 
 _select = (Functionalize(), InferShapes(), CollectWeights(), PriceWeights(), AllocateNnz(), KeepNeurons())
-planning_pipeline = (*_select, CountFlops())
 training_pipeline = (
     *_select,
     ChooseStorage(),
@@ -58,9 +58,13 @@ inference_pipeline = (
 )
 
 
-def counting_pipeline(sparse: bool, convention: str) -> tuple[Pass, ...]:
-    """What counts FLOPs, of a sparse plan or of the dense model, by a convention."""
-    return (*(_select if sparse else _select[:3]), CountFlops(convention))
+def planning_pipeline(plan: Plan | None, convention: str = "mac2") -> tuple[Pass, ...]:
+    """What counts the FLOPs of a plan, or of the dense model, by a convention, and measures nothing.
+
+    Storage is chosen only where the plan names it: "auto" is decided by measured times.
+    """
+    stored = () if plan is None or plan.storage == "auto" else (ChooseStorage(),)
+    return (*(_select if plan else _select[:3]), *stored, CountFlops(convention))
 
 
 __all__ = [
@@ -88,7 +92,6 @@ __all__ = [
     "RemoveIdentities",
     "SelectEntryKernels",
     "SelectKernels",
-    "counting_pipeline",
     "inference_pipeline",
     "planning_pipeline",
     "training_pipeline",

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxsparse import kernel, module
-from fxsparse.errors import PlanError, UnsupportedError
+from fxsparse import kernel
+from fxsparse.errors import UnsupportedError
 from fxsparse.graph import (
     CONVOLUTION,
     Site,
@@ -20,9 +20,7 @@ from fxsparse.graph import (
     sites,
 )
 from fxsparse.kernel import Problem
-from fxsparse.method import Method
 from fxsparse.pipeline import Decision, PassContext, WeightSpec
-from fxsparse.scores import random
 
 _FALLBACK = "WARNING: the plan asks for compact storage, and these weights are dense under a mask"
 _LISTED = 20
@@ -37,7 +35,6 @@ class ChooseStorage:
     than dense at the example shapes; else "masked".
 
     Raises:
-        PlanError: weights of a model on meta that would be created dense, above ``module.MAX_DENSE_BYTES`` together.
         UnsupportedError: in strict mode, if the plan asks for compact storage that a weight cannot have.
     """
 
@@ -47,44 +44,32 @@ class ChooseStorage:
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         assert ctx.plan is not None
-        fresh = [name for name, decision in ctx.decisions.items() if not decision.kernel]
-        for name in fresh:
-            _decide(gm, name, ctx.decisions[name], ctx)
+        for name, decision in ctx.decisions.items():
+            if not decision.kernel:
+                _decide(gm, name, decision, ctx)
         dense = [name for name, decision in ctx.decisions.items() if decision.storage == "masked"]
-        if ctx.plan.storage != "masked":
-            _check_created(ctx, [name for name in dense if name in fresh and fetch(gm, name).is_meta])
         if (
             ctx.plan.storage == "compact"
             and dense
             and not any(n.startswith(_FALLBACK) for n in ctx.program.notes)
         ):
-            ctx.program.notes.append(f"{_FALLBACK}: {_listed(ctx, dense)}")
+            ctx.program.notes.append(f"{_FALLBACK}: {listed(ctx, dense)}")
         return 0
 
 
-def _check_created(ctx: PassContext, dense: list[str]) -> None:
-    """A model on meta may be far larger than memory, so its dense weights must not come unasked."""
-    needed = sum(_dense_bytes(ctx, name) for name in dense)
-    if needed > module.MAX_DENSE_BYTES:
-        raise PlanError(
-            f"this model is on meta and expected to be created compact, but {len(dense)} of its weights would be dense "
-            f"under a mask, {needed:,} bytes, more than {module.MAX_DENSE_BYTES:,}: {_listed(ctx, dense)}. Remove the "
-            "reasons, create these modules on a real device, or ask for it with storage='masked'."
-        )
-
-
-def _listed(ctx: PassContext, names: list[str]) -> str:
+def listed(ctx: PassContext, names: list[str]) -> str:
     """Weights with shape, dense size and reason, the largest first."""
-    order = sorted(names, key=lambda name: -_dense_bytes(ctx, name))
+    order = sorted(names, key=lambda name: -dense_bytes(ctx, name))
     rows = [
-        f"{name} {list(ctx.weights[name].shape)}, {_dense_bytes(ctx, name):,} bytes ({ctx.decisions[name].reason})"
+        f"{name} {list(ctx.weights[name].shape)}, {dense_bytes(ctx, name):,} bytes ({ctx.decisions[name].reason})"
         for name in order[:_LISTED]
     ]
     more = [f"and {len(order) - _LISTED} more"] if len(order) > _LISTED else []
     return "; ".join(rows + more)
 
 
-def _dense_bytes(ctx: PassContext, name: str) -> int:
+def dense_bytes(ctx: PassContext, name: str) -> int:
+    """Of the dense weight, without its mask, gradient and state."""
     return ctx.weights[name].numel * ctx.weights[name].dtype.itemsize
 
 
@@ -111,8 +96,6 @@ def _decide(gm: GraphModule, name: str, decision: Decision, ctx: PassContext) ->
         return
     else:
         asked = "the plan asks for compact storage"
-        if fetch(gm, name).is_meta:
-            _check_score(name, ctx.plan.method)
         if ctx.plan.storage == "auto":
             asked = "created compact: on meta there is no dense weight to measure against"
         decision.reason = asked + (f"; in plain PyTorch: {slow[0]}" if slow else "")
@@ -121,15 +104,6 @@ def _decide(gm: GraphModule, name: str, decision: Decision, ctx: PassContext) ->
         "csr",
         kernel.TRAINING[ctx.weights[name].op],
     )
-
-
-def _check_score(name: str, method: Method) -> None:
-    if method.init is not random:
-        raise PlanError(
-            f"weight {name!r} is on meta and would be created compact, but {method.name} draws its first mask by "
-            f"{getattr(method.init, '__name__', method.init)}, which reads a dense weight. Use a random first mask "
-            f"({method.name} with score or init 'random'), storage='masked', or create the model on a real device."
-        )
 
 
 def _why(refusals: list[str], choice: kernel.Choice | None) -> str:

@@ -1,5 +1,7 @@
 """The entries a user calls, and every bad argument with its named error."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torchvision
@@ -8,7 +10,7 @@ from torch import nn
 import fxsparse
 from fxsparse import Override, Plan
 from fxsparse.errors import FxSparseError, PatternError, PlanError, TraceError, UnsupportedError
-from fxsparse.methods import rigl, static
+from fxsparse.methods import gse, rigl, static
 from fxsparse.pattern import NM, Block, ConstantFanIn
 
 
@@ -317,3 +319,21 @@ def test_static_random_masks_depend_on_the_seed_only():
 
     assert torch.equal(mask(1), mask(1))
     assert not torch.equal(mask(1), mask(2))
+
+
+def test_compact_storage_executes_its_nonzeros_alone_in_plans_too():
+    build = lambda: nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 8))  # noqa: E731
+    x, plan = torch.zeros(4, 32), Plan(sparsity=0.9, allocation="uniform", storage="compact")
+    count = fxsparse.count_flops(build(), x, plan)
+    assert (count.dense, count.total, count.executed) == (2560, 256, 256)
+    assert count.executed == fxsparse.compile(build(), plan, example_inputs=x).report.totals["flops_executed"]
+    with torch.device("meta"):
+        assert fxsparse.count_flops(build(), x, plan).executed == 256
+    report = fxsparse.plan_report(build(), plan, x)
+    assert {row["storage"] for row in report.layers} == {"compact"}
+    assert report.totals["flops_executed"] == 256
+    drifting = replace(plan, method=gse(scope="global"))
+    assert fxsparse.count_flops(build(), x, drifting).executed == 2560
+    assert any("WARNING" in note for note in fxsparse.plan_report(build(), drifting, x).notes)
+    for storage in ("masked", "auto"):
+        assert fxsparse.count_flops(build(), x, replace(plan, storage=storage)).executed == 2560
