@@ -184,6 +184,8 @@ class Method:
     schedule: Schedule | None = None
     pattern: Pattern | None = None
     """What its masks look like: a plan's default, and any other kind is refused.  None: any pattern."""
+    allocation: str | None = None
+    """The policy of its paper: a plan's default; None: ERK."""
     weight_init: WeightInit | None = None
     """Draws the selected weights anew; None leaves them as they come."""
     never_ablate: tuple[str, ...] | None = None

@@ -4,7 +4,7 @@ import os
 import tempfile
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,6 @@ from fxsparse.method import Method
 from fxsparse.pattern import NM, Pattern, Unstructured
 
 VERSION = 1
-PRESET_ALLOCATIONS = {"gse": "er_unrolled"}
-"""{method: the allocation of its paper} where that is not the default."""
 STORAGES = ("auto", "masked", "compact")
 
 
@@ -53,7 +51,8 @@ class Plan:
         sparsity: fraction of zeros over the selected weights, in [0, 1).  May be left out with an N:M pattern.
         budget: in its place, a share of the dense model's FLOPs, bytes, time or other cost; the allocation is then
             taken at the least sparsity that meets it ("global_magnitude" ranks magnitudes by their cost).
-        allocation: how the total is shared among weights: a policy name, or ``{glob: sparsity}`` for every weight.
+        allocation: how the total is shared among weights: a policy name, or ``{glob: sparsity}`` for every weight;
+            the method's own where its paper has one (GSE's "er_unrolled"), else "erk".
         pattern: the constraint on each mask; the method's own where it has one, else unstructured.
         method: what trains the masks.
         storage: "masked" keeps dense weights beside a mask, "compact" stores nonzeros only, "auto" takes what was
@@ -71,7 +70,7 @@ class Plan:
 
     sparsity: float | None = None
     budget: Budget | None = None
-    allocation: str | Mapping[str, float] = field(default="erk", hash=False)
+    allocation: str | Mapping[str, float] = field(default=None, hash=False)  # pyright: ignore[reportAssignmentType]
     pattern: Pattern = None  # pyright: ignore[reportAssignmentType]  # set by __post_init__
     method: Method = field(default_factory=lambda: methods.static("magnitude"))
     storage: str = "auto"
@@ -87,6 +86,8 @@ class Plan:
         object.__setattr__(self, "overrides", tuple(self.overrides))
         if self.pattern is None and isinstance(self.method, Method):
             object.__setattr__(self, "pattern", self.method.pattern or Unstructured())
+        if self.allocation is None and isinstance(self.method, Method):
+            object.__setattr__(self, "allocation", self.method.allocation or "erk")
         _check_types(self)
         if self.budget is None:
             object.__setattr__(self, "sparsity", _implied_sparsity(self.sparsity, self.pattern))
@@ -96,7 +97,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only; fields left at their default are omitted, ``version`` is always there."""
-        default = Plan(sparsity=0.0)
+        default = replace(Plan(sparsity=0.0), allocation=self.method.allocation or "erk")
         row: dict[str, Any] = {"version": VERSION}
         if self.sparsity is not None:
             row["sparsity"] = self.sparsity
@@ -170,11 +171,7 @@ class Plan:
             n, m = (int(part) for part in name.split(":"))
             return cls(pattern=NM(n, m), method=methods.sr_ste())
         if percent.isdecimal() and int(percent) < 100:
-            return cls(
-                sparsity=int(percent) / 100,
-                method=methods.from_dict({"name": head}),
-                allocation=PRESET_ALLOCATIONS.get(head, "erk"),
-            )
+            return cls(sparsity=int(percent) / 100, method=methods.from_dict({"name": head}))
         raise PlanError(
             f"no preset {name!r}: expected '<method>-<percent of zeros>' such as rigl-90, or 'n:m'."
         )

@@ -17,6 +17,8 @@ from fxsparse.prices import Prices
 
 MOST_SPARSE = 0.9999
 """Sparsity beyond which no budget is tried."""
+_NOTED = 0.001
+"""Difference in sparsity from which on a note says so."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,28 @@ def decide(plan: Plan, ctx: PassContext) -> dict[str, Decision]:
         return _within(ctx.prices, plan, ctx, patterns, target)
     budgets = resolve(plan.allocation)(specs, target)
     densities = target_densities(plan.allocation, specs, target)
-    return {s.name: _decision(s, patterns[s.name], budgets[s.name], densities[s.name]) for s in specs}
+    made = {s.name: _decision(s, patterns[s.name], budgets[s.name], densities[s.name]) for s in specs}
+    if isinstance(plan.allocation, str):
+        ctx.notes += _difference(plan.allocation, specs, target, made)
+    return made
+
+
+def _difference(
+    allocation: str, specs: list[WeightSpec], target: Target, made: Mapping[str, Decision]
+) -> list[str]:
+    """A note where the weights that the allocation decides have another sparsity than was asked for."""
+    free = target.free(specs)
+    numel, asked = sum(s.numel for s in free), target.free_total(specs)
+    given, held = sum(made[s.name].budget for s in free), sum(made[s.name].nnz for s in free)
+    if abs(held - asked) <= _NOTED * numel:
+        return []
+    why = [f"{allocation} gives out {given:,}, as what one weight cannot hold goes to no other"] * (
+        given < asked
+    )
+    why += [f"the patterns hold {held:,}"] * (held != given)
+    return [
+        f"sparsity {1 - held / numel:.4f} in place of {1 - asked / numel:.4f}: of {asked:,} entries {', '.join(why)}"
+    ]
 
 
 def _within(

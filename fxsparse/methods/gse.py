@@ -41,7 +41,9 @@ def gse(
         weight_init: "unit_variance" draws the selected weights anew, U(-1, 1) * sqrt(3 / fan-in) as in the authors'
             code; "keep" leaves them as they come.
 
-    The paper allocates by ``"er_unrolled"``, as do the presets ("gse-90").
+    A plan's default allocation is then the paper's, ``"er_unrolled"``.  However large gamma is, this is not RigL: RigL
+    may grow again what the same update dropped, which here is no candidate, and drops ``floor(drop_fraction * |A|)``
+    entries where this exchanges ``ceil`` of it.
     """
     for name, value, known in (
         ("variant", variant, ("paper", "torch")),
@@ -65,6 +67,7 @@ def gse(
         ),
         source="arXiv:2401.06898",
         pattern=Unstructured(),
+        allocation="er_unrolled",
         weight_init=weight_init_named(weight_init),
     )
 

@@ -126,3 +126,32 @@ def test_the_budget_is_what_the_pattern_rounded_down():
 def test_a_given_fan_in_is_its_own_budget():
     decision = decided(plan(0.75, pattern=ConstantFanIn(3)), spec("a", (20, 10))).decisions["a"]
     assert (decision.budget, decision.nnz) == (60, 60)
+
+
+@pytest.mark.parametrize(
+    ("wishes", "note"),
+    [
+        (
+            # A scale of 140 / 54 gives "1.weight" 24 x 140 / 54 = 62, and "0.weight" 77: nothing is clipped.
+            {"sparsity": 0.5, "allocation": "er_unrolled"},
+            None,
+        ),
+        (
+            # A scale of 266 / 54 would give "1.weight" 118.2 of its 80.
+            {"sparsity": 0.05, "allocation": "er_unrolled"},
+            "sparsity 0.1893 in place of 0.0500: of 266 entries er_unrolled gives out 227, as what one weight cannot "
+            "hold goes to no other",
+        ),
+        ({"sparsity": 0.0, "allocation": "er_unrolled"}, None),
+        ({"sparsity": 0.05, "allocation": "erk"}, None),
+        (
+            {"sparsity": 0.75, "allocation": "uniform", "pattern": ConstantFanIn()},
+            "sparsity 0.7857 in place of 0.7500: of 70 entries the patterns hold 60",
+        ),
+        ({"sparsity": 0.75, "allocation": {"*": 0.9}}, None),
+        ({"sparsity": 0.5, "pattern": NM(2, 4)}, None),
+    ],
+)
+def test_another_sparsity_than_was_asked_for_is_noted(wishes, note):
+    first = spec("0.weight", (20, 8)) if "NM" in str(wishes.get("pattern")) else FC1
+    assert decided(plan(**wishes), first, FC2).notes == ([] if note is None else [note])

@@ -33,3 +33,11 @@ def test_clipped_entries_are_not_given_to_other_weights(shape):
 def test_without_clipping_the_counts_sum_to_the_target(resnet50):
     assert max(er_unrolled_densities(resnet50, Target(0.99)).values()) < 1
     assert sum(er_unrolled(resnet50, Target(0.99)).values()) == 255_029
+
+
+def test_a_target_of_every_entry_clips_none(shape):
+    specs = [shape("a", (2, 4)), shape("b", (100, 100)), shape("c", (10, 10))]
+    assert er_unrolled(specs, Target(0.0)) == {"a": 8, "b": 10_000, "c": 100}
+    assert er_unrolled_densities(specs, Target(0.0)) == {"a": 1, "b": 1, "c": 1}
+    assert er_unrolled(specs, Target(0.0, forced={"c": 0.5})) == {"a": 8, "b": 10_000, "c": 50}
+    assert er_unrolled_densities(specs, Target(0.0, forced={"c": 0.5})) == {"a": 1, "b": 1}

@@ -71,8 +71,13 @@ def test_defaults_are_the_papers():
     assert not gse().is_joint
 
 
-def test_presets_allocate_by_er_on_the_unrolled_matrix():
+def test_plans_allocate_by_er_on_the_unrolled_matrix():
+    assert Plan(sparsity=0.95, method=gse()) == Plan.preset("gse-95")
+    for allocation in ("erk", "er_unrolled", "uniform"):
+        plan = Plan(sparsity=0.95, method=gse(), allocation=allocation)
+        assert Plan.from_dict(plan.to_dict()).allocation == allocation
     plan = Plan.preset("gse-95")
+    assert "allocation" not in plan.to_dict()
     assert (plan.sparsity, plan.method, plan.allocation) == (0.95, gse(), "er_unrolled")
     assert Plan.from_dict(plan.to_dict()) == plan
     assert Plan.preset("rigl-95").allocation == "erk"
