@@ -157,12 +157,16 @@ def _check_optimizer(optimizer: Optimizer | None) -> None:
 
 def _check_device(model: nn.Module, device: torch.device | str | None, optimizer: Optimizer | None) -> None:
     meta = _on_meta(model)
+    try:
+        place = torch.device(device or "cpu")
+    except (RuntimeError, TypeError) as error:
+        raise PlanError(f"compile: expected a device such as 'cpu', got {device!r}: {error}") from error
     if device is not None and not meta:
         raise PlanError(
             f"compile: device={str(device)!r} says where parameters on meta are created, and this model has none; "
             "move the model with model.to(device) instead."
         )
-    if torch.device(device or "cpu").type == "meta":
+    if place.type == "meta":
         raise PlanError("compile: expected a device with memory, got 'meta'; plan_report works without any.")
     if meta and optimizer is not None:
         raise PlanError(

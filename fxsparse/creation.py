@@ -102,9 +102,10 @@ def take_tensors(root: nn.Module, values: Mapping[str, Tensor], compact: Collect
             and (value.shape, value.dtype) != (tensor.shape, tensor.dtype)
             and id(tensor) not in left
         ):
+            advice = f"Convert the model first: model.to({value.dtype})."
             raise CheckpointError(
                 f"{name!r}: expected {tensor.dtype} {list(tensor.shape)} as in the model, got {value.dtype} "
-                f"{list(value.shape)}. Is it of another model?"
+                f"{list(value.shape)}. {advice if value.shape == tensor.shape else 'Is it of another model?'}"
             )
         if value is not None and tensor.is_meta:
             made = value.detach().clone()

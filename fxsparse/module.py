@@ -247,9 +247,10 @@ class SparseModule(nn.Module):
         except RuntimeError as error:
             if isinstance(error, FxSparseError):
                 raise
+            stored = any(f'{end}"' in str(error) for end in (".values", ".indices", "_mask"))
+            advice = " (between masked and compact storage, load the dense_state_dict() of the other one)"
             raise CheckpointError(
-                "this state dict does not fit the model (between masked and compact storage, load the "
-                f"dense_state_dict() of the other one). {error}"
+                f"this state dict does not fit the model{advice if stored else ''}. {error}"
             ) from error
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SparseModule":

@@ -15,9 +15,11 @@ def describe(optimizer: Optimizer, module: nn.Module) -> tuple[dict[str, Tensor]
     """(its state tensors, the rest as JSON values): parameters by name, the state by their number in its groups.
 
     Raises:
-        PlanError: it holds something else than parameters of `module`.
+        PlanError: no optimizer, or it holds something else than parameters of `module`.
         CheckpointError: it keeps what is neither a tensor nor a plain value.
     """
+    if not isinstance(optimizer, Optimizer):
+        raise PlanError(f"save: expected a torch.optim.Optimizer, got {type(optimizer).__name__}.")
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     held = list(_parameters(optimizer))
     if any(id(parameter) not in names for parameter in held):

@@ -206,6 +206,11 @@ BAD = {
         PlanError,
         r"'weight' is on the meta device and has no values to compile for inference; load them first",
     ),
+    "a device that torch does not have": (
+        lambda: fxsparse.compile(meta_linear(), Plan(sparsity=0.5), device="xyz"),
+        PlanError,
+        r"expected a device such as 'cpu', got 'xyz': .*xyz",
+    ),
     "a device for a model that has one": (
         lambda: fxsparse.compile(linear(), Plan(sparsity=0.5), device="cpu"),
         PlanError,

@@ -162,6 +162,17 @@ def test_a_state_dict_loads_under_a_wrapper_s_prefix(storage):
     assert torch.equal(wrapped["module"].masks()["fc.weight"], other.masks()["fc.weight"])
 
 
+@pytest.mark.parametrize("storage", ["masked", "compact"])
+def test_only_keys_of_another_storage_bring_advice_about_storages(storage):
+    sparse = compiled(storage)
+    state = {name: value for name, value in sparse.state_dict().items() if name != "head.bias"}
+    with pytest.raises(CheckpointError, match=r"does not fit the model\. (?s:.*)head\.bias"):
+        sparse.load_state_dict(state)
+    other = compiled("compact" if storage == "masked" else "masked")
+    with pytest.raises(CheckpointError, match=r"does not fit the model \(between masked and compact"):
+        sparse.load_state_dict(other.state_dict())
+
+
 def test_a_foreign_state_dict_is_a_checkpoint_error():
     with pytest.raises(CheckpointError, match=r"(?s)does not fit the model.*fc\.weight"):
         compiled().load_state_dict({"other": torch.ones(1)})

@@ -198,6 +198,15 @@ def test_another_optimizer_is_refused_and_left_alone(tmp_path):
     assert sgd.param_groups[0]["params"] == list(model.parameters())
 
 
+def test_only_an_optimizer_is_saved_as_one_and_a_model_of_another_dtype_is_told_so(tmp_path):
+    sparse, _ = trained(Plan(sparsity=0.5))
+    with pytest.raises(PlanError, match=r"save: expected a torch\.optim\.Optimizer, got int"):
+        fxsparse.save(sparse, tmp_path / "file", optimizer=3)
+    fxsparse.save(sparse.bfloat16(), tmp_path / "file")
+    with pytest.raises(CheckpointError, match=r"got torch\.bfloat16 \[.*model\.to\(torch\.bfloat16\)"):
+        fxsparse.load(tmp_path / "file", Net())
+
+
 def test_what_cannot_be_saved_or_loaded_into_is_refused(tmp_path):
     sparse, _ = trained(PLANS["masked"])
     with pytest.raises(PlanError, match=r"expected what fxsparse.compile returned, got Net"):
