@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxsparse import kernel, passes
+from fxsparse import kernel
 from fxsparse.budget import Budget
 from fxsparse.graph import Site, sites
 from fxsparse.passes.select_kernels import (
@@ -48,12 +48,14 @@ def latency_prices(gm: GraphModule, ctx: PassContext, budget: Budget) -> Prices:
 
 def _all_dense(ctx: PassContext) -> PassContext:
     """The evaluation graph as inference compiles it, with every weight dense."""
+    from fxsparse.passes import inference_pipeline  # where the order is stated, which imports this module
+
     skeleton = copy_structure(ctx.program.skeleton).eval()
     graph = bind(copy.deepcopy(ctx.program.graphs["eval"].graph), skeleton)
     program = Program(ctx.program.tier, skeleton, {"eval": graph}, [], dict(ctx.program.hidden))
     folded = PassContext(None, "infer", program, Report(), ctx.example_inputs)
     dense = SelectKernels(keep_dense=dict.fromkeys(ctx.weights, "priced"))
-    run_passes([dense if isinstance(p, SelectKernels) else p for p in passes.inference_pipeline], folded)
+    run_passes([dense if isinstance(p, SelectKernels) else p for p in inference_pipeline], folded)
     return folded
 
 
