@@ -112,3 +112,13 @@ def test_a_result_that_differs_stays(monkeypatch):
     assert not found
     assert not measured
     assert "differs" in ctx.report.passes[-1]["notes"][0]
+
+
+def test_a_result_that_lies_otherwise_in_memory_stays(monkeypatch):
+    def moved(q, k, v, mask=None):
+        return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setitem(kernel._GLUE, "scaled_dot_product_attention", moved)
+    _, found, measured = attend(monkeypatch)
+    assert not found
+    assert not measured
