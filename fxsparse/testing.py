@@ -36,6 +36,7 @@ CONVOLUTIONS: tuple[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]], ...
     ((5, 4, 3, 5), (13, 40), {"stride": (2, 3), "padding": (1, 0), "dilation": (1, 2)}),
     ((4, 2, 3, 5), (9, 9), {"padding": "same", "dilation": (3, 1)}),
     ((6, 2, 3, 3), (8, 12), {"groups": 3, "padding": 2, "stride": 2}),
+    ((6, 1, 3, 3), (8, 12), {"groups": 6, "padding": 1}),
     ((7, 3, 5), (50,), {"padding": 2, "stride": 2}),
 )
 """(Shape of the weight, size of the images, arguments) of convolutions in one and two dimensions."""

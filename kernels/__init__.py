@@ -11,6 +11,7 @@ from fxsparse.kernels.csr.sampled import gradient_at
 from fxsparse.kernels.csr.topology import position_change
 from fxsparse.kernels.dense.conv import DENSE_CONV, MASKED_CONV
 from fxsparse.kernels.dense.linear import DENSE, MASKED
+from fxsparse.kernels.depthwise.conv import depthwise_conv
 from fxsparse.kernels.lookup.linear import lookup_linear
 from fxsparse.kernels.pool.max_pool import max_pool2d
 from fxsparse.kernels.soft_topk.shift import soft_topk_shift
@@ -28,6 +29,7 @@ __all__ = [
     "csr_conv2d",
     "csr_conv_infer",
     "csr_linear",
+    "depthwise_conv",
     "gradient_at",
     "lookup_linear",
     "max_pool2d",

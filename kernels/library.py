@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fxsparse.errors import UnsupportedError
 
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "relu6", "hardswish")
 """The fused epilogues; an op takes the position in this tuple."""
 
 COMPILED = (torch.float32, torch.bfloat16)

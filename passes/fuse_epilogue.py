@@ -11,21 +11,26 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxsparse import kernel
-from fxsparse.graph import fetch
+from fxsparse.graph import argument, fetch
 from fxsparse.pipeline import PassContext
 
 _PLAIN = {
     F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", "relu": "relu", "relu_": "relu",
     torch.ops.aten.relu.default: "relu", torch.ops.aten.relu_.default: "relu",
+    F.relu6: "relu6", torch.ops.aten.relu6.default: "relu6", torch.ops.aten.relu6_.default: "relu6",
+    F.hardswish: "hardswish", torch.ops.aten.hardswish.default: "hardswish",
+    torch.ops.aten.hardswish_.default: "hardswish",
     F.silu: "silu", torch.ops.aten.silu.default: "silu", torch.ops.aten.silu_.default: "silu",
 }  # fmt: skip
+_MODULES = {nn.ReLU: "relu", nn.SiLU: "silu", nn.ReLU6: "relu6", nn.Hardswish: "hardswish"}
 _GELUS = {F.gelu, torch.ops.aten.gelu.default}
+_CLAMPS = {F.hardtanh, torch.ops.aten.hardtanh.default, torch.ops.aten.hardtanh_.default}
 _ADDS = {operator.add, torch.add, torch.ops.aten.add.Tensor}
 
 
 @dataclass(frozen=True)
 class FuseEpilogue:
-    """kernel(x) + b, + residual, then relu, gelu or silu become arguments of the call where nothing else reads between.
+    """kernel(x) + b, + residual, then an activation become arguments of the call where nothing else reads between.
 
     A residual has the shape and dtype of the result and is there before the call.
     A site that stays dense keeps its separate ops: the vendor's library and inductor do that part themselves.
@@ -138,13 +143,21 @@ def _activation(gm: GraphModule, node: Node) -> str | None:
         return None
     if node.target in _GELUS:
         return _gelu(node.kwargs.get("approximate", "none"))
+    if node.target in _CLAMPS:
+        return _clamp(*(argument(node, k, name) for k, name in ((1, "min_val"), (2, "max_val"))))
     return _PLAIN.get(node.target)
 
 
 def _module_activation(module: nn.Module) -> str | None:
     if type(module) is nn.GELU:
         return _gelu(module.approximate)
-    return {nn.ReLU: "relu", nn.SiLU: "silu"}.get(type(module))
+    if type(module) is nn.Hardtanh:
+        return _clamp(module.min_val, module.max_val)
+    return _MODULES.get(type(module))
+
+
+def _clamp(least: Any, most: Any) -> str | None:
+    return "relu6" if (least, most) == (0, 6) else None
 
 
 def _gelu(approximate: Any) -> str | None:

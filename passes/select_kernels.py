@@ -153,7 +153,7 @@ def _refusal(
     gm: GraphModule, ctx: PassContext, spec: WeightSpec, decision: Decision, found: list[Site]
 ) -> str | None:
     """Why a weight stays dense without being measured; None if it is to be measured."""
-    if decision.nnz == spec.numel:
+    if decision.nnz == spec.numel and not _is_depthwise(spec):
         return "it has no zeros"
     if spec.op not in OPS:
         return f"there is no sparse {spec.op} kernel"
@@ -173,6 +173,11 @@ def _refusal(
     if ctx.example_inputs is None:
         return "not measured: there are no example inputs"
     return None
+
+
+def _is_depthwise(spec: WeightSpec) -> bool:
+    """Whether it has a kernel that is not for zeros."""
+    return spec.op in ("conv1d", "conv2d") and spec.shape[1] == 1 and spec.groups == spec.shape[0]
 
 
 def _readers(node: Node) -> list[Node]:

@@ -28,6 +28,7 @@ _OPS += (
     "soft_topk_sums",
     "max_pool",
     "attention",
+    "depthwise_conv",
 )
 _FOLDER = Path(__file__).parent
 _HEADERS = ("table.h", "vec.h", "rows.h", "planes.h", "tensors.h", "tiles.h", "window.h", "attend.h")
@@ -41,8 +42,8 @@ _SOURCES = (
     "soft_topk.cpp",
     "pool.cpp",
 )
-_SOURCES += ("tiles.cpp", "conv_inference.cpp", "attend.cpp", "attention.cpp")
-_TORCH_UNITS = ("ops", "conv", "conv_inference", "topology", "soft_topk", "pool", "attention")
+_SOURCES += ("tiles.cpp", "conv_inference.cpp", "attend.cpp", "attention.cpp", "depthwise.cpp")
+_TORCH_UNITS = ("ops", "conv", "conv_inference", "topology", "soft_topk", "pool", "attention", "depthwise")
 _FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
 _TABLES = {

@@ -5,7 +5,6 @@
 // many columns as rows of positions, so that a tap is a shift under a mask; they are read in place, or copied where the
 // convolution has a stride (a plane for every phase of it), mixes samples in a tile, or is not in fp32.
 #include "tensors.h"
-#include "tiles.h"
 #include "window.h"
 
 namespace {
@@ -16,14 +15,6 @@ constexpr int64_t kPanelFloats = (512 << 10) / 4;  // half of an L2 cache of tod
 constexpr int64_t kMostMerged = 8;                 // samples that are numbered through
 constexpr double kFilled = 0.9;                    // not where this share of a sample's lanes is used
 constexpr int64_t kNearFloats = (40 << 10) / 4;    // of an L1
-
-const TileTable& tiles() {
-#if defined(FXSPARSE_X86)
-  if (chosen_level >= kAvx512) return tiles_avx512();
-  if (chosen_level == kAvx2) return tiles_avx2();
-#endif
-  return tiles_portable();
-}
 
 // Output place o of a dimension reads, through one tap, place o + shift of the pixels phase, phase + stride, ...
 struct Reach {

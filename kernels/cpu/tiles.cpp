@@ -85,15 +85,17 @@ inline void finish(V sums, const Results& to, int64_t at, int64_t count, V bias)
 }
 
 // The same for a row of fp32 whose NV vectors lie together in y, `last` lanes of the last one; relu is a floor of 0, none
-// one of -inf.  Without the branches of `finish`, which took a third of the time of rows with 26 entries.
+// one of -inf, and relu6 has a ceiling.  Without the branches of `finish`, which took a third of the time of rows with 26 entries.
 template <int NV>
-inline void finish_plain(const V* sums, float* y, const float* residual, int64_t last, V bias, V floor) {
+inline void finish_plain(const V* sums, float* y, const float* residual, int64_t last, V bias, V floor,
+                         V ceiling) {
 #pragma GCC unroll 16
   for (int j = 0; j < NV; j++) {
     const int64_t count = j + 1 < NV ? W : last;
     V v = sums[j] + bias;
     if (residual) v += count < W ? load_where(residual + j * W, (1u << count) - 1) : load<V>(residual + j * W);
-    put({y, Scalar::f32, 0, 0}, j * W, select(v < floor, floor, v), count);
+    v = select(v < floor, floor, v);
+    put({y, Scalar::f32, 0, 0}, j * W, select(v > ceiling, ceiling, v), count);
   }
 }
 
@@ -127,8 +129,9 @@ template <int NV>
 void multiply_tile(const float* panel, int64_t stride, const BlockRows& w, int64_t begin, int64_t end, float* sums,
                    bool from_zero, const Results* to) {
   const int64_t last = to && to->count == 1 && to->runs[0].position == 0 ? to->runs[0].length - (NV - 1) * W : 0;
-  const bool plain = last > 0 && to->scalar == Scalar::f32 && to->activation <= 1;
+  const bool plain = last > 0 && to->scalar == Scalar::f32 && (to->activation <= kRelu || to->activation == kRelu6);
   const V floor = splat(to && to->activation ? 0.0f : -__builtin_inff());
+  const V ceiling = splat(to && to->activation == kRelu6 ? 6.0f : __builtin_inff());
   for (int64_t r = begin; r < end; r++) {
     float* kept = sums + (r - begin) * NV * W;
     V sum[NV];
@@ -144,7 +147,7 @@ void multiply_tile(const float* panel, int64_t stride, const BlockRows& w, int64
     if (plain) {
       const int64_t at = to->runs[0].at + r * to->row_stride;
       const float* residual = to->residual ? (const float*)to->residual + at : nullptr;
-      finish_plain<NV>(sum, (float*)to->y + at, residual, last, bias, floor);
+      finish_plain<NV>(sum, (float*)to->y + at, residual, last, bias, floor, ceiling);
       continue;
     }
     alignas(64) float block[(NV + 1) * W];  // a run is read in whole vectors
@@ -190,8 +193,18 @@ inline void take_second(const float* src, int64_t count, float* to) {
 #endif
 }
 
+// Rows of a few pixels, which the compiler's own copy would move one by one.
+inline void copy_row(const float* src, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i += W) {
+    const int64_t left = least(W, count - i);
+    put({to, Scalar::f32, 0, 0}, i, left < W ? load_where(src + i, (1u << left) - 1) : load<V>(src + i), left);
+  }
+}
+
 template <class T>
 void take_row(const T* src, int64_t count, int64_t step, float* __restrict to) {
+  if constexpr (sizeof(T) == sizeof(float))
+    if (step == 1) return copy_row(src, count, to);
   if (step == 1) {
     for (int64_t i = 0; i < count; i++) to[i] = widened(src[i]);
     return;
@@ -213,6 +226,38 @@ void take(const void* src, Scalar scalar, int64_t at, int64_t rows, int64_t row_
   take_from(static_cast<const uint16_t*>(src) + at, rows, row_step, count, step, pitch, to);
 }
 
+template <int NV>
+inline void add_taps(const float* pixels, const OwnTaps& taps, float* y) {
+  V sum[NV];
+#pragma GCC unroll 16
+  for (int j = 0; j < NV; j++) sum[j] = splat(taps.bias);
+  for (int64_t t = 0; t < taps.count; t++) {
+    const float* from = pixels + taps.offsets[t];
+    const V value = splat(taps.values[t]);
+#pragma GCC unroll 16
+    for (int j = 0; j < NV; j++) sum[j] += value * load<V>(from + j * W);
+  }
+#pragma GCC unroll 16
+  for (int j = 0; j < NV; j++) store(y + j * W, taps.activation ? activate(sum[j], taps.activation) : sum[j]);
+}
+
+void filter(const float* pixels, const OwnTaps& taps, int64_t count, float* y) {
+  constexpr int kSome = 8;
+  int64_t p = 0;
+  for (; p + (kSome - 1) * W < count; p += kSome * W) add_taps<kSome>(pixels + p, taps, y + p);
+  with_vectors(
+      (count - p + W - 1) / W, [&](auto nv) { add_taps<nv.value>(pixels + p, taps, y + p); },
+      std::make_integer_sequence<int, kSome>{});
+}
+
+void give(const float* from, int64_t pitch, int64_t rows, int64_t count, void* y, Scalar scalar, int64_t at) {
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t i = 0; i < count; i += W) {
+      const float* run = from + r * pitch + i;
+      put({y, scalar, 0, 0}, at + r * count + i, load<V>(run), least(W, count - i));
+    }
+}
+
 uint16_t most(const uint16_t* columns, int64_t count) {
   uint16_t largest = 0;
   for (int64_t i = 0; i < count; i++) largest = columns[i] > largest ? columns[i] : largest;
@@ -222,7 +267,7 @@ uint16_t most(const uint16_t* columns, int64_t count) {
 }  // namespace
 
 const TileTable& FXSPARSE_TILES() {
-  static const TileTable table = {W, fill, multiply, take, most};
+  static const TileTable table = {W, fill, multiply, take, filter, give, most};
   return table;
 }
 

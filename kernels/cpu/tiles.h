@@ -43,6 +43,18 @@ struct Results {
   int64_t activation;
 };
 
+// A channel's own filter: position p reads pixel p + offsets[t] through tap t, of a plane that has its padding.
+struct OwnTaps {
+  const int64_t* offsets;
+  const float* values;
+  int64_t count;
+  float bias;
+  int64_t activation;
+};
+
+// Positions in kernels.library.ACTIVATIONS.
+constexpr int64_t kRelu = 1, kRelu6 = 5;
+
 struct TileTable {
   int64_t lanes;
   // panel[column - begin, i] = what column = channel * taps + tap reads at position first + i, for i < vectors * lanes;
@@ -56,6 +68,10 @@ struct TileTable {
   // to[r * pitch + i] = element at + r * row_step + i * step of src, in fp32, for r < rows and i < count.
   void (*take)(const void* src, Scalar scalar, int64_t at, int64_t rows, int64_t row_step, int64_t count, int64_t step,
                int64_t pitch, float* to);
+  // y[p] = activation(bias + sum of the taps at p) for p < count, and up to the next whole vector.
+  void (*filter)(const float* pixels, const OwnTaps& taps, int64_t count, float* y);
+  // Element at + r * count + i of y = from[r * pitch + i], in y's dtype; `from` is read in whole vectors.
+  void (*give)(const float* from, int64_t pitch, int64_t rows, int64_t count, void* y, Scalar scalar, int64_t at);
   // The largest of so many columns, 0 of none.
   uint16_t (*most)(const uint16_t* columns, int64_t count);
 };

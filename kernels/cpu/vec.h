@@ -134,6 +134,12 @@ inline V sum_each(V* m) {
 
 inline V select(VI condition, V yes, V no) { return condition ? yes : no; }
 
+// NaN passes, as in torch.
+inline V clamp(V x, float least, float most) {
+  x = select(x < splat(least), splat(least), x);
+  return select(x > splat(most), splat(most), x);
+}
+
 // Relative error below 2e-7; clamped to the finite range.
 inline V exponential(V x) {
   x = select(x < splat(-87.0f), splat(-87.0f), x);
@@ -166,6 +172,8 @@ inline V activate(V x, int64_t activation) {
     case 2: return gelu(x);
     case 3: return x * sigmoid(1.59576912f * (x + 0.044715f * x * x * x));  // (1 + tanh u) / 2 = sigmoid(2 u)
     case 4: return x * sigmoid(x);
+    case 5: return clamp(x, 0.0f, 6.0f);
+    case 6: return x * clamp(x + 3.0f, 0.0f, 6.0f) * (1.0f / 6);
     default: return x;
   }
 }

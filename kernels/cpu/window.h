@@ -1,8 +1,17 @@
-// The geometry of a convolution.
+// The geometry of a convolution, and the instruction set that computes it.
 #pragma once
 #include "tensors.h"
+#include "tiles.h"
 
 namespace fxsparse {
+
+inline const TileTable& tiles() {
+#if defined(FXSPARSE_X86)
+  if (chosen_level >= kAvx512) return tiles_avx512();
+  if (chosen_level == kAvx2) return tiles_avx2();
+#endif
+  return tiles_portable();
+}
 
 // One dimension of a convolution.
 struct Axis {

@@ -13,7 +13,7 @@ from fxsparse.kernels import cpu
 from fxsparse.kernels.cpu.build import INSTRUCTION_SETS
 
 COMPILED = ("cpu-csr", "cpu-csr-train", "cpu-condensed", "cpu-striped", "cpu-bsr")
-COMPILED += ("cpu-csr-conv", "cpu-csr-conv-train")
+COMPILED += ("cpu-csr-conv", "cpu-csr-conv-train", "cpu-depthwise")
 
 
 @pytest.fixture

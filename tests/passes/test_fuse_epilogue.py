@@ -79,6 +79,13 @@ def check_function(gm: torch.fx.GraphModule, model: nn.Module, x: Tensor) -> Non
         (lambda m, y: torch.ops.aten.gelu.default(y, approximate="tanh"), "gelu_tanh"),
         (lambda m, y: F.silu(y), "silu"),
         (lambda m, y: torch.ops.aten.silu.default(y), "silu"),
+        (lambda m, y: F.relu6(y), "relu6"),
+        (lambda m, y: F.hardtanh(y, 0, 6), "relu6"),
+        (lambda m, y: F.hardtanh(y, min_val=0.0, max_val=6.0), "relu6"),
+        (lambda m, y: torch.ops.aten.hardtanh.default(y, 0.0, 6.0), "relu6"),
+        (lambda m, y: torch.ops.aten.relu6.default(y), "relu6"),
+        (lambda m, y: F.hardswish(y), "hardswish"),
+        (lambda m, y: torch.ops.aten.hardswish.default(y), "hardswish"),
     ],
 )
 def test_fuses_every_spelling(function: Callable[..., Tensor], name: str) -> None:
@@ -91,7 +98,15 @@ def test_fuses_every_spelling(function: Callable[..., Tensor], name: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("module", "name"), [(nn.GELU("tanh"), "gelu_tanh"), (nn.SiLU(), "silu"), (nn.ReLU(), "relu")]
+    ("module", "name"),
+    [
+        (nn.GELU("tanh"), "gelu_tanh"),
+        (nn.SiLU(), "silu"),
+        (nn.ReLU(), "relu"),
+        (nn.ReLU6(), "relu6"),
+        (nn.Hardtanh(0, 6), "relu6"),
+        (nn.Hardswish(), "hardswish"),
+    ],
 )
 def test_fuses_modules(module: nn.Module, name: str) -> None:
     class Model(After):
@@ -102,6 +117,14 @@ def test_fuses_modules(module: nn.Module, name: str) -> None:
     model, x = Model(), torch.randn(3, 6)
     count, gm, _ = fused(model, x)
     assert (count, kernel_call(gm).kwargs) == (1, {"in_features": 6, "activation": name})
+    check_function(gm, model, x)
+
+
+@pytest.mark.parametrize("function", [lambda m, y: F.hardtanh(y), lambda m, y: F.hardtanh(y, 0.0)])
+def test_other_clamps_stay(function: Callable[..., Tensor]) -> None:
+    model, x = After(function), 8 * torch.randn(3, 6)
+    count, gm, _ = fused(model, x)
+    assert count == 0
     check_function(gm, model, x)
 
 
