@@ -24,6 +24,7 @@ from fxsparse.passes.remove_dead_neurons import RemoveDeadNeurons
 from fxsparse.passes.remove_identities import RemoveIdentities
 from fxsparse.passes.select_entry_kernels import SelectEntryKernels
 from fxsparse.passes.select_kernels import SelectKernels
+from fxsparse.passes.split_samples import SplitSamples
 from fxsparse.pipeline import Pass
 from fxsparse.plans import Plan
 
@@ -55,6 +56,7 @@ inference_pipeline = (
     LowerGlue(),
     FuseEpilogue(),
     Cleanup(),
+    SplitSamples(),
 )
 
 
@@ -92,6 +94,7 @@ __all__ = [
     "RemoveIdentities",
     "SelectEntryKernels",
     "SelectKernels",
+    "SplitSamples",
     "inference_pipeline",
     "planning_pipeline",
     "training_pipeline",
