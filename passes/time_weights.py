@@ -19,6 +19,7 @@ from fxsparse.passes.select_kernels import (
     site_inputs,
     site_problem,
 )
+from fxsparse.passes.split_samples import SplitSamples
 from fxsparse.pattern import Block, Pattern, Unstructured
 from fxsparse.pipeline import PassContext, Program, run_passes
 from fxsparse.prices import Price, Prices
@@ -55,7 +56,9 @@ def _all_dense(ctx: PassContext) -> PassContext:
     program = Program(ctx.program.tier, skeleton, {"eval": graph}, [], dict(ctx.program.hidden))
     folded = PassContext(None, "infer", program, Report(), ctx.example_inputs)
     dense = SelectKernels(keep_dense=dict.fromkeys(ctx.weights, "priced"))
-    run_passes([dense if isinstance(p, SelectKernels) else p for p in inference_pipeline], folded)
+    # Calls are timed on the whole batch that the example inputs are.
+    chosen = [p for p in inference_pipeline if not isinstance(p, SplitSamples)]
+    run_passes([dense if isinstance(p, SelectKernels) else p for p in chosen], folded)
     return folded
 
 
