@@ -86,7 +86,7 @@ def products(index: CsrIndex, tokens: int, dtype: torch.dtype) -> Calls:
     transposed = (index.crow, index.cols, index.ccol, index.rows_t, index.perm)
     forward, backward = torch.ops.fxsparse.csr_forward, torch.ops.fxsparse.csr_backward
     return {
-        "forward": lambda: forward(x, values, index.crow, index.cols, None, 0),
+        "forward": lambda: forward(x, values, index.crow, index.cols, inputs, None, 0),
         "input gradient": lambda: backward(grad, x, values, *transposed, True, False, False),
         "weight gradient": lambda: backward(grad, x, values, *transposed, False, True, False),
     }
