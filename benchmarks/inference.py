@@ -40,8 +40,8 @@ def main() -> None:
     options = _options()
     cells = grid(options.models, options.deepsparse is not None, options.quick)
     if options.finished:
-        done = [cell for cell in read_cells(options.output) if cell.settings in cells]
-        print(f"{len(done)} of {len(cells)} cells are finished")
+        done = read_cells(options.output)
+        print(f"{sum(cell.settings in cells for cell in done)} of {len(cells)} cells are finished")
     else:
         done = run_cells(
             cells, lambda cell: measure(cell, options.deepsparse), options.output, seconds=expected_seconds
