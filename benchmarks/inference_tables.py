@@ -75,6 +75,7 @@ def least_ratio(cell: Cell, rival: str) -> float:
 def draw(cells: Sequence[Cell], path: Path) -> None:
     """Bars of our speed-up over each rival at batch 1 on one thread: a panel a model, a group of bars a sparsity."""
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     shown = [c for c in cells if (c.settings["batch"], c.settings["threads"]) == (1, 1)]
     models = list(dict.fromkeys(cell.settings["model"] for cell in shown))
@@ -90,11 +91,13 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
             found = [
                 (i, least_ratio(c, rival)) for i, c in enumerate(of_model) if rival in c.result["ratios"]
             ]
-            axes.bar([i + 0.16 * (place - 2) for i, _ in found], [r for _, r in found], 0.16, label=rival)
+            places, ratios = [i + 0.16 * (place - 2) for i, _ in found], [r for _, r in found]
+            axes.bar(places, ratios, 0.16, label=rival, color=f"C{place}")
         axes.axhline(1, color="gray", linewidth=0.8)
         axes.set_xticks(range(len(of_model)), [f"{c.settings['sparsity']:.0%}" for c in of_model])
         axes.set_title(model, fontsize=9)
-    figure.axes[0].legend(fontsize=6)
+    handles = [Patch(color=f"C{place}", label=rival) for place, rival in enumerate(rivals)]
+    figure.axes[0].legend(handles=handles, fontsize=6)
     figure.supylabel("rival's time / ours")
     figure.supxlabel("zeros")
     figure.savefig(path, dpi=110)
