@@ -3,10 +3,13 @@
 import copy
 import math
 import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from fxsparse import kernel
 from fxsparse.budget import Budget
@@ -42,9 +45,9 @@ def latency_prices(gm: GraphModule, ctx: PassContext, budget: Budget) -> Prices:
         name: _price(graph, calls, inputs, spec.numel, ctx.plan.pattern)
         for (name, calls), spec in zip(found.items(), ctx.weights.values(), strict=True)
     }
-    dense = sum(price.points[-1][1] for price in prices.values())
-    whole, rest = _model_us(ctx), _model_us(folded) - dense
-    return Prices(prices, "us", whole, max(0.0, rest), budget.share)
+    at_sites = {site.node.name for calls in found.values() for site in calls}
+    whole, rest = _model_us(ctx), _others_us(folded, at_sites)
+    return Prices(prices, "us", whole, rest, budget.share)
 
 
 def _all_dense(ctx: PassContext) -> PassContext:
@@ -63,7 +66,7 @@ def _all_dense(ctx: PassContext) -> PassContext:
 
 
 def _price(
-    graph: GraphModule, calls: list[Site], inputs: dict[torch.fx.Node, Tensor], numel: int, pattern: Pattern
+    graph: GraphModule, calls: list[Site], inputs: dict[Node, Tensor], numel: int, pattern: Pattern
 ) -> Price:
     """Of a weight over all its call sites; nothing where no op that has sparse kernels reads it as a whole."""
     points: dict[int, float] = {}
@@ -101,6 +104,29 @@ def _monotone(points: dict[int, float]) -> dict[int, float]:
         least = min(least, points[nnz])
         result[nnz] = least
     return result
+
+
+@dataclass
+class _Held:
+    """Computes an op once, and hands out its result from then on."""
+
+    op: Callable[..., Tensor]
+    result: Tensor | None = None
+
+    def run(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self.result is None:
+            self.result = self.op(*args, **kwargs)
+        return self.result
+
+
+def _others_us(ctx: PassContext, calls: Collection[str]) -> float:
+    """What a forward takes without these calls, whose results are there already."""
+    program, graph = ctx.program, copy.deepcopy(ctx.program.graphs["eval"].graph)
+    for node in graph.nodes:
+        if node.name in calls:
+            node.target = _Held(node.target).run
+    held = Program(program.tier, program.skeleton, {"eval": bind(graph, program.skeleton)})
+    return _model_us(PassContext(None, "infer", held, Report(), ctx.example_inputs))
 
 
 def _model_us(ctx: PassContext) -> float:
