@@ -167,10 +167,10 @@ def choose(
     """Measure every candidate on `x` and return the fastest one that is correct.
 
     `weight` is dense with its zeros in place, or its `Entries`, which no dense kernel packs.  Candidates run in turns,
-    `rounds` times each, and the medians count: a sparse kernel is taken only where its median is at most `advantage`
-    of the best dense one.  Training problems time forward + backward with gradients of x and the weight.  Times are
-    remembered, in this process and on disk (`fxsparse.machine`), for the same problem, processor, threads and kernels.
-    UnsupportedError, with the reasons of every kernel, if none can run.
+    `rounds` times each or fewer where they are slow, and their lower quartiles count: a sparse kernel is taken only
+    where its own is at most `advantage` of the best dense one's.  Training problems time forward + backward with
+    gradients of x and the weight.  Times are remembered, in this process and on disk (`fxsparse.machine`), for the same
+    problem, processor, threads and kernels.  UnsupportedError, with the reasons of every kernel, if none can run.
     """
     device = torch.cuda.get_device_name(problem.device) if problem.device.type == "cuda" else "cpu"
     by_entries = isinstance(weight, Entries)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fxsparse.method import Probe, WeightView
 from fxsparse.pattern import Block, Pattern
-from fxsparse.selection import to_positions
+from fxsparse.rules import LargestMagnitude
 from fxsparse.soft_masks import gather
 from fxsparse.topk import top_mask
 
@@ -29,12 +29,9 @@ class KeepLargest:
     def probe(self) -> Probe:
         return Probe.NONE
 
-    def mask(self, weight: Tensor, pattern: Pattern, nnz: int) -> Tensor:
-        """The choice of a weight alone, as a bool mask of its shape."""
-        return pattern.project(weight.detach().abs(), nnz)
-
     def __call__(self, view: WeightView) -> Tensor:
-        return to_positions(self.mask(view.weight(), view.pattern, view.nnz))
+        """The choice of a weight alone."""
+        return LargestMagnitude()(view)
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,15 @@ def with_epilogue(
     return activate(run(x, *weight, bias, 0) + residual, activation)
 
 
+def dense_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: int, residual: Tensor | None = None
+) -> Tensor:
+    """``activation(x @ weight^T + bias + residual)`` in plain PyTorch: computed in the weight's dtype, given in x's."""
+    y = F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
+    y = y if residual is None else y + residual.to(weight.dtype)
+    return activate(y, ACTIVATIONS[activation]).to(x.dtype)
+
+
 def refuse_gradient(x: Tensor) -> None:
     """Raise UnsupportedError where somebody wants a gradient through an inference kernel, which has none."""
     if x.requires_grad and torch.is_grad_enabled():

@@ -1,7 +1,6 @@
 """Inference of linear layers whose zeros lie in blocks: a block's inputs are loaded once for four of its rows."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -11,10 +10,10 @@ from fxsparse.kernels import cpu
 from fxsparse.kernels.library import (
     ACTIVATIONS,
     COMPILED,
-    activate,
     autocast,
     check_input,
     define,
+    dense_product,
     with_epilogue,
 )
 
@@ -55,9 +54,7 @@ def reference(
     check_input(x, values, dense.shape[2])
     wide = torch.promote_types(x.dtype, torch.float32)
     weight = bsr.to_dense(values.to(wide), crow, columns, dense)
-    y = F.linear(x.to(wide), weight, None if bias is None else bias.to(wide))
-    y = y if residual is None else y + residual.to(wide)
-    return activate(y, ACTIVATIONS[activation]).to(x.dtype)
+    return dense_product(x, weight, bias, activation, residual)
 
 
 def _fake(x, values, crow, columns, dense, bias, activation, residual=None):

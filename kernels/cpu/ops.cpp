@@ -295,6 +295,27 @@ const T* narrow(const Tensor& t, ScalarType type, int64_t count, const char* nam
   return static_cast<const T*>(t.const_data_ptr());
 }
 
+// y [..., out] of a product that goes by panels alone; `work` is what one token costs, in multiply-adds.
+template <class Multiply, class ShareBegin>
+Tensor in_panels(const Tensor& x_any, int64_t out, int64_t work, Added added, int64_t activation, const Multiply& multiply,
+                 const ShareBegin& share_begin) {
+  std::vector<Buffer> owned;
+  const Tensor x = in_order(x_any);
+  Epilogue epilogue;
+  Tensor y = output(x, out, {}, added, activation, owned, epilogue);
+  if (y.numel() == 0) return y;
+  Matrix from = matrix(x, "x");
+  const Matrix to = matrix(y, "y");
+  from.tokens = to.tokens;
+  multiply_all(
+      from, to.tokens * (work + from.features + to.features),
+      [&](const float* panel, int64_t vectors, int64_t begin, int64_t stop, int64_t first) {
+        multiply(panel, vectors, begin, stop, epilogue, to, first);
+      },
+      share_begin);
+  return y;
+}
+
 Tensor striped_forward(const Tensor& x_any, const Tensor& values, const Tensor& columns, const Tensor& rows,
                        const Tensor& lengths, const Tensor& starts, const Tensor& dense, std::optional<Tensor> bias,
                        int64_t activation, std::optional<Tensor> residual) {
@@ -311,22 +332,11 @@ Tensor striped_forward(const Tensor& x_any, const Tensor& values, const Tensor& 
                   out};
   const int32_t* end = s.starts + 2 * chunks * stripes;
   STD_TORCH_CHECK(end[0] == segments && end[1] == nnz, "fxsparse: expected starts to end with ", segments, " and ", nnz);
-  std::vector<Buffer> owned;
-  const Tensor x = in_order(x_any);
-  Epilogue epilogue;
-  Added added{bias, residual};
-  Tensor y = output(x, out, {}, added, activation, owned, epilogue);
-  if (y.numel() == 0) return y;
-  Matrix from = matrix(x, "x");
-  const Matrix to = matrix(y, "y");
-  from.tokens = to.tokens;
-  multiply_all(
-      from, to.tokens * (nnz + from.features + to.features),
-      [&](const float* panel, int64_t vectors, int64_t begin, int64_t stop, int64_t first) {
-        table().multiply_striped(panel, vectors, s, begin, stop, epilogue, to, first);
-      },
+  return in_panels(
+      x_any, out, nnz, {bias, residual}, activation,
+      [&](const float* panel, int64_t vectors, int64_t begin, int64_t stop, const Epilogue& epilogue, const Matrix& to,
+          int64_t first) { table().multiply_striped(panel, vectors, s, begin, stop, epilogue, to, first); },
       [&](int64_t part, int64_t parts) { return chunks * part / parts; });
-  return y;
 }
 
 Tensor bsr_forward(const Tensor& x_any, const Tensor& values, const Tensor& crow, const Tensor& columns,
@@ -345,25 +355,14 @@ Tensor bsr_forward(const Tensor& x_any, const Tensor& values, const Tensor& crow
                  height,
                  width};
   STD_TORCH_CHECK(s.start[count] == blocks, "fxsparse: expected crow to end with ", blocks);
-  std::vector<Buffer> owned;
-  const Tensor x = in_order(x_any);
-  Epilogue epilogue;
-  Added added{bias, residual};
-  Tensor y = output(x, out, {}, added, activation, owned, epilogue);
-  if (y.numel() == 0) return y;
-  Matrix from = matrix(x, "x");
-  const Matrix to = matrix(y, "y");
-  from.tokens = to.tokens;
-  multiply_all(
-      from, to.tokens * (values.numel() / 2 + from.features + to.features),
-      [&](const float* panel, int64_t vectors, int64_t begin, int64_t stop, int64_t first) {
-        table().multiply_blocks(panel, vectors, s, begin, stop, epilogue, to, first);
-      },
+  return in_panels(
+      x_any, out, values.numel() / 2, {bias, residual}, activation,
+      [&](const float* panel, int64_t vectors, int64_t begin, int64_t stop, const Epilogue& epilogue, const Matrix& to,
+          int64_t first) { table().multiply_blocks(panel, vectors, s, begin, stop, epilogue, to, first); },
       [&](int64_t part, int64_t parts) {
         const int64_t target = blocks * part / parts;
         return part >= parts ? count : part ? std::lower_bound(s.start, s.start + count, target) - s.start : int64_t(0);
       });
-  return y;
 }
 
 struct Needs {

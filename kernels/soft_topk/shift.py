@@ -91,6 +91,13 @@ class _Part:
         self.values, self.costs = values, costs
         self.total = float(costs.sum(dtype=torch.float64)) * (len(values) if len(costs) == 1 else 1)
 
+    def ends(self) -> tuple[float, float]:
+        """The least and the largest value for each unit of cost."""
+        alike = len(self.costs) == 1
+        low, high = (self.values if alike else self.values / self.costs).aminmax()
+        scale = float(self.costs) if alike else 1.0
+        return float(low) / scale, float(high) / scale
+
     @staticmethod
     def of(values: Tensor, costs: Tensor) -> "_Part":
         flat = _precise(values.detach()).reshape(-1).contiguous()
@@ -126,17 +133,18 @@ def _newton(
     """
     total = sum(part.total for part in parts)
     goal = math.log(k) - math.log(total - k)
-    ends = [(part.values / part.costs).aminmax() for part in parts]
-    bottom, top = (
-        goal - beta * end for end in (max(float(e.max) for e in ends), min(float(e.min) for e in ends))
-    )
-    shift = goal - beta * sum(float(part.values.sum(dtype=torch.float64)) for part in parts) / total
+    ends = [part.ends() for part in parts]
+    bottom, top = goal - beta * max(high for _, high in ends), goal - beta * min(low for low, _ in ends)
+    shift = goal - beta * sum(float(part.values.mean()) * len(part.values) for part in parts) / total
+    exact = max(torch.finfo(part.values.dtype).eps for part in parts)
     for _ in range(MOST_STEPS):
         mass, slope = evaluate(shift)
-        if abs(mass - k) <= 1e-13 * k or top - bottom <= 1e-15 * abs(shift):
+        if abs(mass - k) <= 1e-13 * k:
             break
         bottom, top = (shift, top) if mass < k else (bottom, shift)
-        shift = _next(shift, mass, slope, total, goal, bottom, top)
+        before, shift = shift, _next(shift, mass, slope, total, goal, bottom, top)
+        if abs(shift - before) <= exact * max(1.0, abs(shift)):
+            break
     return shift
 
 

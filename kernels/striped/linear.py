@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -13,10 +12,10 @@ from fxsparse.kernels import cpu
 from fxsparse.kernels.library import (
     ACTIVATIONS,
     COMPILED,
-    activate,
     autocast,
     check_input,
     define,
+    dense_product,
     with_epilogue,
 )
 
@@ -63,9 +62,7 @@ def reference(
     wide = torch.promote_types(x.dtype, torch.float32)
     weight = torch.zeros(dense.shape[1:], dtype=wide, device=x.device)
     weight = weight.index_put(striped.positions(columns, rows, lengths, starts, dense), values.to(wide))
-    y = F.linear(x.to(wide), weight, None if bias is None else bias.to(wide))
-    y = y if residual is None else y + residual.to(wide)
-    return activate(y, ACTIVATIONS[activation]).to(x.dtype)
+    return dense_product(x, weight, bias, activation, residual)
 
 
 def _fake(x, values, columns, rows, lengths, starts, dense, bias, activation, residual=None):

@@ -223,7 +223,13 @@ def test_an_optimizer_from_before_compiling_moves_to_the_capacity():
     optimizer.step()
     plan = Plan(sparsity=0.8, storage="compact", method=METHOD)
     sparse = fxsparse.compile(net, plan, optimizer=optimizer)
+    (group,) = optimizer.param_groups
+    assert {id(p) for p in group["params"]} == {id(p) for p in sparse.parameters()}
+    for parameter in sparse.parameters():
+        assert optimizer.state[parameter]["exp_avg"].shape == parameter.shape
+    before = [parameter.detach().clone() for parameter in sparse.parameters()]
     train(sparse, 6, optimizer=optimizer)
+    assert not any(torch.equal(p, b) for p, b in zip(sparse.parameters(), before, strict=True))
 
 
 def test_varying_nnz_compiles_two_frames():

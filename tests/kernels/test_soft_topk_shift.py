@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxsparse.errors import NumericsError
+from fxsparse.kernels.soft_topk import shift
 from fxsparse.topk import sinkhorn_topk, soft_topk, top_mask
 
 D = 20_000
@@ -111,6 +112,19 @@ def test_a_budget_of_nothing_or_of_everything_is_exact_and_has_no_gradient():
         assert torch.equal(mask, torch.full((10,), share, dtype=torch.float64))
         (gradient,) = torch.autograd.grad(mask.sum(), values)
         assert torch.equal(gradient, torch.zeros(10, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("beta", [10.0, 20.0, 100.0, 1000.0])
+@pytest.mark.parametrize("costed", [False, True])
+def test_newton_ends_after_a_few_passes(dtype, beta, costed, monkeypatch):
+    passes, evaluate = [], shift._evaluate
+    monkeypatch.setattr(shift, "_evaluate", lambda *call: passes.append(call) or evaluate(*call))
+    values, costs = weights(200_000, dtype), prices(200_000).to(dtype) if costed else None
+    k = 0.1 * (200_000 if costs is None else float(costs.double().sum()))
+    mask = soft_topk(values, k, costs, beta).double()
+    assert len(passes) <= 7
+    assert float((mask if costs is None else costs.double() * mask).sum()) == pytest.approx(k, rel=2e-6)
 
 
 def test_ties_and_equal_values_share_the_budget():
