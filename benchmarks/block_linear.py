@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from tabulate import tabulate
 
 from benchmarks.timing import arguments, environment
-from fxsparse import machine
+from fxsparse.choosing import limit_us
 from fxsparse.kernel import registered
+from fxsparse.testing import problem_of
 from fxsparse.timing import interleaved_samples
 
 WIDTH, BLOCK, BATCHES = 3072, 16, (1, 16, 256)
@@ -42,8 +43,8 @@ def row(weight: torch.Tensor, x: torch.Tensor, rounds: int) -> list[str]:
         )
     samples = interleaved_samples(calls, rounds=rounds, warm_up=2, inner=dict.fromkeys(calls, 1))
     median = {name: sorted(us)[len(us) // 2] for name, us in samples.items()}
-    nnz = int(weight.count_nonzero())
-    limit = machine.limit_us(2 * len(x) * nnz, nnz * weight.element_size(), weight.dtype)
+    first = registered()[KERNELS[0]]
+    limit = limit_us(first, problem_of(first, weight, len(x), weight.dtype, False))
     shown = [f"{min(samples[n]) / 1e3:.3f} ({median['dense'] / median[n]:.1f}x)" for n in KERNELS]
     return [str(len(x)), f"{min(samples['dense']) / 1e3:.3f}", *shown, f"{limit / 1e3:.3f}"]
 

@@ -8,6 +8,7 @@ import os
 import platform
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,40 +62,41 @@ def remember(key: object, value: Any) -> None:
             os.replace(whole, file)
 
 
-def limit_us(flops: int, bytes_read: int, dtype: torch.dtype) -> float:
-    """Microseconds below which no CPU kernel can come that does so much on the threads of this process.
-
-    The roofs are measured once on each machine: a dense matrix product of torch, and its dot product of so many bytes.
-    """
-    return 1e6 * max(flops / _flops_per_second(dtype), bytes_read / _bytes_per_second(bytes_read))
+def flops_per_second(dtype: torch.dtype) -> float:
+    """What torch's dense matrix product reaches on the threads of this process."""
+    key = ("roof", "product", 512, str(dtype), torch.get_num_threads())
+    return 2 * 512**3 / least_seconds(key, lambda: _product(512, 512, dtype=dtype))
 
 
-def _flops_per_second(dtype: torch.dtype) -> float:
-    return 2 * 512**3 / _roof("flops", 512, dtype, torch.get_num_threads())
+def bytes_per_second(size: int) -> float:
+    """What torch's dot product reaches over `size` bytes, which the nearest cache that can hold them does hold."""
+    key = ("roof", "dot", size, torch.get_num_threads())
+    return size / least_seconds(key, lambda: _product(size // 8, dtype=torch.float32))
 
 
-def _bytes_per_second(bytes_read: int) -> float:
-    """From the cache that holds so much, or from memory: sizes are powers of two from 256 KiB to 128 MiB."""
-    size = 1 << min(27, max(18, (bytes_read - 1).bit_length()))
-    return size / _roof("bytes", size, torch.float32, torch.get_num_threads())
+def least_seconds(key: object, prepare: Callable[[], Callable[[], object]]) -> float:
+    """Seconds of the call that `prepare` makes, the least of 20; measured once on each machine, then remembered."""
+    if key not in _SECONDS:
+        found = recall(key)
+        if found is None:
+            call = prepare()
+            found = min(_seconds(call) for _ in range(20))
+            remember(key, found)
+        _SECONDS[key] = found
+    return _SECONDS[key]
 
 
-@functools.cache
-def _roof(name: str, size: int, dtype: torch.dtype, threads: int) -> float:
-    """Seconds of a product of two [size, size], or of reading `size` bytes: the least of 20."""
-    key = ("roof", name, size, str(dtype), threads)
-    seconds = recall(key)
-    if seconds is None:
-        shape = (2, size, size) if name == "flops" else (2, size // 2 // dtype.itemsize)
-        one, other = torch.ones(shape, dtype=dtype)
-        seconds = min(_seconds(one, other) for _ in range(20))
-        remember(key, seconds)
-    return seconds
+_SECONDS: dict[object, float] = {}
 
 
-def _seconds(one: torch.Tensor, other: torch.Tensor) -> float:
+def _product(*shape: int, dtype: torch.dtype) -> Callable[[], object]:
+    one, other = torch.ones(2, *shape, dtype=dtype)
+    return lambda: torch.matmul(one, other)
+
+
+def _seconds(call: Callable[[], object]) -> float:
     start = time.perf_counter()
-    torch.matmul(one, other)
+    call()
     return time.perf_counter() - start
 
 

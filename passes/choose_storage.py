@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxsparse import kernel
+from fxsparse import choosing, kernel
 from fxsparse.errors import UnsupportedError
 from fxsparse.graph import (
     CONVOLUTION,
@@ -106,7 +106,7 @@ def _decide(gm: GraphModule, name: str, decision: Decision, ctx: PassContext) ->
     )
 
 
-def _why(refusals: list[str], choice: kernel.Choice | None) -> str:
+def _why(refusals: list[str], choice: choosing.Choice | None) -> str:
     if refusals:
         return "no compact storage: " + "; ".join(refusals)
     return "not measured: no example inputs" if choice is None else choice.reason
@@ -152,7 +152,7 @@ def _other_users(gm: GraphModule, name: str, found: list[Site]) -> bool:
     return any(user not in readers for node in attribute_nodes(gm.graph, name) for user in node.users)
 
 
-def _measure(gm: GraphModule, name: str, decision: Decision, ctx: PassContext) -> kernel.Choice | None:
+def _measure(gm: GraphModule, name: str, decision: Decision, ctx: PassContext) -> choosing.Choice | None:
     """The measured choice at the example shapes; None without example inputs."""
     found = sites(gm, name)
     given = argument(found[0].node, 0, "input") if found else None
@@ -182,7 +182,7 @@ def _measure(gm: GraphModule, name: str, decision: Decision, ctx: PassContext) -
     if found[0].op == "linear":
         shape = [problem.batch, shape[-1]]
     x = torch.randn(shape, generator=generator, device=weight.device).to(weight.dtype)
-    return kernel.choose(problem, x, sample, _bias(gm, found[0]))
+    return choosing.choose(problem, x, sample, _bias(gm, found[0]))
 
 
 def _bias(gm: GraphModule, site: Site) -> Tensor | None:

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxsparse import kernel, module
+from fxsparse import choosing, kernel, module
+from fxsparse.choosing import Choice
 from fxsparse.graph import Site, argument, fetch, site_arguments, sites
 from fxsparse.inputs import has_meta
-from fxsparse.kernel import Choice, Entries, Problem
+from fxsparse.kernel import Entries, Problem
 from fxsparse.passes.fuse_epilogue import activation_after
 from fxsparse.passes.select_kernels import outputs_of_a_row, site_inputs
 from fxsparse.pattern import ConstantFanIn
@@ -94,4 +95,4 @@ def _measured(gm: GraphModule, site: Site, problem: Problem, entries: Entries, x
     bias, following = argument(site.node, 2, "bias"), activation_after(gm, site.node)
     bias = fetch(gm, str(bias.target)).detach() if isinstance(bias, Node) and bias.op == "get_attr" else None
     activation = "none" if isinstance(following, str) else following[0]
-    return kernel.choose(problem, x, entries, bias, activation)
+    return choosing.choose(problem, x, entries, bias, activation)

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from fxsparse import kernel
+from fxsparse import choosing, kernel
+from fxsparse.choosing import Choice
 from fxsparse.formats import condensed
 from fxsparse.graph import (
     CONVOLUTION,
@@ -22,7 +23,7 @@ from fxsparse.graph import (
     site_arguments,
     sites,
 )
-from fxsparse.kernel import Choice, Kernel, Problem
+from fxsparse.kernel import Kernel, Problem
 from fxsparse.passes.fuse_epilogue import activation_after
 from fxsparse.pattern import Block
 from fxsparse.pipeline import Decision, PassContext, WeightSpec
@@ -76,7 +77,7 @@ class SelectKernels:
             ]
             _decide(ctx.decisions[name], choices)
             taken = kernel.registered()[ctx.decisions[name].kernel]
-            ctx.decisions[name].limit_us = sum(kernel.limit_us(taken, problem) for problem in problems)
+            ctx.decisions[name].limit_us = sum(choosing.limit_us(taken, problem) for problem in problems)
             recalled += all(choice.recalled for choice in choices)
         if recalled:
             ctx.notes.append(f"{recalled} of {len(measured)} weights were measured by an earlier process")
@@ -211,7 +212,7 @@ def choose_at(gm: GraphModule, site: Site, problem: Problem, weight: Tensor, x: 
     bias, following = argument(site.node, 2, "bias"), activation_after(gm, site.node)
     bias = fetch(gm, str(bias.target)).detach() if isinstance(bias, Node) and bias.op == "get_attr" else None
     activation = "none" if isinstance(following, str) else following[0]
-    return kernel.choose(problem, x, weight, bias, activation, advantage=ADVANTAGE)
+    return choosing.choose(problem, x, weight, bias, activation, advantage=ADVANTAGE)
 
 
 def matrix_of(gm: GraphModule, site: Site) -> Tensor:

@@ -1,5 +1,15 @@
 """The C++ kernels: built on first use, cached, and asked for what this CPU can do."""
 
 from fxsparse.kernels.cpu.build import availability, builds_for, instruction_set, load, refuses, version
+from fxsparse.kernels.cpu.roofs import bytes_per_second, flops_per_second
 
-__all__ = ["availability", "builds_for", "instruction_set", "load", "refuses", "version"]
+__all__ = [
+    "availability",
+    "builds_for",
+    "bytes_per_second",
+    "flops_per_second",
+    "instruction_set",
+    "load",
+    "refuses",
+    "version",
+]

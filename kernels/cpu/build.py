@@ -31,7 +31,17 @@ _OPS += (
     "depthwise_conv",
 )
 _FOLDER = Path(__file__).parent
-_HEADERS = ("table.h", "vec.h", "rows.h", "planes.h", "tensors.h", "tiles.h", "window.h", "attend.h")
+_HEADERS = (
+    "table.h",
+    "vec.h",
+    "rows.h",
+    "planes.h",
+    "tensors.h",
+    "tiles.h",
+    "window.h",
+    "attend.h",
+    "roof.h",
+)
 _SOURCES = (
     *_HEADERS,
     "products.cpp",

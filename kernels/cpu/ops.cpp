@@ -14,6 +14,30 @@ int64_t cpu_level(int64_t level) {
   return chosen_level;
 }
 
+// FLOP that every thread together did in `steps` of the loop in roof.h.
+int64_t cpu_multiply_adds(int64_t steps) {
+  const int64_t threads = torch::stable::get_num_threads();
+  std::atomic<int64_t> flops{0};
+  share(threads, [&](int64_t, int64_t) {
+    float numbers[] = {0.5f, 1.0f};
+    flops += table().multiply_adds(steps, numbers);
+  });
+  return flops;
+}
+
+// The sum of fp32 `data`, read `times` by all threads, each its part.
+double cpu_read(const Tensor& data, int64_t times) {
+  STD_TORCH_CHECK(data.is_contiguous(), "fxsparse: expected contiguous data");
+  const float* floats = static_cast<const float*>(data.const_data_ptr());
+  const int64_t count = data.numel(), threads = torch::stable::get_num_threads();
+  std::vector<double> sums(threads);
+  share(threads, [&](int64_t part, int64_t parts) {
+    const int64_t begin = count * part / parts, end = count * (part + 1) / parts;
+    for (int64_t i = 0; i < times; i++) sums[part] += table().read_all(floats + begin, end - begin);
+  });
+  return std::accumulate(sums.begin(), sums.end(), 0.0);
+}
+
 // Where the share `part` of `parts` of the rows begins: equal numbers of entries, whole blocks of rows.
 int64_t share_begin(const Sparse& s, int64_t rows, int64_t part, int64_t parts) {
   constexpr int64_t kBlock = 16;
@@ -489,9 +513,16 @@ Tensor csr_sample(const Tensor& grad_any, const Tensor& x_any, const Tensor& cro
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fxsparse, m) { m.def("cpu_level(int level) -> int"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(fxsparse, m) {
+  m.def("cpu_level(int level) -> int");
+  m.def("cpu_multiply_adds(int steps) -> int");
+  m.def("cpu_read(Tensor data, int times) -> float");
+}
 
-STABLE_TORCH_LIBRARY_IMPL(fxsparse, CompositeExplicitAutograd, m) { m.impl("cpu_level", TORCH_BOX(&cpu_level)); }
+STABLE_TORCH_LIBRARY_IMPL(fxsparse, CompositeExplicitAutograd, m) {
+  m.impl("cpu_level", TORCH_BOX(&cpu_level));
+  m.impl("cpu_multiply_adds", TORCH_BOX(&cpu_multiply_adds));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fxsparse, CPU, m) {
   m.impl("csr_forward", TORCH_BOX(&csr_forward));
@@ -501,4 +532,5 @@ STABLE_TORCH_LIBRARY_IMPL(fxsparse, CPU, m) {
   m.impl("lookup_forward", TORCH_BOX(&lookup_forward));
   m.impl("striped_forward", TORCH_BOX(&striped_forward));
   m.impl("bsr_forward", TORCH_BOX(&bsr_forward));
+  m.impl("cpu_read", TORCH_BOX(&cpu_read));
 }

@@ -3,6 +3,7 @@
 // Tokens are the vector dimension: activations are transposed into panels [features, vectors * W] that fit the L2
 // cache, every nonzero is one broadcast against a panel row, and results are transposed back W rows at a time.
 #include "planes.h"
+#include "roof.h"
 #include "rows.h"
 #include "table.h"
 #include "vec.h"
@@ -542,7 +543,8 @@ void fill(const Epilogue& epilogue, const int32_t* rows, int64_t count, const Ma
 const Table& FXSPARSE_TABLE() {
   static const Table table = {W,            kMostVectors, transpose,       multiply, sample,
                               multiply_few, add_rows,     multiply_lookup, multiply_striped,
-                              multiply_blocks, fill,      add_shifted,     dot_shifted};
+                              multiply_blocks, fill,      add_shifted,     dot_shifted,
+                              multiply_adds, read_all};
   return table;
 }
 

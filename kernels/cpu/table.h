@@ -113,6 +113,9 @@ struct Table {
   // sums[e] += dot(grads[r], panel[offset ...]) over the same positions, for every entry e of rows begin <= r < end.
   void (*dot_shifted)(const float* grads, int64_t stride, const float* panel, const Shifted&, int64_t begin,
                       int64_t end, int64_t count, float* sums);
+  // What a core can do at most; see roof.h.
+  int64_t (*multiply_adds)(int64_t steps, float* numbers);
+  float (*read_all)(const float* data, int64_t count);
 };
 
 constexpr int64_t kFewTokens = 2;  // from 3 on, a panel of one vector is faster than gathering for each

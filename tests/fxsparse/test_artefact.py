@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxsparse
-from fxsparse import SparseModule, inference, kernel
+from fxsparse import SparseModule, choosing, inference, kernel
 from fxsparse.artefact import _picklable, _restored
+from fxsparse.choosing import Choice
 from fxsparse.errors import CheckpointError
 from fxsparse.graph import fetch
 from fxsparse.inference import Speed
-from fxsparse.kernel import Choice
 
 
 class Net(nn.Module):
@@ -40,7 +40,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> SparseModule:
     def choose(problem, x, weight, *rest, **options) -> Choice:
         return Choice(kernel.registered()["cpu-csr"], {"dense": 10.0, "cpu-csr": 5.0}, {}, "measured")
 
-    monkeypatch.setattr(kernel, "choose", choose)
+    monkeypatch.setattr(choosing, "choose", choose)
     monkeypatch.setattr(inference, "speed_of", lambda *call: Speed(200.0, 100.0, 2.0))
     model = Net()
     with torch.no_grad():
@@ -76,7 +76,7 @@ def test_copies_give_the_same_numbers_and_are_independent(fast: SparseModule, ag
 
 
 def test_a_pickle_measures_and_traces_nothing(fast: SparseModule, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "choose", lambda *call, **options: pytest.fail("measured"))
+    monkeypatch.setattr(choosing, "choose", lambda *call, **options: pytest.fail("measured"))
     monkeypatch.setattr(inference, "capture", lambda *call, **options: pytest.fail("traced"))
     assert torch.equal(pickled(fast)(X), fast(X))
 

@@ -151,8 +151,8 @@ def test_what_cannot_be_spent_is_refused(wrong, message):
 
 
 def test_latency_is_priced_by_the_kernels_of_this_machine(monkeypatch):
-    from fxsparse import kernel
-    from fxsparse.kernel import Choice
+    from fxsparse import choosing, kernel
+    from fxsparse.choosing import Choice
     from fxsparse.passes import time_weights
 
     def choose(problem, x, weight, bias=None, activation="none", **options):
@@ -160,7 +160,7 @@ def test_latency_is_priced_by_the_kernels_of_this_machine(monkeypatch):
         assert nnz == problem.nnz
         return Choice(kernel.registered()["dense"], {"dense": numel / 100, "cpu-csr": nnz / 50}, {}, "")
 
-    monkeypatch.setattr(kernel, "choose", choose)
+    monkeypatch.setattr(choosing, "choose", choose)
     monkeypatch.setattr(time_weights, "_model_us", lambda ctx: 100.0)
     monkeypatch.setattr(time_weights, "_others_us", lambda ctx, calls: 26.0)
     # Dense: 64 + 10 us of 100; CSR needs 2 us for every hundred entries and wins below half.

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxsparse
-from fxsparse import Plan, SparseModule, inference, kernel
+from fxsparse import Plan, SparseModule, choosing, inference, kernel
+from fxsparse.choosing import Choice
 from fxsparse.errors import InvariantError, PlanError, TraceError
 from fxsparse.graph import fetch
 from fxsparse.inference import Speed, speed_of
-from fxsparse.kernel import Choice, tolerance
+from fxsparse.kernel import tolerance
 from fxsparse.methods import set_
 from fxsparse.packed import PackedWeight
 from fxsparse.pattern import ConstantFanIn
@@ -29,7 +30,7 @@ def sparse_wins(monkeypatch: pytest.MonkeyPatch) -> None:
         times = {f"dense{end}": 11.0 + weight.numel() / 1000, f"cpu-csr{end}": 10.0}
         return Choice(kernel.registered()[f"cpu-csr{end}"], times, {}, "measured")
 
-    monkeypatch.setattr(kernel, "choose", choose)
+    monkeypatch.setattr(choosing, "choose", choose)
     monkeypatch.setattr(inference, "speed_of", lambda *call: Speed(200.0, 100.0, 2.0))
 
 
@@ -172,7 +173,7 @@ def test_constant_fan_in_is_named_and_may_be_condensed(monkeypatch: pytest.Monke
         name = "cpu-csr" if problem.fan_in is None else "cpu-condensed"
         return Choice(kernel.registered()[name], {"dense": 10.0, name: 5.0}, {}, "measured")
 
-    monkeypatch.setattr(kernel, "choose", choose)
+    monkeypatch.setattr(choosing, "choose", choose)
     fast = infer(sparse)
     row = next(row for row in fast.report.layers if row["name"] == "a.weight")
     k = int(sparse.masks(["a.weight"])["a.weight"][0].sum())

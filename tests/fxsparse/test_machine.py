@@ -47,17 +47,26 @@ def test_the_cache_folder_is_the_one_asked_for(monkeypatch, tmp_path):
     assert machine.cache_folder() == tmp_path / "fxsparse"
 
 
-def test_limits_are_the_larger_of_arithmetic_and_reading(monkeypatch):
-    seconds = {"flops": 1e-3, "bytes": 1e-5}  # 268 GFLOP/s; 256 KiB in 10 us
-    monkeypatch.setattr(machine, "_roof", lambda name, *_: seconds[name])
-    assert machine.limit_us(2 * 512**3, 4, torch.float32) == pytest.approx(1e3)
-    assert machine.limit_us(2, 1 << 18, torch.float32) == pytest.approx(10)
-    assert machine.limit_us(2, 1 << 17, torch.float32) == pytest.approx(5)
+def test_roofs_are_measured_once_on_a_machine_and_remembered(monkeypatch):
+    made = []
+    for _ in range(2):
+        monkeypatch.setattr(machine, "_SECONDS", {})  # as in another process
+        for _ in range(2):
+            seconds = machine.least_seconds("a loop", lambda: made.append(1) or (lambda: None))
+            assert seconds >= 0
+    assert len(made) == 1
 
 
-def test_roofs_are_measured_once():
-    machine._roof.cache_clear()
-    first = machine._roof("bytes", 1 << 18, torch.float32, 1)
-    assert first > 0
-    machine._roof.cache_clear()
-    assert machine._roof("bytes", 1 << 18, torch.float32, 1) == first
+def test_torch_roofs_are_rates_of_what_was_asked_for(monkeypatch):
+    keys = []
+
+    def half_a_second(key, prepare):
+        prepare()()
+        keys.append(key)
+        return 0.5
+
+    monkeypatch.setattr(machine, "least_seconds", half_a_second)
+    assert machine.flops_per_second(torch.bfloat16) == 2 * 512**3 / 0.5
+    assert machine.bytes_per_second(1 << 18) == (1 << 18) / 0.5
+    assert [key[1:3] for key in keys] == [("product", 512), ("dot", 1 << 18)]
+    assert "torch.bfloat16" in keys[0]

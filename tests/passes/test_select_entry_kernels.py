@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxsparse
-from fxsparse import Plan, kernel, module
-from fxsparse.kernel import Choice
+from fxsparse import Plan, choosing, kernel, module
+from fxsparse.choosing import Choice
 from fxsparse.methods import static
 from fxsparse.pattern import ConstantFanIn
 
@@ -47,7 +47,7 @@ def test_the_fastest_over_all_call_sites_on_their_own_inputs(monkeypatch):
         ]
         return Choice(kernel.registered()["cpu-condensed"], times, {}, "measured")
 
-    monkeypatch.setattr(kernel, "choose", choose)
+    monkeypatch.setattr(choosing, "choose", choose)
     fast, _ = served(pattern=ConstantFanIn())
     row = fast.report.layers[0]
     # 9 us against 10 us in all, though CSR is the faster one at the first site
@@ -56,13 +56,13 @@ def test_the_fastest_over_all_call_sites_on_their_own_inputs(monkeypatch):
 
 
 def test_inputs_are_those_of_the_graph(monkeypatch):
-    seen, choose = [], kernel.choose
+    seen, choose = [], choosing.choose
 
     def spy(problem, x, weight, bias=None, activation="none", **options):
         seen.append((x, activation, problem.batch, problem.nnz))
         return choose(problem, x, weight, bias, activation, **options)
 
-    monkeypatch.setattr(kernel, "choose", spy)
+    monkeypatch.setattr(choosing, "choose", spy)
     fast, sparse = served()
     (first, fused, *sizes), (second, plain, *_) = seen
     assert sizes == [6, fast.report.layers[0]["nnz"]]

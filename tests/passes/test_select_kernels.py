@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxsparse import kernel
-from fxsparse.kernel import Choice, Problem
+from fxsparse import choosing, kernel
+from fxsparse.choosing import Choice
+from fxsparse.kernel import Problem
 from fxsparse.passes import (
     CollectWeights,
     DetectPattern,
@@ -42,7 +43,7 @@ def times(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Calls]:
             fastest = min(answer, key=answer.__getitem__)
             return Choice(kernel.registered()[fastest], answer, {}, f"measured {fastest}")
 
-        monkeypatch.setattr(kernel, "choose", choose)
+        monkeypatch.setattr(choosing, "choose", choose)
         return calls
 
     return give
@@ -82,15 +83,17 @@ def test_takes_the_sparse_kernel_where_it_is_faster(times) -> None:
 
 
 def test_says_what_limits_the_kernel_it_takes_and_what_was_not_measured_again(times, monkeypatch) -> None:
-    monkeypatch.setattr(kernel, "limit_us", lambda taken, problem: {"cpu-csr": 2.0, "dense": 7.0}[taken.name])
+    monkeypatch.setattr(
+        choosing, "limit_us", lambda taken, problem: {"cpu-csr": 2.0, "dense": 7.0}[taken.name]
+    )
     times({"dense": 10.0, "cpu-csr": 5.0})
     ctx = selected(halved(nn.Sequential(nn.Linear(6, 4))), torch.randn(2, 6))
     assert ctx.decisions["0.weight"].limit_us == 2.0
     assert not [note for note in ctx.report.passes[-1]["notes"] if "earlier process" in note]
     times({"dense": 5.0, "cpu-csr": 10.0})
-    again = kernel.choose
+    again = choosing.choose
     monkeypatch.setattr(
-        kernel, "choose", lambda *call, **options: replace(again(*call, **options), recalled=True)
+        choosing, "choose", lambda *call, **options: replace(again(*call, **options), recalled=True)
     )
     ctx = selected(halved(nn.Sequential(nn.Linear(6, 4))), torch.randn(2, 6))
     assert ctx.decisions["0.weight"].limit_us == 7.0

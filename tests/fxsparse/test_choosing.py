@@ -1,0 +1,133 @@
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fxsparse import choosing, machine
+from fxsparse import kernel as kernels
+from fxsparse.choosing import choose
+from fxsparse.errors import UnsupportedError
+from fxsparse.kernel import Entries, Problem, candidates, register, registered
+from fxsparse.kernels import cpu
+from fxsparse.testing import sparse_weight
+
+ARGUMENTS = (("in_features", 48),)
+PROBLEM = Problem("linear", (64, 48), 4, 300, torch.float32, torch.device("cpu"), False, None, ARGUMENTS)
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    registered()  # the shipped ones first
+    monkeypatch.setattr(kernels, "_REGISTRY", dict(kernels._REGISTRY))
+    monkeypatch.setattr(choosing, "_CHOICES", {})
+
+
+def call(dtype=torch.float32):
+    weight = sparse_weight((64, 48), 0.1).to(dtype)
+    return torch.randn(4, 48, dtype=dtype), weight, torch.randn(64, dtype=dtype)
+
+
+def test_choice_names_the_times_of_all_candidates_and_is_remembered(registry):
+    x, weight, bias = call()
+    choice = choose(PROBLEM, x, weight, bias, "relu", rounds=3)
+    usable, _ = candidates(PROBLEM)
+    assert choice.times_us.keys() == {kernel.name for kernel in usable}
+    assert all(time > 0 for time in choice.times_us.values())
+    assert choice.kernel.name in choice.reason
+    assert choose(PROBLEM, x, weight, bias, "relu", rounds=3) is choice
+    assert choose(PROBLEM, x, weight, bias, rounds=3) is not choice
+
+
+def test_another_process_recalls_the_times_and_derives_the_choice_anew(registry, monkeypatch):
+    x, weight, bias = call()
+    first = choose(PROBLEM, x, weight, bias, rounds=3)
+    monkeypatch.setattr(choosing, "_CHOICES", {})
+    monkeypatch.setattr(choosing, "_measured", None)
+    second = choose(PROBLEM, x, weight, bias)
+    assert (second.times_us, second.kernel, second.reason) == (first.times_us, first.kernel, first.reason)
+    assert (first.recalled, second.recalled) == (False, True)
+    assert choose(PROBLEM, x, weight, bias, advantage=1e-6).kernel.name == "dense"
+
+
+def test_other_kernels_other_threads_or_other_code_are_measured_again(registry, monkeypatch):
+    x, weight, bias = call()
+    choose(PROBLEM, x, weight, bias, rounds=3)
+    with monkeypatch.context() as edited:
+        edited.setattr(choosing, "_digest", lambda file: "edited")
+        assert not choose(PROBLEM, x, weight, bias, rounds=3).recalled
+    register(replace(registered()["dense"], name="new"))
+    assert not choose(PROBLEM, x, weight, bias, rounds=3).recalled
+
+
+def test_the_limit_is_the_longer_of_arithmetic_and_reading_at_the_highest_roofs(monkeypatch):
+    rates = {"flops": (1e9, 4e9), "bytes": (1e9, 3e9)}
+    read = []
+    for module, place in ((machine, 0), (cpu, 1)):
+        monkeypatch.setattr(module, "flops_per_second", lambda *_, place=place: rates["flops"][place])
+        monkeypatch.setattr(
+            module, "bytes_per_second", lambda size, place=place: read.append(size) or rates["bytes"][place]
+        )
+    entry = registered()["dense"]
+    flops, moved = 2 * 4 * 64 * 48, 64 * 48 * 4
+    assert choosing.limit_us(entry, PROBLEM) == pytest.approx(1e6 * flops / 4e9)
+    assert choosing.limit_us(entry, replace(PROBLEM, batch=1)) == pytest.approx(1e6 * moved / 3e9)
+    rates["flops"] = rates["bytes"] = (5e9, 0.0)  # without the C++ kernels
+    assert choosing.limit_us(entry, PROBLEM) == pytest.approx(1e6 * flops / 5e9)
+    assert choosing.limit_us(entry, replace(PROBLEM, shape=(640, 480))) > 0
+    # No more than the weight has, and enough for a call of torch.
+    assert set(read) == {1 << 14, 1 << 18, 1 << 20}
+
+
+def test_training_problems_time_the_backward_too(registry):
+    x, weight, bias = call()
+    choice = choose(replace(PROBLEM, training=True), x, weight, bias, rounds=3)
+    assert choice.kernel.name in ("dense-masked", "cpu-csr-train")
+    assert "dense-masked" in choice.times_us
+
+
+def test_a_sparse_kernel_has_to_be_clearly_faster(registry):
+    x, weight, bias = call()
+    register(replace(registered()["dense"], name="as-fast", format="csr"))
+    choice = choose(PROBLEM, x, weight, bias, advantage=1e-6, rounds=3)
+    assert choice.kernel.name == "dense"
+
+
+def test_a_wrong_kernel_is_never_chosen(registry):
+    def wrong(x, bias, weight, activation="none", in_features=None):
+        return F.linear(x, weight * 1.01, bias)
+
+    register(replace(registered()["dense"], name="wrong", format="csr", run=wrong))
+    choice = choose(PROBLEM, *call(), rounds=3, advantage=1e9)
+    assert choice.kernel.name != "wrong"
+    assert "its result is wrong here: relative error" in choice.refusals["wrong"][0]
+
+
+def entries_of(weight):
+    mask = weight != 0
+    return Entries(weight[mask], mask.nonzero().t().int(), tuple(weight.shape))
+
+
+def test_given_entries_no_dense_kernel_takes_part_and_a_wrong_one_is_found(registry):
+    def wrong(x, bias, values, *rest, **arguments):
+        return registered()["cpu-csr"].run(x, bias, values * 1.01, *rest, **arguments)
+
+    register(replace(registered()["cpu-csr"], name="wrong", run=wrong))
+    x, weight, bias = call()
+    choice = choose(PROBLEM, x, entries_of(weight), bias, "relu", rounds=3, advantage=1e9)
+    packing = {kernel.name for kernel in candidates(PROBLEM)[0] if kernel.pack_entries is not None}
+    assert set(choice.times_us) == packing - {"wrong"}
+    assert "cpu-csr" in choice.times_us
+    assert not any(registered()[name].format == "dense" for name in choice.times_us)
+    assert choice.refusals["dense"] == ["it packs dense weights only"]
+    assert "its result is wrong here: relative error" in choice.refusals["wrong"][0]
+    assert "dense" in choose(PROBLEM, x, weight, bias, "relu", rounds=3).times_us, "remembered apart"
+
+
+def test_nothing_to_run_lists_the_reasons_of_every_kernel():
+    problem = replace(PROBLEM, op="conv3d")
+    with pytest.raises(UnsupportedError) as error:
+        choose(problem, *call())
+    for name in registered():
+        assert f"{name}: it computes {registered()[name].op}, not conv3d" in str(error.value)
+    assert "Add one with fxsparse.kernel.register" in str(error.value)
