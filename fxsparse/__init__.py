@@ -1,5 +1,6 @@
 """A sparse-training and sparse-inference compiler for PyTorch, as torch.fx passes."""
 
+from fxsparse import analysis
 from fxsparse.budget import Budget
 from fxsparse.compiler import allocate, compile, count_flops, plan_report, prune
 from fxsparse.errors import FxSparseError
@@ -16,6 +17,7 @@ __all__ = [
     "Report",
     "SparseModule",
     "allocate",
+    "analysis",
     "compile",
     "count_flops",
     "load",

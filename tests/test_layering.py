@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fxsparse"
 
 LAYERS = (
-    {"errors", "report", "selection", "topk", "timing", "topology", "machine"},
+    {"errors", "report", "selection", "topk", "timing", "topology", "machine", "figure"},
     {"pattern", "graph", "method", "reparam", "schedule", "kernel"},
     {"kernels", "everything that is not named here"},
     {"passes"},
@@ -131,7 +131,7 @@ def test_import_is_silent_and_needs_no_compiler_gpu_or_optional_library() -> Non
     # Blocked, not only unwanted: torch itself imports triton where it finds it.
     code = """
 import sys
-for name in ("triton", "matplotlib", "sklearn", "torchvision", "transformers", "passes", "kernels"):
+for name in ("triton", "matplotlib", "scipy", "sklearn", "torchvision", "transformers", "passes", "kernels"):
     sys.modules[name] = None
 import torch, fxsparse
 assert not torch.cuda.is_initialized()

@@ -1,13 +1,12 @@
 """How masks moved, as heat maps: a line per weight, steps from left to right, readable for a hundred weights."""
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from fxsparse.errors import UnsupportedError
+from fxsparse.figure import empty_figure, svg
 
 Row = dict[str, Any]
 ByWeight = dict[str, list[Row]]
@@ -62,7 +61,7 @@ def grid(rows: ByWeight, value: Callable[[Row, Row], float | None]) -> tuple[lis
 
 def _figure(quantity: _Quantity, weights: ByWeight) -> bytes:
     steps, values = grid(weights, quantity.value)
-    figure = _empty_figure(1.1 + LINE * len(weights))
+    figure = empty_figure(WIDTH, 1.1 + LINE * len(weights))
     axes = figure.subplots()
     low, high = _range(values, quantity.from_zero)
     # One image inside the SVG: fifty weights at a thousand steps would be as many shapes.
@@ -83,7 +82,7 @@ def _figure(quantity: _Quantity, weights: ByWeight) -> bytes:
     axes.set_title(quantity.total(last), fontsize=9, loc="left")
     bar = figure.colorbar(mesh, ax=axes, pad=0.01, aspect=30, fraction=0.03)
     bar.ax.tick_params(labelsize=7)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _name_lines(axes: Any, names: list[str]) -> None:
@@ -105,25 +104,6 @@ def _edges(steps: list[int]) -> list[float]:
     """Where each column begins and the last one ends, as wide as the middle one of the others."""
     width = float(np.median(np.diff(steps))) if len(steps) > 1 else 1.0
     return [*steps, steps[-1] + width]
-
-
-def _empty_figure(height: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise UnsupportedError(
-            f"plots need matplotlib, and {error.name!r} is not installed: pip install 'fxsparse[viz]'"
-        ) from error
-    return Figure(figsize=(WIDTH, height), layout="constrained")
-
-
-def _svg(figure: Any) -> bytes:
-    from matplotlib import rc_context
-
-    buffer = io.BytesIO()
-    with rc_context({"svg.hashsalt": "fxsparse"}):  # the same rows give the same bytes
-        figure.savefig(buffer, format="svg", dpi=150, metadata={"Date": None})
-    return buffer.getvalue()
 
 
 def _active(row: Row, first: Row) -> float:
