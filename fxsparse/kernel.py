@@ -29,6 +29,11 @@ class Problem:
     is_blocked: bool = False
     """The zeros lie in blocks of at least four."""
 
+    @property
+    def is_full(self) -> bool:
+        """Whether there are no zeros."""
+        return self.nnz == torch.Size(self.shape).numel()
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -79,6 +84,12 @@ TRAINING = {
     "conv2d": "cpu-csr-conv-train",
 }
 """The kernels that compact storage trains with, by op; their `run` also takes ``probe_key``."""
+
+PLAIN = ("dense", "dense-conv")
+"""The kernels that are PyTorch's own ops, which a graph has already."""
+
+FOR_ALL_ENTRIES = ("dense", "depthwise")
+"""The formats that zeros make no difference to."""
 
 OF_THE_WEIGHT = ("in_features", "kernel_size", "in_channels")
 """The `Problem.arguments` that a dense op reads off its weight."""
@@ -167,8 +178,12 @@ def packed(kernel: Kernel, weight: Tensor | Entries) -> Mapping[str, Tensor]:
 def _reasons(kernel: Kernel, problem: Problem, by_entries: bool) -> list[str]:
     if kernel.op != problem.op:
         return [f"it computes {kernel.op}, not {problem.op}"]
-    unpacked = by_entries and kernel.pack_entries is None
-    return kernel.refuses(problem) + (["it packs dense weights only"] if unpacked else [])
+    reasons = kernel.refuses(problem)
+    if by_entries and kernel.pack_entries is None:
+        reasons = [*reasons, "it packs dense weights only"]
+    if problem.is_full and not problem.training and kernel.format not in FOR_ALL_ENTRIES:
+        reasons = [*reasons, "the weight has no zeros"]
+    return reasons
 
 
 def _either_mode(kernel: Kernel, dtype: torch.dtype) -> list[str]:

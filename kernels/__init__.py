@@ -13,6 +13,7 @@ from fxsparse.kernels.dense.conv import DENSE_CONV, MASKED_CONV
 from fxsparse.kernels.dense.linear import DENSE, MASKED
 from fxsparse.kernels.depthwise.conv import depthwise_conv
 from fxsparse.kernels.lookup.linear import lookup_linear
+from fxsparse.kernels.onednn.linear import onednn_linear
 from fxsparse.kernels.pool.max_pool import max_pool2d
 from fxsparse.kernels.soft_topk.shift import soft_topk_shift
 from fxsparse.kernels.striped.linear import striped_linear
@@ -33,6 +34,7 @@ __all__ = [
     "gradient_at",
     "lookup_linear",
     "max_pool2d",
+    "onednn_linear",
     "position_change",
     "scaled_dot_product_attention",
     "soft_topk_shift",

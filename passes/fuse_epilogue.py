@@ -91,6 +91,8 @@ def _fuse_bias(gm: GraphModule, node: Node) -> int:
         return 0
     value = fetch(gm, str(bias.target))
     weight = node.args[2]
+    while weight.op != "get_attr":  # type: ignore[union-attr]  # a dense kernel may read a transpose
+        weight = weight.args[0]  # type: ignore[union-attr]
     if value.dim() != 1 or value.dtype != fetch(gm, str(weight.target)).dtype:  # type: ignore[union-attr]
         return 0
     node.prepend(bias)

@@ -1,5 +1,6 @@
 """Replace dense ops by the selected kernels, on packed weights."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,7 +27,7 @@ from fxsparse.pipeline import PassContext
 class LowerInference:
     """A linear or convolution of (x, w, b) becomes ``kernel.run(x, b, *buffers, **site_arguments)``.
 
-    A PackedWeight takes the place of w in the skeleton.
+    A PackedWeight takes the place of w in the skeleton, unless the kernel is a dense one, which reads w itself.
     """
 
     name: ClassVar[str] = "lower-inference"
@@ -37,16 +38,20 @@ class LowerInference:
         """Returns the number of lowered call sites."""
         lowered = 0
         for name, decision in ctx.decisions.items():
-            if decision.format == "dense":
-                continue
             found, entry = sites(gm, name), kernel.registered()[decision.kernel]
+            if entry.name in kernel.PLAIN:
+                continue
+            lowered += len(found)
+            if entry.format == "dense":
+                for site in found:
+                    _lower_dense(site, ctx.weights[name].shape, entry)
+                continue
             weight = ctx.entries.get(name) or _matrix(gm, found[0])
             packed = PackedWeight(entry.name, tuple(weight.shape), kernel.packed(entry, weight))
             put_packed(ctx.program.skeleton, name, packed)
             for site in found:
                 _lower(gm, site, name, packed, entry)
-            lowered += len(found)
-            eliminate_dead_code(gm.graph)
+        eliminate_dead_code(gm.graph)
         return lowered
 
 
@@ -60,6 +65,12 @@ def _lower(gm: GraphModule, site: Site, name: str, packed: PackedWeight, entry: 
     buffers = [_attribute(gm, f"{name}.{buffer}", node) for buffer, _ in packed.named_buffers()]
     arguments = site_arguments(site, packed.shape)
     replace(node, entry.run, (argument(node, 0, "input"), argument(node, 2, "bias"), *buffers), **arguments)
+
+
+def _lower_dense(site: Site, shape: Sequence[int], entry: kernel.Kernel) -> None:
+    node = site.node
+    x, weight, bias = (argument(node, k, name) for k, name in enumerate(("input", "weight", "bias")))
+    replace(node, entry.run, (x, bias, weight), **site_arguments(site, shape))
 
 
 def _attribute(gm: GraphModule, name: str, before: Node) -> Node:

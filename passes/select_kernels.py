@@ -41,8 +41,8 @@ OPS = {"linear": "linear op", "conv1d": "convolution", "conv2d": "convolution"}
 class SelectKernels:
     """Fill ``format``, ``kernel``, ``reason``, ``dense_us`` and ``sparse_us`` of every decision.
 
-    `keep_dense`: {weight: reason} for weights that are not to be measured.  A weight with several call sites gets the
-    one kernel that is fastest over all of them.
+    `keep_dense`: {weight: reason} for weights that get the fastest dense kernel, as those without zeros do.  A weight
+    with several call sites gets the one kernel that is fastest over all of them.
     """
 
     keep_dense: Mapping[str, str] = field(default_factory=dict, hash=False)
@@ -58,10 +58,10 @@ class SelectKernels:
             if name in ctx.entries:
                 continue  # of select-entry-kernels
             found = sites(gm, name)
-            reason = self.keep_dense.get(name) or _refusal(gm, ctx, ctx.weights[name], decision, found)
+            refusal = _refusal(gm, ctx, ctx.weights[name], found)
             decision.storage = decision.format = decision.kernel = "dense"
-            decision.reason = reason or ""
-            if reason is None:
+            decision.reason = self._why_dense(name, ctx) or refusal or ""
+            if refusal is None:
                 measured[name] = found
         inputs = site_inputs(gm, ctx, [site.node for found in measured.values() for site in found])
         for name, found in measured.items():
@@ -75,13 +75,18 @@ class SelectKernels:
                 choose_at(gm, site, problem, matrix_of(gm, site), inputs[site.node])
                 for site, problem in zip(found, problems, strict=True)
             ]
-            _decide(ctx.decisions[name], choices)
-            taken = kernel.registered()[ctx.decisions[name].kernel]
-            ctx.decisions[name].limit_us = sum(choosing.limit_us(taken, problem) for problem in problems)
+            taken = _decide(decision, choices, self._why_dense(name, ctx))
+            decision.limit_us = sum(choosing.limit_us(taken, problem) for problem in problems)
             recalled += all(choice.recalled for choice in choices)
         if recalled:
             ctx.notes.append(f"{recalled} of {len(measured)} weights were measured by an earlier process")
         return 0
+
+    def _why_dense(self, name: str, ctx: PassContext) -> str | None:
+        """Why only dense kernels are looked at."""
+        spec = ctx.weights[name]
+        full = ctx.decisions[name].nnz == spec.numel and not _is_depthwise(spec)
+        return self.keep_dense.get(name) or ("it has no zeros" if full else None)
 
 
 def site_inputs(gm: GraphModule, ctx: PassContext, nodes: list[Node]) -> dict[Node, Tensor]:
@@ -150,12 +155,8 @@ class _Seen:
         self.inputs[name] = tuple(value.detach().clone() for value in values)
 
 
-def _refusal(
-    gm: GraphModule, ctx: PassContext, spec: WeightSpec, decision: Decision, found: list[Site]
-) -> str | None:
-    """Why a weight stays dense without being measured; None if it is to be measured."""
-    if decision.nnz == spec.numel and not _is_depthwise(spec):
-        return "it has no zeros"
+def _refusal(gm: GraphModule, ctx: PassContext, spec: WeightSpec, found: list[Site]) -> str | None:
+    """Why a weight stays as it is without being measured; None if it is to be measured."""
     if spec.op not in OPS:
         return f"there is no sparse {spec.op} kernel"
     if any(site.sliced for site in found):
@@ -221,8 +222,8 @@ def matrix_of(gm: GraphModule, site: Site) -> Tensor:
     return weight.t().contiguous() if site.transposed else weight
 
 
-def _decide(decision: Decision, choices: list[Choice]) -> None:
-    """Write the kernel that is fastest over all call sites, if it beats dense by the advantage asked for."""
+def _decide(decision: Decision, choices: list[Choice], why_dense: str | None) -> Kernel:
+    """Write and return the kernel that is fastest over all call sites; a sparse one must beat dense by `ADVANTAGE`."""
     entries = kernel.registered()
     names = set.intersection(*(set(choice.times_us) for choice in choices))
     total = {name: sum(choice.times_us[name] for choice in choices) for name in names}
@@ -230,13 +231,18 @@ def _decide(decision: Decision, choices: list[Choice]) -> None:
     sparse = {name: time_us for name, time_us in total.items() if entries[name].format != "dense"}
     decision.dense_us = min(dense.values(), default=None)
     decision.sparse_us = min(sparse.values(), default=None)
+    best_dense = min(dense, key=dense.__getitem__, default="dense")
+    decision.kernel = "dense" if best_dense in kernel.PLAIN else best_dense
+    if why_dense is not None:
+        return entries[best_dense]
     best = min(sparse, key=sparse.__getitem__, default=None)
     if len(choices) == 1:
         decision.reason = choices[0].reason
     if best is None or (decision.dense_us is not None and sparse[best] > ADVANTAGE * decision.dense_us):
         if len(choices) > 1:
             decision.reason = f"no sparse kernel is faster over its {len(choices)} call sites"
-        return
+        return entries[best_dense]
     if len(choices) > 1:
         decision.reason = f"{best} {sparse[best]:.1f} us over its {len(choices)} call sites"
     decision.storage, decision.format, decision.kernel = "compact", entries[best].format, best
+    return entries[best]

@@ -24,7 +24,7 @@ def instruction_set():
         cpu.instruction_set(before)
 
 
-@pytest.mark.parametrize("name", ["dense", "dense-masked", "dense-conv", "dense-conv-masked"])
+@pytest.mark.parametrize("name", ["dense", "dense-masked", "dense-conv", "dense-conv-masked", "onednn"])
 def test_dense_kernels_fulfil_the_contract(name):
     testing.check_kernel(registered()[name])
 

@@ -201,7 +201,6 @@ class ReadElsewhere(nn.Module):
 @pytest.mark.parametrize(
     ("model", "name", "shape", "reason"),
     [
-        (nn.Sequential(nn.Linear(6, 4)), "0.weight", (2, 6), "it has no zeros"),
         (
             halved(nn.Sequential(nn.Conv3d(2, 4, 3))),
             "0.weight",
@@ -232,12 +231,18 @@ def test_says_why_a_weight_is_not_measured(times, model, name, shape, reason) ->
     assert calls == []
 
 
-def test_a_weight_given_up_is_not_measured_again(times) -> None:
-    calls = times({"dense": 10.0, "cpu-csr": 1.0})
-    model = halved(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4)))
-    decisions = selected(model, torch.randn(2, 6), keep_dense={"0.weight": "given up"}).decisions
-    assert (decisions["0.weight"].kernel, decisions["0.weight"].reason) == ("dense", "given up")
-    assert (decisions["1.weight"].kernel, len(calls)) == ("cpu-csr", 1)
+def test_weights_given_up_and_weights_without_zeros_get_the_fastest_dense_kernel(times) -> None:
+    times({"dense": 10.0, "onednn": 5.0, "cpu-csr": 1.0})
+    model = nn.Sequential(halved(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4))), nn.Linear(4, 4))
+    decisions = selected(model, torch.randn(2, 6), keep_dense={"0.0.weight": "given up"}).decisions
+    assert {name: (d.kernel, d.format, d.reason) for name, d in decisions.items()} == {
+        "0.0.weight": ("onednn", "dense", "given up"),
+        "0.1.weight": ("cpu-csr", "csr", "measured cpu-csr"),
+        "1.weight": ("onednn", "dense", "it has no zeros"),
+    }
+    times({"dense": 5.0, "onednn": 10.0, "cpu-csr": 7.0})
+    decisions = selected(model, torch.randn(2, 6)).decisions
+    assert {d.kernel for d in decisions.values()} == {"dense"}
 
 
 def test_a_transposed_weight_is_measured_as_the_op_reads_it(times) -> None:
