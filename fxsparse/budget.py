@@ -20,8 +20,8 @@ class Budget:
         flops: of the multiplications and additions of one forward (the convention "mac2"), tokens and pixels counted,
             those of attention and of weights that stay dense too.
         bytes: of all parameters, where a sparse weight is stored as CSR.
-        latency: of the time of one forward of the evaluation graph at the example inputs, from the times of this
-            machine's kernels at several densities.
+        latency: of the time of one forward at the example inputs once the dense model is compiled for inference, from
+            the times of this machine's kernels at several densities.
         total: of the cost of all selected weights when dense, at ``cost`` for each entry.
         cost: {glob: cost of an entry} for `total`; 1 for weights that no glob names, the first glob that does decides.
 

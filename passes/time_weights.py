@@ -14,6 +14,9 @@ from torch.fx import GraphModule, Node
 from fxsparse import kernel
 from fxsparse.budget import Budget
 from fxsparse.graph import Site, sites
+from fxsparse.passes.fuse_epilogue import FuseEpilogue
+from fxsparse.passes.lower_inference import LowerInference
+from fxsparse.passes.select_entry_kernels import SelectEntryKernels
 from fxsparse.passes.select_kernels import (
     OPS,
     SelectKernels,
@@ -35,7 +38,7 @@ DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
 
 
 def latency_prices(gm: GraphModule, ctx: PassContext, budget: Budget) -> Prices:
-    """Measure all selected weights, the dense model, and what inference makes of it where no weight is sparse."""
+    """Measure all selected weights, and what inference takes for the rest; both together are the dense model."""
     folded = _all_dense(ctx)
     graph = folded.program.graphs["eval"]
     found = {name: [s for s in sites(graph, name) if s.op in OPS and not s.sliced] for name in ctx.weights}
@@ -46,22 +49,23 @@ def latency_prices(gm: GraphModule, ctx: PassContext, budget: Budget) -> Prices:
         for (name, calls), spec in zip(found.items(), ctx.weights.values(), strict=True)
     }
     at_sites = {site.node.name for calls in found.values() for site in calls}
-    whole, rest = _model_us(ctx), _others_us(folded, at_sites)
-    return Prices(prices, "us", whole, rest, budget.share)
+    rest = _others_us(folded, at_sites)
+    return Prices(
+        prices, "us", rest + sum(price.points[-1][1] for price in prices.values()), rest, budget.share
+    )
 
 
 def _all_dense(ctx: PassContext) -> PassContext:
-    """The evaluation graph as inference compiles it, with every weight dense."""
+    """The evaluation graph as inference compiles it, with PyTorch's own op at every weight."""
     from fxsparse.passes import inference_pipeline  # where the order is stated, which imports this module
 
     skeleton = copy_structure(ctx.program.skeleton).eval()
     graph = bind(copy.deepcopy(ctx.program.graphs["eval"].graph), skeleton)
     program = Program(ctx.program.tier, skeleton, {"eval": graph}, [], dict(ctx.program.hidden))
     folded = PassContext(None, "infer", program, Report(), ctx.example_inputs)
-    dense = SelectKernels(keep_dense=dict.fromkeys(ctx.weights, "priced"))
     # Calls are timed on the whole batch that the example inputs are.
-    chosen = [p for p in inference_pipeline if not isinstance(p, SplitSamples)]
-    run_passes([dense if isinstance(p, SelectKernels) else p for p in chosen], folded)
+    left_out = SelectKernels | SelectEntryKernels | LowerInference | FuseEpilogue | SplitSamples
+    run_passes([p for p in inference_pipeline if not isinstance(p, left_out)], folded)
     return folded
 
 

@@ -161,8 +161,7 @@ def test_latency_is_priced_by_the_kernels_of_this_machine(monkeypatch):
         return Choice(kernel.registered()["dense"], {"dense": numel / 100, "cpu-csr": nnz / 50}, {}, "")
 
     monkeypatch.setattr(choosing, "choose", choose)
-    monkeypatch.setattr(time_weights, "_model_us", lambda ctx: 100.0)
     monkeypatch.setattr(time_weights, "_others_us", lambda ctx, calls: 26.0)
-    # Dense: 64 + 10 us of 100; CSR needs 2 us for every hundred entries and wins below half.
+    # Dense: 64 + 10 us, and 26 for the rest; CSR needs 2 us for every hundred entries and wins below half.
     counts = fxsparse.allocate(mlp(), Plan(budget=Budget(latency=0.5), allocation="uniform"), X)
     assert 26 + 2 * sum(counts.values()) / 100 == pytest.approx(50, abs=0.1)

@@ -2,9 +2,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxsparse.passes import split_samples, time_weights
+from fxsparse import Budget, Plan
+from fxsparse.passes import CollectWeights, Functionalize, InferShapes, split_samples, time_weights
 from fxsparse.passes.time_weights import _all_dense
-from fxsparse.pipeline import PassContext
+from fxsparse.pipeline import PassContext, run_passes
 from fxsparse.report import Report
 from fxsparse.trace import capture
 
@@ -14,6 +15,19 @@ def test_weights_are_timed_on_whole_batches(monkeypatch):
     model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), torch.randn(4, 3, 8, 8)
     ctx = PassContext(None, "train", capture(model, x), Report(), x)
     assert "samples_at_once" not in _all_dense(ctx).program.graphs["eval"].code
+
+
+def test_every_weight_has_a_price_and_dense_is_all_of_them_with_the_rest():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10)).eval(), torch.randn(32, 64)
+    ctx = PassContext(Plan(budget=Budget(latency=0.5)), "train", capture(model, x), Report(), x)
+    run_passes((Functionalize(), InferShapes(), CollectWeights()), ctx)
+    prices = time_weights.latency_prices(ctx.program.graphs["eval"], ctx, Budget(latency=0.5))
+    full = {name: price.points[-1] for name, price in prices.of.items()}
+    assert {name: nnz for name, (nnz, _) in full.items()} == {"0.weight": 64 * 48, "2.weight": 480}
+    assert all(cost > 0 for _, cost in full.values())
+    assert prices.dense == prices.rest + sum(cost for _, cost in full.values())
+    assert prices.cost({"0.weight": 64 * 48, "2.weight": 480}) == prices.dense
 
 
 def test_other_ops_are_timed_where_they_are_without_the_priced_calls(monkeypatch):
