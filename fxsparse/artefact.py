@@ -164,6 +164,9 @@ def _summarize(ctx: PassContext) -> None:
             "limit_share": decision.limit_us / taken if decision.limit_us and taken else None,
         }
         row |= {"format": decision.format, "sparsity_target": None, **measured}
+        if ctx.values_dtype is not None:
+            kept = decision.values_dtype or ctx.weights[row["name"]].dtype
+            row |= {"values": str(kept).removeprefix("torch."), "values_error": decision.values_error}
         if row["name"] in ctx.shrunk:
             row["neurons_removed"] = ctx.shrunk[row["name"]].neurons
         if decision.nnz == row["numel"]:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fxsparse import machine
 from fxsparse.errors import UnsupportedError
+from fxsparse.formats import narrow
 from fxsparse.kernel import (
     OF_THE_WEIGHT,
     TRAINING,
@@ -26,6 +27,8 @@ from fxsparse.kernel import (
     tolerance,
 )
 from fxsparse.timing import interleaved_quartiles
+
+Weight = TypeVar("Weight", Tensor, Entries)
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,30 @@ def choose(
     return _CHOICES[key, advantage]
 
 
+def stored(kernel: Kernel, weight: Weight) -> Weight:
+    """The weight whose products `kernel` computes: the one given, or with its values rounded to what it stores."""
+    if kernel.values is None:
+        return weight
+    if isinstance(weight, Tensor):
+        return narrow.nearest(weight, kernel.values)
+    values, scales = narrow.rounded_entries(weight.values, weight.indices[0], weight.shape[0], kernel.values)
+    return replace(weight, values=values.to(scales.dtype) * scales[weight.indices[0].long()])
+
+
+def rounding_error(
+    kernel: Kernel,
+    problem: Problem,
+    x: Tensor,
+    weight: Tensor | Entries,
+    bias: Tensor | None,
+    activation: str,
+) -> float:
+    """Largest difference of the outputs from those of the weight as it came, relative to the largest of them."""
+    _, output = _prepared(kernel, problem, x, weight, bias, activation)
+    error, largest, _ = _errors(output, problem, x, weight, bias, activation)
+    return error / largest if largest else error
+
+
 def limit_us(kernel: Kernel, problem: Problem) -> float:
     """Microseconds that the FLOPs and the weight's bytes of this kernel take on this machine at the least.
 
@@ -129,7 +156,8 @@ def _measured(
     timers = {}
     for kernel in usable:
         timer, output = _prepared(kernel, problem, *call)
-        error = _error(output, problem, *call)
+        x, weight, *rest = call
+        error = _error(output, problem, x, stored(kernel, weight), *rest)
         allowed = tolerance(problem.dtype, torch.Size(problem.shape[1:]).numel() + 1)
         if error > allowed:
             refusals[kernel.name] = [
@@ -144,13 +172,31 @@ def _measured(
 
 def _fastest(times_us: Mapping[str, float], refusals: Mapping[str, list[str]], advantage: float) -> Choice:
     """The choice by these times."""
-    dense = [name for name in times_us if registered()[name].format == "dense"]
-    fastest = min(times_us, key=times_us.__getitem__)
-    best_dense = min(dense, key=times_us.__getitem__, default=fastest)
-    taken = fastest if times_us[fastest] <= advantage * times_us[best_dense] else best_dense
-    return Choice(
-        registered()[taken], times_us, refusals, _reason(taken, best_dense, fastest, times_us, refusals)
-    )
+    taken, reason = taken_of(times_us, advantage)
+    return Choice(registered()[taken], times_us, refusals, reason or _alone(taken, refusals))
+
+
+def taken_of(times_us: Mapping[str, float], advantage: float) -> tuple[str, str]:
+    """The kernel to take by these times, and why; the reason is empty where it is the only one.
+
+    A sparse kernel has to need at most `advantage` of the time of the best dense one, and one that stores its values
+    in another dtype than the weight's as much of the best of the others.
+    """
+    entries = registered()
+    exact = {name: us for name, us in times_us.items() if entries[name].values is None} or dict(times_us)
+    rounded = {name: us for name, us in times_us.items() if name not in exact}
+    dense = {name: us for name, us in exact.items() if entries[name].format == "dense"}
+    fastest = min(exact, key=exact.__getitem__)
+    best_dense = min(dense, key=dense.__getitem__, default=fastest)
+    taken = fastest if exact[fastest] <= advantage * exact[best_dense] else best_dense
+    reason = _reason(taken, best_dense, exact)
+    if not rounded:
+        return taken, reason
+    best = min(rounded, key=rounded.__getitem__)
+    if rounded[best] <= advantage * exact[taken]:
+        return best, f"{best} {rounded[best]:.1f} us, {exact[taken] / rounded[best]:.2f}x of {taken}"
+    kept = f"values stay as they are: {best} {rounded[best]:.1f} us"
+    return taken, f"{reason}; {kept}" if reason else f"{taken} {exact[taken]:.1f} us; {kept}"
 
 
 def _prepared(
@@ -200,6 +246,19 @@ def _error(
     activation: str,
 ) -> float:
     """Largest difference from the fp64 result, relative to the largest sum of magnitudes."""
+    error, _, magnitudes = _errors(output, problem, x, weight, bias, activation)
+    return error / max(magnitudes, torch.finfo(torch.float64).tiny)
+
+
+def _errors(
+    output: Tensor,
+    problem: Problem,
+    x: Tensor,
+    weight: Tensor | Entries,
+    bias: Tensor | None,
+    activation: str,
+) -> tuple[float, float, float]:
+    """Largest difference from the fp64 result, largest entry of that, and largest sum of magnitudes."""
     from fxsparse.kernels.library import activate
 
     if isinstance(weight, Entries) and problem.op == "linear":
@@ -210,9 +269,10 @@ def _error(
         inputs = [None if t is None else t.double() for t in (x, values, bias)]
         exact = activate(op(*inputs), activation)
         if exact.numel() == 0:
-            return 0.0
-        scale = op(*(None if t is None else t.abs() for t in inputs)).max()
-        return ((output.double() - exact).abs().max() / scale.clamp_min(torch.finfo(scale.dtype).tiny)).item()
+            return 0.0, 0.0, 0.0
+        magnitudes = op(*(None if t is None else t.abs() for t in inputs))
+        difference = output.double() - exact
+        return difference.abs().max().item(), exact.abs().max().item(), magnitudes.max().item()
 
 
 def _exact_op(problem: Problem, weight: Tensor | Entries) -> tuple[Callable[..., Tensor], Tensor]:
@@ -233,15 +293,19 @@ def _exact_op(problem: Problem, weight: Tensor | Entries) -> tuple[Callable[...,
     return exact, stored
 
 
-def _reason(taken: str, best_dense: str, fastest: str, times: Mapping[str, float], refusals) -> str:
+def _reason(taken: str, best_dense: str, times: Mapping[str, float]) -> str:
     if taken != best_dense:
         return f"{taken} {times[taken]:.1f} us, {times[best_dense] / times[taken]:.2f}x of {best_dense}"
-    if len(times) == 1:
-        reasons = "; ".join(f"{name}: {why[0]}" for name, why in refusals.items())
-        return f"{taken} is the only candidate ({reasons})" if reasons else f"{taken} is the only candidate"
     rest = {name: time_us for name, time_us in times.items() if name != taken}
+    if not rest:
+        return ""
     other = min(rest, key=rest.__getitem__)
     return f"{taken} {times[taken]:.1f} us; the next best, {other}, {times[other]:.1f} us"
+
+
+def _alone(taken: str, refusals: Mapping[str, list[str]]) -> str:
+    reasons = "; ".join(f"{name}: {why[0]}" for name, why in refusals.items())
+    return f"{taken} is the only candidate ({reasons})" if reasons else f"{taken} is the only candidate"
 
 
 def _nothing_runs(problem: Problem, refusals: Mapping[str, list[str]]) -> str:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from fxsparse import optimizer_state
 from fxsparse.errors import PlanError
 from fxsparse.flops import FlopCount
+from fxsparse.formats import narrow
 from fxsparse.graph import comment, set_parameter
 from fxsparse.inference import compile_for_inference
 from fxsparse.initial import target_of
@@ -40,6 +41,7 @@ def compile(
     optimizer: Optimizer | None = None,
     device: torch.device | str | None = None,
     strict: bool = False,
+    values: str | None = None,
 ) -> SparseModule:
     """Compile `model` for sparse training with a `plan`, or for inference of the zeros it has.
 
@@ -55,6 +57,9 @@ def compile(
         optimizer: attached, and in compact storage made to hold the stored values instead of the dense Parameters.
         device: where parameters on meta are created; the CPU by default.
         strict: raise where the default is a row in the report.
+        values: of inference: "int8" (with a scale for each row) or "bfloat16", what the nonzeros of linear layers are
+            stored in where that measured faster; inputs, sums and outputs keep their dtypes.  The report says what each
+            layer and the whole model lose by it.
 
     Raises:
         PlanError: a plan that does not fit this model, or arguments that do not fit together.
@@ -63,10 +68,11 @@ def compile(
         UnsupportedError: in strict mode, a storage that a weight cannot have.
     """
     _check(model, plan, mode)
+    _check_values(values, mode)
     _check_optimizer(optimizer)
     _check_device(model, device, optimizer)
     if plan is None:
-        return compile_for_inference(model, example_inputs, strict=strict)
+        return compile_for_inference(model, example_inputs, strict=strict, values=values)
     return _train(model, plan, example_inputs, optimizer, torch.device(device or "cpu"), strict)
 
 
@@ -153,6 +159,17 @@ def _check_dense(model: nn.Module, where: str) -> None:
 def _check_optimizer(optimizer: Optimizer | None) -> None:
     if optimizer is not None and not isinstance(optimizer, Optimizer):
         raise PlanError(f"compile: expected a torch.optim.Optimizer, got {type(optimizer).__name__}.")
+
+
+def _check_values(values: str | None, mode: str) -> None:
+    if values is None:
+        return
+    if values not in narrow.DTYPES:
+        raise PlanError(f"compile: expected values of {list(narrow.DTYPES)} or None, got {values!r}.")
+    if mode == "train":
+        raise PlanError(
+            f"compile: values={values!r} says how inference stores weights; training keeps the dtype of the model."
+        )
 
 
 def _check_device(model: nn.Module, device: torch.device | str | None, optimizer: Optimizer | None) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from fxsparse.artefact import emit
 from fxsparse.errors import InvariantError, PlanError
+from fxsparse.formats import narrow
 from fxsparse.inputs import has_meta
 from fxsparse.module import SparseModule
 from fxsparse.passes import RemoveDeadNeurons, SelectKernels, inference_pipeline
@@ -22,7 +23,7 @@ from fxsparse.plans import Plan
 from fxsparse.report import Report
 from fxsparse.skeleton import bind, copy_structure
 from fxsparse.trace import capture
-from fxsparse.verify import compare, copied_inputs, observe
+from fxsparse.verify import compare, copied_inputs, largest_error, observe
 
 NEVER_SLOWER = 0.95
 """Least allowed speed of the artefact relative to the dense model: the median over interleaved pairs."""
@@ -41,7 +42,7 @@ class Speed:
 
 
 def compile_for_inference(
-    model: nn.Module, example_inputs: Any = None, *, strict: bool = False
+    model: nn.Module, example_inputs: Any = None, *, strict: bool = False, values: str | None = None
 ) -> SparseModule:
     """The evaluation graph of `model` with every weight on the kernel that measured fastest; `model` is untouched.
 
@@ -52,6 +53,9 @@ def compile_for_inference(
     Where compact weights together would take more than ``module.MAX_DENSE_BYTES`` as dense ones, no tensor of a dense
     weight's size is made: kernels pack the nonzeros, and the result is compared with the training module in evaluation
     mode and timed against that, with a note.
+
+    With `values` ("int8" or "bfloat16") nonzeros are stored so where that measured faster, and the report has the
+    largest error, relative to the largest output.
 
     Raises:
         PlanError: a model compiled for inference already.
@@ -64,6 +68,7 @@ def compile_for_inference(
     keep_dense: dict[str, str] = {}
     while True:
         ctx = PassContext(plan, "infer", _copied(source), Report(), example_inputs)
+        ctx.values_dtype = None if values is None else narrow.DTYPES[values]
         run_passes(_pipeline(keep_dense), ctx)
         sparse = emit(model, ctx)
         if not measured:
@@ -71,7 +76,7 @@ def compile_for_inference(
         if ctx.entries:
             return _beside_training(_copied(source).graphs["eval"], sparse, ctx)
         dense = dense or _dense_form(model)
-        _compare(dense, sparse, example_inputs)
+        _compare(dense, sparse, ctx)
         speed = _speed(dense, sparse, example_inputs)
         sparse.report.notes.append(
             f"dense {speed.dense_us:.1f} us, this {speed.sparse_us:.1f} us: {speed.ratio:.2f}x"
@@ -138,7 +143,7 @@ def _dense_form(model: nn.Module) -> nn.Module:
 
 def _beside_training(trained: nn.Module, sparse: SparseModule, ctx: PassContext) -> SparseModule:
     """Compare and time an artefact whose weights do not fit as dense ones with the training graph in evaluation."""
-    _compare(trained, sparse, ctx.example_inputs)
+    _compare(trained, sparse, ctx)
     speed = _speed(trained, sparse, ctx.example_inputs)
     sparse.report.notes.append(
         f"the training module {speed.dense_us:.1f} us, this {speed.sparse_us:.1f} us: {speed.ratio:.2f}x; "
@@ -147,11 +152,20 @@ def _beside_training(trained: nn.Module, sparse: SparseModule, ctx: PassContext)
     return sparse
 
 
-def _compare(dense: nn.Module, sparse: SparseModule, example_inputs: Any) -> None:
-    want = observe(dense, dense, example_inputs, training=False)
-    got = observe(sparse, sparse, example_inputs, training=False)
-    if difference := compare(want, got):
+def _compare(dense: nn.Module, sparse: SparseModule, ctx: PassContext) -> None:
+    """InvariantError where the two differ; where values were rounded their difference goes to the report instead."""
+    want = observe(dense, dense, ctx.example_inputs, training=False)
+    got = observe(sparse, sparse, ctx.example_inputs, training=False)
+    rounded = [name for name, decision in ctx.decisions.items() if decision.values_dtype is not None]
+    error = largest_error(want, got)
+    if (not rounded or error == math.inf) and (difference := compare(want, got)):
         raise InvariantError(f"compile: the inference module differs from the model: {difference}")
+    if ctx.values_dtype is not None:
+        sparse.report.totals["values_error"] = error
+        sparse.report.notes.append(
+            f"values are {str(ctx.values_dtype)[6:]} in {len(rounded)} of {len(ctx.decisions)} weights: the largest "
+            f"error of an output is {error:.1e} of the largest output"
+        )
 
 
 def _speed(dense: nn.Module, sparse: SparseModule, example_inputs: Any) -> Speed:

@@ -28,6 +28,8 @@ class Problem:
     """What a kernel's `run` takes by name: in_features; of a convolution kernel_size, in_channels, stride and so on."""
     is_blocked: bool = False
     """The zeros lie in blocks of at least four."""
+    values: torch.dtype | None = None
+    """What the values may be stored in, too, narrower than `dtype`; inference only."""
 
     @property
     def is_full(self) -> bool:
@@ -76,6 +78,8 @@ class Kernel:
     refuses: Callable[[Problem], list[str]]
     cost: Callable[[Problem], Cost]
     pack_entries: Callable[[Entries], Mapping[str, Tensor]] | None = None
+    values: torch.dtype | None = None
+    """What it stores the values in where that is not the weight's dtype: then `pack` rounds them (`formats.narrow`)."""
 
 
 TRAINING = {
@@ -153,7 +157,7 @@ def capabilities() -> list[dict[str, object]]:
         reasons = {
             d: _either_mode(kernel, d) for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
         }
-        dtypes = [str(d).removeprefix("torch.") for d, why in reasons.items() if not why]
+        dtypes = [_named(d) for d, why in reasons.items() if not why]
         available = "yes" if dtypes else "; ".join(reasons[torch.float32])
         rows.append(
             {
@@ -178,6 +182,8 @@ def packed(kernel: Kernel, weight: Tensor | Entries) -> Mapping[str, Tensor]:
 def _reasons(kernel: Kernel, problem: Problem, by_entries: bool) -> list[str]:
     if kernel.op != problem.op:
         return [f"it computes {kernel.op}, not {problem.op}"]
+    if kernel.values not in (None, problem.values):
+        return [f"it stores values in {_named(kernel.values)}, which was not asked for"]
     reasons = kernel.refuses(problem)
     if by_entries and kernel.pack_entries is None:
         reasons = [*reasons, "it packs dense weights only"]
@@ -192,3 +198,7 @@ def _either_mode(kernel: Kernel, dtype: torch.dtype) -> list[str]:
         Problem(kernel.op, (64, 64), 64, 512, dtype, torch.device("cpu"), mode, 8) for mode in (False, True)
     ]
     return min((kernel.refuses(problem) for problem in modes), key=len)
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

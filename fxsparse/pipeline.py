@@ -97,6 +97,10 @@ class Decision:
     """Inference: measured time of the best dense kernel at the example inputs, microseconds, over all call sites."""
     sparse_us: float | None = None
     """The same of the best sparse kernel, taken or not."""
+    values_dtype: torch.dtype | None = None
+    """Inference: what the kernel taken stores the values in where that is not the weight's dtype."""
+    values_error: float | None = None
+    """What that costs: the largest difference of the outputs, relative to the largest output."""
     limit_us: float | None = None
     """What the FLOPs or the weight bytes of the kernel taken need at the least on this machine."""
 
@@ -135,6 +139,8 @@ class PassContext:
     """How the values of compact weights are drawn that were on meta."""
     strict: bool = False
     """Raise where the default is a row in the report."""
+    values_dtype: torch.dtype | None = None
+    """Inference: what values may be stored in, too, where that is faster."""
     state: Mapping[str, Tensor] | None = None
     """The state dict of the module that is built again; masks are then taken from it."""
     prices: Prices | None = None

@@ -29,6 +29,7 @@ HEADERS = {
     "sparse_us": "sparse (us)",
     "limit_us": "limit (us)",
     "limit_share": "limit / time",
+    "values_error": "error by values",
     "neurons_removed": "neurons removed",
     "active_neurons": "active neurons",
     "fan_in_min": "least fan-in",
@@ -43,15 +44,24 @@ PASSES = ("name", "rewrites", "seconds", "notes")
 LAYERS = (
     *("name", "op", "shape", "pattern", "neurons", "storage", "kernel", "sparsity_target", "sparsity"),
     *("nnz", "numel", "flops_dense", "flops_sparse", "flops_executed", "dense_us", "sparse_us"),
-    *("limit_us", "limit_share", "neurons_removed", "reason"),
+    *("limit_us", "limit_share", "values", "values_error", "neurons_removed", "reason"),
 )
 TOPOLOGY = (
     *("name", "step", "nnz", "active_neurons", "neurons", "fan_in_min", "fan_in_mean", "fan_in_max", "churn"),
     *("itop", "itop_since"),
 )
-OPTIONAL = ("dense_us", "sparse_us", "limit_us", "limit_share", "neurons", "neurons_removed")
-"""Columns shown only where some layer has them: in training nothing is measured and no neuron removed, and few methods
-ablate."""
+OPTIONAL = (
+    "dense_us",
+    "sparse_us",
+    "limit_us",
+    "limit_share",
+    "values",
+    "values_error",
+    "neurons",
+    "neurons_removed",
+)
+"""Columns shown only where some layer has them: in training nothing is measured and no neuron removed, few methods
+ablate, and what values are stored in is of interest where it was asked for."""
 TOTALS = (
     *("numel", "nnz", "sparsity", "flops_dense", "flops_sparse", "flops_executed", "train_flops_ratio"),
     *("bytes_dense", "bytes_sparse"),

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxsparse.choosing import stored
 from fxsparse.formats import bsr, condensed
 from fxsparse.guards import forbid_tensors_of as forbid_tensors_of
 from fxsparse.guards import poisoned_memory as poisoned_memory
@@ -100,7 +101,8 @@ def problem_of(
     shape, nnz = tuple(weight.shape), int(mask.sum())
     given = tuple((arguments or {}).items())
     blocked = weight.dim() == 2 and bsr.block_of(mask) != (1, 1)
-    return Problem(kernel.op, shape, batch, nnz, dtype, torch.device("cpu"), training, fan_in, given, blocked)
+    cpu = torch.device("cpu")
+    return Problem(kernel.op, shape, batch, nnz, dtype, cpu, training, fan_in, given, blocked, kernel.values)
 
 
 def check_kernel(kernel: Kernel) -> int:
@@ -162,7 +164,7 @@ def _check_problem(
                 _check_gradients(kernel, run, weight, x, with_bias, upstream, arguments)
                 continue
             buffers = kernel.pack(weight).values()
-            exact = _dense(x, weight, with_bias, arguments)
+            exact = _dense(x, stored(kernel, weight), with_bias, arguments)
             for activation in ACTIVATIONS:
                 y = run(x, with_bias, *buffers, activation=activation, **arguments)
                 allowed = tolerance(weight.dtype, prod(weight.shape[1:]) + 1)

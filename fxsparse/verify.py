@@ -5,6 +5,7 @@ by tensor.
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from math import inf
 from typing import Any
 
 import torch
@@ -90,6 +91,17 @@ def first_difference(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) 
     return None
 
 
+def largest_error(expected: Observation, got: Observation) -> float:
+    """Largest difference in a tensor of floats relative to its largest entry; of what was rounded on purpose.
+
+    inf where structure, shapes, dtypes or the entries that are finite differ.
+    """
+    if expected.structure != got.structure or expected.tensors.keys() != got.tensors.keys():
+        return inf
+    pairs = [(want, got.tensors[name]) for name, want in expected.tensors.items()]
+    return max((_error(want, have) for want, have in pairs if want.is_floating_point()), default=0.0)
+
+
 @contextmanager
 def frozen_state(
     root: nn.Module,
@@ -162,6 +174,14 @@ def _difference(want: Tensor, have: Tensor, scale: float) -> str | None:
     if error <= tolerance * (_largest(want) + _NOISE * scale):
         return None
     return f"differs by {error:.3g} where its largest entry is {_largest(want):.3g}"
+
+
+def _error(want: Tensor, have: Tensor) -> float:
+    if want.shape != have.shape or want.dtype != have.dtype:
+        return inf
+    if not torch.equal(want.isfinite(), have.isfinite()):
+        return inf
+    return _largest(want - have) / max(_largest(want), torch.finfo(torch.float32).tiny)
 
 
 def _largest(tensor: Tensor) -> float:

@@ -13,6 +13,7 @@ from fxsparse.kernels.dense.conv import DENSE_CONV, MASKED_CONV
 from fxsparse.kernels.dense.linear import DENSE, MASKED
 from fxsparse.kernels.depthwise.conv import depthwise_conv
 from fxsparse.kernels.lookup.linear import lookup_linear
+from fxsparse.kernels.narrow import NARROW
 from fxsparse.kernels.onednn.linear import onednn_linear
 from fxsparse.kernels.pool.max_pool import max_pool2d
 from fxsparse.kernels.soft_topk.shift import soft_topk_shift
@@ -23,6 +24,7 @@ __all__ = [
     "DENSE_CONV",
     "MASKED",
     "MASKED_CONV",
+    "NARROW",
     "bsr_linear",
     "condensed_linear",
     "conv_gradient_at",

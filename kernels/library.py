@@ -51,16 +51,18 @@ def with_epilogue(
     bias: Tensor | None,
     activation: str,
     residual: Tensor | None,
+    scales: Tensor | None = None,
 ) -> Tensor:
-    """``run(x, *weight, bias, code, residual)``; a residual of another dtype (autocast) is added after."""
+    """``run(x, *weight, bias, code, residual, scales)``; a residual of another dtype (autocast) is added after."""
     code = activation_code(activation)
     refuse_gradient(x)
+    narrow = () if scales is None else (scales,)
     if residual is None:
-        return run(x, *weight, bias, code)
+        return run(x, *weight, bias, code, None, *narrow) if narrow else run(x, *weight, bias, code)
     refuse_gradient(residual)
     if residual.dtype == x.dtype:
-        return run(x, *weight, bias, code, residual)
-    return activate(run(x, *weight, bias, 0) + residual, activation)
+        return run(x, *weight, bias, code, residual, *narrow)
+    return activate(run(x, *weight, bias, 0, None, *narrow) + residual, activation)
 
 
 def dense_product(
@@ -81,11 +83,13 @@ def refuse_gradient(x: Tensor) -> None:
         )
 
 
-def check_input(x: Tensor, values: Tensor, in_features: int) -> None:
-    """Raise RuntimeError, as the dense op does, unless x is [..., in_features] of the dtype of `values`.
+def check_input(x: Tensor, values: Tensor, in_features: int, scales: Tensor | None = None) -> None:
+    """Raise RuntimeError, as the dense op does, unless x is [..., in_features] of the weight's dtype.
 
-    References and fakes call it; ``check_input`` of tensors.h says the same.
+    That is the dtype of `values`, or of `scales` where they have those.  References and fakes call it; ``check_input``
+    of tensors.h says the same.
     """
+    values = values if scales is None else scales
     if x.dtype != values.dtype or x.dim() == 0 or x.shape[-1] != in_features:
         raise RuntimeError(
             f"fxsparse: expected x [..., {in_features}] in {_name(values.dtype)} as the weight is, got "
@@ -142,3 +146,14 @@ def autocast(x: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Te
         return x, values, bias
     dtype = torch.get_autocast_dtype(x.device.type)
     return x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def autocast_stored(
+    x: Tensor, values: Tensor, scales: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """`autocast` for the values of an inference kernel: those with scales stay as they are stored."""
+    if scales is None:
+        x, values, bias = autocast(x, values, bias)
+    else:
+        x, scales, bias = autocast(x, scales, bias)
+    return x, values, scales, bias

@@ -22,6 +22,7 @@ from fxsparse.passes.lower_kernels import LowerKernels
 from fxsparse.passes.price_weights import PriceWeights
 from fxsparse.passes.remove_dead_neurons import RemoveDeadNeurons
 from fxsparse.passes.remove_identities import RemoveIdentities
+from fxsparse.passes.round_values import RoundValues
 from fxsparse.passes.select_entry_kernels import SelectEntryKernels
 from fxsparse.passes.select_kernels import SelectKernels
 from fxsparse.passes.split_samples import SplitSamples
@@ -51,6 +52,7 @@ inference_pipeline = (
     DetectPattern(),
     SelectKernels(),
     SelectEntryKernels(),
+    RoundValues(),
     CountFlops(),
     LowerInference(),
     LowerGlue(),
@@ -92,6 +94,7 @@ __all__ = [
     "PriceWeights",
     "RemoveDeadNeurons",
     "RemoveIdentities",
+    "RoundValues",
     "SelectEntryKernels",
     "SelectKernels",
     "SplitSamples",

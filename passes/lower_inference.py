@@ -31,7 +31,7 @@ class LowerInference:
     """
 
     name: ClassVar[str] = "lower-inference"
-    after: ClassVar[tuple[str, ...]] = ("select-kernels",)
+    after: ClassVar[tuple[str, ...]] = ("select-kernels", "round-values")
     preserves_function: ClassVar[bool] = True
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:

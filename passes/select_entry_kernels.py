@@ -13,7 +13,7 @@ from fxsparse.graph import Site, argument, fetch, site_arguments, sites
 from fxsparse.inputs import has_meta
 from fxsparse.kernel import Entries, Problem
 from fxsparse.passes.fuse_epilogue import activation_after
-from fxsparse.passes.select_kernels import outputs_of_a_row, site_inputs
+from fxsparse.passes.select_kernels import ADVANTAGE, narrower, outputs_of_a_row, site_inputs
 from fxsparse.pattern import ConstantFanIn
 from fxsparse.pipeline import Decision, PassContext
 
@@ -45,7 +45,8 @@ def _decide(
     gm: GraphModule, ctx: PassContext, name: str, calls: list[Site], inputs: dict[Node, Tensor]
 ) -> None:
     entries, decision = ctx.entries[name], ctx.decisions[name]
-    problems = [_problem(entries, decision, site, inputs.get(site.node)) for site in calls]
+    allowed, why_not = narrower(ctx, ctx.weights[name], entries.values)
+    problems = [_problem(entries, decision, site, inputs.get(site.node), allowed) for site in calls]
     usable, refusals = kernel.candidates(problems[0], by_entries=True)
     if usable and inputs:
         choices = [
@@ -54,7 +55,7 @@ def _decide(
         ]
         everywhere = set.intersection(*(set(choice.times_us) for choice in choices))
         total = {n: sum(choice.times_us[n] for choice in choices) for n in everywhere}
-        taken = min(total, key=total.__getitem__)
+        taken, _ = choosing.taken_of(total, ADVANTAGE)
         decision.sparse_us, reason = total[taken], f"{taken} {total[taken]:.1f} us"
     elif usable:
         taken, reason = usable[0].name, "not measured: there are no example inputs"
@@ -63,7 +64,8 @@ def _decide(
         reason = f"the kernel of training: {'; '.join(f'{n}: {why[0]}' for n, why in refusals.items())}"
     decision.storage, decision.kernel = "compact", taken
     decision.format = kernel.registered()[taken].format
-    decision.reason = f"{reason}; {why_not_dense(ctx)}"
+    decision.values_dtype = kernel.registered()[taken].values
+    decision.reason = f"{reason}{why_not}; {why_not_dense(ctx)}"
 
 
 def why_not_dense(ctx: PassContext) -> str:
@@ -75,7 +77,9 @@ def why_not_dense(ctx: PassContext) -> str:
     )
 
 
-def _problem(entries: Entries, decision: Decision, site: Site, x: Tensor | None) -> Problem:
+def _problem(
+    entries: Entries, decision: Decision, site: Site, x: Tensor | None, values: torch.dtype | None
+) -> Problem:
     fan_in = decision.pattern.fan_in if isinstance(decision.pattern, ConstantFanIn) else None
     batch = 1 if x is None else outputs_of_a_row(site, x, entries.shape)
     return Problem(
@@ -88,6 +92,7 @@ def _problem(entries: Entries, decision: Decision, site: Site, x: Tensor | None)
         training=False,
         fan_in=fan_in,
         arguments=tuple(site_arguments(site, entries.shape).items()),
+        values=values,
     )
 
 

@@ -67,15 +67,18 @@ class SelectKernels:
         for name, found in measured.items():
             decision = ctx.decisions[name]
             blocked = isinstance(decision.pattern, Block)
+            allowed, why_not = narrower(ctx, ctx.weights[name], fetch(gm, name))
             problems = [
-                site_problem(site, matrix_of(gm, site), inputs[site.node], decision.nnz, blocked)
+                site_problem(site, matrix_of(gm, site), inputs[site.node], decision.nnz, blocked, allowed)
                 for site in found
             ]
             choices = [
                 choose_at(gm, site, problem, matrix_of(gm, site), inputs[site.node])
                 for site, problem in zip(found, problems, strict=True)
             ]
-            taken = _decide(decision, choices, self._why_dense(name, ctx))
+            why_dense = self._why_dense(name, ctx)
+            taken = _decide(decision, choices, why_dense)
+            decision.reason += why_not if why_dense is None else ""
             decision.limit_us = sum(choosing.limit_us(taken, problem) for problem in problems)
             recalled += all(choice.recalled for choice in choices)
         if recalled:
@@ -192,7 +195,27 @@ def _is_transpose(user: Node, node: Node) -> bool:
     return user.args == (node,) and user.target in (torch.t, "t", torch.ops.aten.t.default)
 
 
-def site_problem(site: Site, weight: Tensor, x: Tensor, nnz: int, is_blocked: bool = False) -> Problem:
+def narrower(ctx: PassContext, spec: WeightSpec, values: Tensor) -> tuple[torch.dtype | None, str]:
+    """What the values of a weight may be stored in, too; where that is nothing though it was asked for, also why."""
+    if ctx.values_dtype is None:
+        return None, ""
+    name = str(ctx.values_dtype).removeprefix("torch.")
+    reasons = {
+        f"no {spec.op} kernel stores {name}": spec.op != "linear",
+        f"some are not finite, so that {name} cannot scale them": not bool(values.isfinite().all()),
+    }
+    why = [reason for reason, holds in reasons.items() if holds]
+    return (None, f"; values stay {str(spec.dtype)[6:]}: {why[0]}") if why else (ctx.values_dtype, "")
+
+
+def site_problem(
+    site: Site,
+    weight: Tensor,
+    x: Tensor,
+    nnz: int,
+    is_blocked: bool = False,
+    values: torch.dtype | None = None,
+) -> Problem:
     """What a kernel has to do at a call site, for a `weight` [out, in, ...] with so many entries."""
     return Problem(
         "linear" if site.op == "linear" else "conv2d",
@@ -205,6 +228,7 @@ def site_problem(site: Site, weight: Tensor, x: Tensor, nnz: int, is_blocked: bo
         fan_in=condensed.fan_in(weight.flatten(1) != 0),
         arguments=tuple(site_arguments(site, weight.shape).items()),
         is_blocked=is_blocked,
+        values=values,
     )
 
 
@@ -224,25 +248,24 @@ def matrix_of(gm: GraphModule, site: Site) -> Tensor:
 
 def _decide(decision: Decision, choices: list[Choice], why_dense: str | None) -> Kernel:
     """Write and return the kernel that is fastest over all call sites; a sparse one must beat dense by `ADVANTAGE`."""
-    entries = kernel.registered()
+    entries, calls = kernel.registered(), f"its {len(choices)} call sites"
     names = set.intersection(*(set(choice.times_us) for choice in choices))
     total = {name: sum(choice.times_us[name] for choice in choices) for name in names}
-    dense = {name: time_us for name, time_us in total.items() if entries[name].format == "dense"}
-    sparse = {name: time_us for name, time_us in total.items() if entries[name].format != "dense"}
-    decision.dense_us = min(dense.values(), default=None)
-    decision.sparse_us = min(sparse.values(), default=None)
+    dense = {name: us for name, us in total.items() if entries[name].format == "dense"}
+    exact = {name: us for name, us in total.items() if name not in dense and entries[name].values is None}
     best_dense = min(dense, key=dense.__getitem__, default="dense")
-    decision.kernel = "dense" if best_dense in kernel.PLAIN else best_dense
-    if why_dense is not None:
-        return entries[best_dense]
-    best = min(sparse, key=sparse.__getitem__, default=None)
-    if len(choices) == 1:
+    taken = best_dense if why_dense or not total else choosing.taken_of(total, ADVANTAGE)[0]
+    decision.dense_us = min(dense.values(), default=None)
+    decision.sparse_us = total[taken] if entries[taken].values else min(exact.values(), default=None)
+    is_dense = entries[taken].format == "dense"
+    decision.kernel = "dense" if taken in kernel.PLAIN else taken
+    if why_dense is None and len(choices) == 1:
         decision.reason = choices[0].reason
-    if best is None or (decision.dense_us is not None and sparse[best] > ADVANTAGE * decision.dense_us):
-        if len(choices) > 1:
-            decision.reason = f"no sparse kernel is faster over its {len(choices)} call sites"
-        return entries[best_dense]
-    if len(choices) > 1:
-        decision.reason = f"{best} {sparse[best]:.1f} us over its {len(choices)} call sites"
-    decision.storage, decision.format, decision.kernel = "compact", entries[best].format, best
-    return entries[best]
+    elif why_dense is None and is_dense:
+        decision.reason = f"no sparse kernel is faster over {calls}"
+    elif why_dense is None:
+        decision.reason = f"{taken} {total[taken]:.1f} us over {calls}"
+    if not is_dense:
+        decision.storage, decision.format = "compact", entries[taken].format
+        decision.values_dtype = entries[taken].values
+    return entries[taken]

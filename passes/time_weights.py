@@ -16,6 +16,7 @@ from fxsparse.budget import Budget
 from fxsparse.graph import Site, sites
 from fxsparse.passes.fuse_epilogue import FuseEpilogue
 from fxsparse.passes.lower_inference import LowerInference
+from fxsparse.passes.round_values import RoundValues
 from fxsparse.passes.select_entry_kernels import SelectEntryKernels
 from fxsparse.passes.select_kernels import (
     OPS,
@@ -64,7 +65,7 @@ def _all_dense(ctx: PassContext) -> PassContext:
     program = Program(ctx.program.tier, skeleton, {"eval": graph}, [], dict(ctx.program.hidden))
     folded = PassContext(None, "infer", program, Report(), ctx.example_inputs)
     # Calls are timed on the whole batch that the example inputs are.
-    left_out = SelectKernels | SelectEntryKernels | LowerInference | FuseEpilogue | SplitSamples
+    left_out = SelectKernels | SelectEntryKernels | RoundValues | LowerInference | FuseEpilogue | SplitSamples
     run_passes([p for p in inference_pipeline if not isinstance(p, left_out)], folded)
     return folded
 

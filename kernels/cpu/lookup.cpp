@@ -40,9 +40,8 @@ inline void load_half(const uint8_t* planes, int64_t stride, int64_t window, __m
   for (int j = kHalf ? 2 : 0; j < 4; j++) half[j] = _mm512_loadu_si512(planes + j * stride + window * kWindow);
 }
 
-template <class Value>
+template <bool kHalf, class Value>
 inline Found sum_group(const uint8_t* planes, const Lookup& s, int64_t group) {
-  constexpr bool kHalf = sizeof(Value) == 2;
   const int64_t stride = plane_bytes(s.windows);
   const Value* values = (const Value*)s.values + s.starts[group] * int64_t(64);
   const uint8_t* columns = s.columns + s.starts[group] * int64_t(64);
@@ -67,17 +66,18 @@ inline Found sum_group(const uint8_t* planes, const Lookup& s, int64_t group) {
   return sum;
 }
 
-template <class Value>
+// kHalf: x is bfloat16.
+template <bool kHalf, class Value>
 void look_up_groups(const uint8_t* planes, const Lookup& s, int64_t begin, int64_t end, const Epilogue& epilogue,
                     const Matrix& dst) {
   const int64_t token_bytes = 4 * plane_bytes(s.windows);
   for (int64_t g = begin; g < end; g++) {
     for (int64_t token = 0; token < dst.tokens; token++) {  // inside: the group comes from L3 or memory once for all
-      const Found sum = sum_group<Value>(planes + token * token_bytes, s, g);
+      const Found sum = sum_group<kHalf, Value>(planes + token * token_bytes, s, g);
       for (int j = 0; j < 4; j++) {
         const int64_t r = g * kGroup + j * W, count = s.rows - r;
         if (count <= 0) break;
-        const V total = sum.rows[j] + bias_of(epilogue, r, count);
+        const V total = sum.rows[j] * scale_of(epilogue, r, count) + bias_of(epilogue, r, count);
         write_rows(dst, token, r, finish(total, epilogue, dst, token, r, count), count, epilogue.rows);
       }
     }
@@ -113,8 +113,11 @@ void split(const Matrix& x, int64_t token, int64_t windows, uint8_t* planes) {
 
 void look_up(const uint8_t* planes, const Lookup& s, int64_t begin, int64_t end, const Epilogue& epilogue,
              const Matrix& dst) {
-  if (s.scalar == Scalar::f32) return look_up_groups<float>(planes, s, begin, end, epilogue, dst);
-  look_up_groups<uint16_t>(planes, s, begin, end, epilogue, dst);
+  with_values(s.scalar, [&](auto* v) {
+    using Value = Stored<decltype(v)>;
+    if (dst.scalar == Scalar::bf16) return look_up_groups<true, Value>(planes, s, begin, end, epilogue, dst);
+    look_up_groups<false, Value>(planes, s, begin, end, epilogue, dst);
+  });
 }
 
 }  // namespace fxsparse

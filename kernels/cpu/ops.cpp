@@ -140,6 +140,7 @@ Scatter scatter_of(const Tensor& active_rows, int64_t active, const Tensor& empt
 struct Added {
   std::optional<Tensor> bias;
   std::optional<Tensor> residual;
+  std::optional<Tensor> scales;  // what the sums are multiplied by before
 };
 
 // An empty y [..., out] and the epilogue that goes into it.
@@ -147,14 +148,16 @@ Tensor output(const Tensor& x, int64_t rows, const Scatter& scatter, Added& adde
               std::vector<Buffer>& owned, Epilogue& epilogue) {
   const int64_t out = rows + scatter.empty;
   Tensor y = like(x, out);
-  auto& [bias, residual] = added;
+  auto& [bias, residual, scales] = added;
   STD_TORCH_CHECK(!bias || bias->numel() == out, "fxsparse: expected bias [", out, "]");
   STD_TORCH_CHECK(!residual || (residual->scalar_type() == x.scalar_type() && residual->dim() == y.dim() &&
                                 std::equal(y.sizes().begin(), y.sizes().end(), residual->sizes().begin())),
                   "fxsparse: expected a residual of the output's shape, with ", out, " features, and of x's dtype");
-  if (residual) residual = in_order(*residual);  // kept by the caller while the product runs
-  epilogue = {bias ? as_floats(in_order(*bias), owned) : nullptr, activation, scatter.rows,
-              residual ? residual->const_data_ptr() : nullptr};
+  STD_TORCH_CHECK(!scales || scales->numel() == rows, "fxsparse: expected scales [", rows, "]");
+  for (auto* kept : {&bias, &residual, &scales})  // by the caller while the product runs
+    if (*kept) *kept = in_order(**kept);
+  epilogue = {bias ? as_floats(*bias, owned) : nullptr, activation, scatter.rows,
+              residual ? residual->const_data_ptr() : nullptr, scales ? as_floats(*scales, owned) : nullptr};
   return y;
 }
 
@@ -194,23 +197,23 @@ Tensor forward(const Tensor& x_any, Sparse s, int64_t rows, int64_t nnz, const S
 // ---- ops
 
 // The entries end where crow does; what `values` and `cols` hold after them is never read.
-Sparse csr(const Tensor& values, const Tensor& crow, const Tensor& cols) {
+Sparse csr(const Tensor& values, const Tensor& crow, const Tensor& cols, const std::optional<Tensor>& scales = {}) {
   const int64_t capacity = values.numel();
   const int32_t* start = index32(crow, crow.numel(), "crow");
   STD_TORCH_CHECK(crow.numel() > 0 && start[crow.numel() - 1] >= 0 && start[crow.numel() - 1] <= capacity,
                   "fxsparse: expected crow to end with at most ", capacity);
   const bool index16 = cols.scalar_type() == ScalarType::Short && cols.is_contiguous() && cols.numel() == capacity;
   const void* index = index16 ? cols.const_data_ptr() : index32(cols, capacity, "cols");
-  return {values.const_data_ptr(), scalar_of(values, "values"), start, index, index16, 0};
+  return {values.const_data_ptr(), stored_scalar(values, scales), start, index, index16, 0};
 }
 
 Tensor csr_forward(const Tensor& x, const Tensor& values, const Tensor& crow, const Tensor& cols,
                    int64_t in_features, std::optional<Tensor> bias, int64_t activation,
-                   std::optional<Tensor> residual) {
-  check_input(x, values, in_features);
-  const Sparse s = csr(values, crow, cols);
+                   std::optional<Tensor> residual, std::optional<Tensor> scales) {
+  check_input(x, values, in_features, scales);
+  const Sparse s = csr(values, crow, cols, scales);
   const int64_t rows = crow.numel() - 1;
-  return forward(x, s, rows, s.start[rows], {}, {bias, residual}, activation);
+  return forward(x, s, rows, s.start[rows], {}, {bias, residual, scales}, activation);
 }
 
 Tensor condensed_forward(const Tensor& x, const Tensor& values, const Tensor& indices,
@@ -228,7 +231,7 @@ Tensor condensed_forward(const Tensor& x, const Tensor& values, const Tensor& in
                   "fxsparse: expected both active_rows and empty_rows, or neither");
   const int64_t active = values.size(0);
   const Scatter scatter = active_rows ? scatter_of(*active_rows, active, *empty_rows) : Scatter{};
-  return forward(x, s, active, values.numel(), scatter, {bias, residual}, activation);
+  return forward(x, s, active, values.numel(), scatter, {bias, residual, {}}, activation);
 }
 
 const uint8_t* bytes(const Tensor& t, int64_t count, const char* name) {
@@ -282,13 +285,13 @@ void multiply_lookup(const Matrix& x, const Lookup& s, int64_t groups, const Epi
 Tensor lookup_forward(const Tensor& x_any, const Tensor& values, const Tensor& columns, const Tensor& counts,
                       const Tensor& starts, const Tensor& active_rows, const Tensor& empty_rows,
                       int64_t in_features, std::optional<Tensor> bias, int64_t activation,
-                      std::optional<Tensor> residual) {
-  check_input(x_any, values, in_features);
+                      std::optional<Tensor> residual, std::optional<Tensor> scales) {
+  check_input(x_any, values, in_features, scales);
   STD_TORCH_CHECK(counts.dim() == 2, "fxsparse: expected counts [groups, windows]");
   const int64_t groups = counts.size(0), active = active_rows.numel();
   STD_TORCH_CHECK((active + kGroup - 1) / kGroup == groups, "fxsparse: expected a group for every ", kGroup, " rows");
   const Lookup s{values.const_data_ptr(),
-                 scalar_of(values, "values"),
+                 stored_scalar(values, scales),
                  bytes(columns, values.numel(), "columns"),
                  bytes(counts, counts.numel(), "counts"),
                  index32(starts, groups + 1, "starts"),
@@ -300,7 +303,7 @@ Tensor lookup_forward(const Tensor& x_any, const Tensor& values, const Tensor& c
   const Tensor x = in_order(x_any);
   const Scatter scatter = scatter_of(active_rows, active, empty_rows);
   Epilogue epilogue;
-  Added added{bias, residual};
+  Added added{bias, residual, scales};
   Tensor y = output(x, active, scatter, added, activation, owned, epilogue);
   if (y.numel() == 0) return y;
   Matrix from = matrix(x, "x");
@@ -342,12 +345,12 @@ Tensor in_panels(const Tensor& x_any, int64_t out, int64_t work, Added added, in
 
 Tensor striped_forward(const Tensor& x_any, const Tensor& values, const Tensor& columns, const Tensor& rows,
                        const Tensor& lengths, const Tensor& starts, const Tensor& dense, std::optional<Tensor> bias,
-                       int64_t activation, std::optional<Tensor> residual) {
+                       int64_t activation, std::optional<Tensor> residual, std::optional<Tensor> scales) {
   const int64_t segments = rows.numel(), nnz = values.numel(), out = dense.size(1), in = dense.size(2);
-  check_input(x_any, values, in);
+  check_input(x_any, values, in, scales);
   const int64_t chunks = (out + kChunk - 1) / kChunk, stripes = (in + kStripe - 1) / kStripe;
   const Striped s{values.const_data_ptr(),
-                  scalar_of(values, "values"),
+                  stored_scalar(values, scales),
                   bytes(columns, nnz, "columns"),
                   narrow<int16_t>(rows, ScalarType::Short, segments, "rows"),
                   bytes(lengths, segments, "lengths"),
@@ -357,7 +360,7 @@ Tensor striped_forward(const Tensor& x_any, const Tensor& values, const Tensor& 
   const int32_t* end = s.starts + 2 * chunks * stripes;
   STD_TORCH_CHECK(end[0] == segments && end[1] == nnz, "fxsparse: expected starts to end with ", segments, " and ", nnz);
   return in_panels(
-      x_any, out, nnz, {bias, residual}, activation,
+      x_any, out, nnz, {bias, residual, scales}, activation,
       [&](const float* panel, int64_t vectors, int64_t begin, int64_t stop, const Epilogue& epilogue, const Matrix& to,
           int64_t first) { table().multiply_striped(panel, vectors, s, begin, stop, epilogue, to, first); },
       [&](int64_t part, int64_t parts) { return chunks * part / parts; });
@@ -380,7 +383,7 @@ Tensor bsr_forward(const Tensor& x_any, const Tensor& values, const Tensor& crow
                  width};
   STD_TORCH_CHECK(s.start[count] == blocks, "fxsparse: expected crow to end with ", blocks);
   return in_panels(
-      x_any, out, values.numel() / 2, {bias, residual}, activation,
+      x_any, out, values.numel() / 2, {bias, residual, {}}, activation,
       [&](const float* panel, int64_t vectors, int64_t begin, int64_t stop, const Epilogue& epilogue, const Matrix& to,
           int64_t first) { table().multiply_blocks(panel, vectors, s, begin, stop, epilogue, to, first); },
       [&](int64_t part, int64_t parts) {

@@ -117,13 +117,13 @@ inline void finish_rows(const float* block, int64_t base, int64_t stop, const Ep
   for (int64_t t = 0; t < tokens; t += W) {
     for (int64_t r = base; r < stop; r += W) {
       const int64_t count = least(W, stop - r);
-      const V bias = bias_of(epilogue, r, count);
+      const V bias = bias_of(epilogue, r, count), scale = scale_of(epilogue, r, count);
       V m[W];
 #pragma GCC unroll 16
       for (int i = 0; i < W; i++) m[i] = load<V>(block + (r - base + i) * NV * W + t);
       transpose_block(m);
 #pragma GCC unroll 16
-      for (int i = 0; i < W; i++) m[i] += bias;
+      for (int i = 0; i < W; i++) m[i] = m[i] * scale + bias;
       const int64_t height = least(W, tokens - t);
       if (epilogue.activation || epilogue.residual)
         for (int i = 0; i < height; i++) m[i] = finish(m[i], epilogue, dst, first + t + i, r, count);
@@ -166,8 +166,9 @@ void multiply_values(const float* panel, const Sparse& s, int64_t begin, int64_t
 template <int NV>
 void multiply_panel(const float* panel, const Sparse& s, int64_t begin, int64_t end, const Epilogue& epilogue,
                     const Matrix& dst, int64_t first) {
-  if (s.scalar == Scalar::f32) return multiply_values<NV, float>(panel, s, begin, end, epilogue, dst, first);
-  multiply_values<NV, uint16_t>(panel, s, begin, end, epilogue, dst, first);
+  with_values(s.scalar, [&](auto* v) {
+    multiply_values<NV, Stored<decltype(v)>>(panel, s, begin, end, epilogue, dst, first);
+  });
 }
 
 void multiply(const float* panel, int64_t vectors, const Sparse& s, int64_t begin, int64_t end,
@@ -248,7 +249,9 @@ template <class Index, class Value>
 inline void load_tail(const Value* values, const Index* index, int64_t count, V& value, VI& position) {
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
   const __mmask16 mask = (1u << count) - 1;
-  if constexpr (sizeof(Value) == 2)
+  if constexpr (sizeof(Value) == 1)
+    value = from_int8((VB)_mm_maskz_loadu_epi8(mask, values));
+  else if constexpr (sizeof(Value) == 2)
     value = from_bf16((VH)_mm256_maskz_loadu_epi16(mask, values));
   else
     value = (V)_mm512_maskz_loadu_ps(mask, values);
@@ -304,10 +307,10 @@ bool few_rows(const float* x, int64_t width, const Sparse& s, int64_t begin, int
 #pragma GCC unroll 2
       for (int t = 0; t < T; t++) sum[t][i] = total[t];
     }
-    const V bias = bias_of(epilogue, r, count);
+    const V bias = bias_of(epilogue, r, count), scale = scale_of(epilogue, r, count);
 #pragma GCC unroll 2
     for (int t = 0; t < T; t++)
-      write_rows(dst, t, r, finish(sum_each(sum[t]) + bias, epilogue, dst, t, r, count), count, epilogue.rows);
+      write_rows(dst, t, r, finish(sum_each(sum[t]) * scale + bias, epilogue, dst, t, r, count), count, epilogue.rows);
   }
   return true;
 }
@@ -328,8 +331,8 @@ bool few_values(const float* x, int64_t width, const Sparse& s, int64_t begin, i
 
 bool multiply_few(const float* x, int64_t width, const Sparse& s, int64_t begin, int64_t end,
                   const Epilogue& epilogue, const Matrix& dst) {
-  if (s.scalar == Scalar::f32) return few_values<float>(x, width, s, begin, end, epilogue, dst);
-  return few_values<uint16_t>(x, width, s, begin, end, epilogue, dst);
+  return with_values(s.scalar,
+                     [&](auto* v) { return few_values<Stored<decltype(v)>>(x, width, s, begin, end, epilogue, dst); });
 }
 
 void add_rows(const float* panel, int64_t vectors, int64_t begin, int64_t end, float* sums) {
@@ -385,8 +388,9 @@ void multiply_groups(const float* panel, int64_t features, const Lookup& s, int6
 template <int NV>
 void multiply_lookup_panel(const float* panel, int64_t features, const Lookup& s, int64_t begin, int64_t end,
                            const Epilogue& epilogue, const Matrix& dst, int64_t first) {
-  if (s.scalar == Scalar::f32) return multiply_groups<NV, float>(panel, features, s, begin, end, epilogue, dst, first);
-  multiply_groups<NV, uint16_t>(panel, features, s, begin, end, epilogue, dst, first);
+  with_values(s.scalar, [&](auto* v) {
+    multiply_groups<NV, Stored<decltype(v)>>(panel, features, s, begin, end, epilogue, dst, first);
+  });
 }
 
 void multiply_lookup(const float* panel, int64_t features, int64_t vectors, const Lookup& s, int64_t begin,
@@ -448,8 +452,9 @@ void multiply_chunks(const float* panel, const Striped& s, int64_t begin, int64_
 template <int NV>
 void multiply_striped_panel(const float* panel, const Striped& s, int64_t begin, int64_t end, const Epilogue& epilogue,
                             const Matrix& dst, int64_t first) {
-  if (s.scalar == Scalar::f32) return multiply_chunks<NV, float>(panel, s, begin, end, epilogue, dst, first);
-  multiply_chunks<NV, uint16_t>(panel, s, begin, end, epilogue, dst, first);
+  with_values(s.scalar, [&](auto* v) {
+    multiply_chunks<NV, Stored<decltype(v)>>(panel, s, begin, end, epilogue, dst, first);
+  });
 }
 
 void multiply_striped(const float* panel, int64_t vectors, const Striped& s, int64_t begin, int64_t end,

@@ -10,6 +10,18 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline V values_at(const float* values) { return load<V>(values); }
 inline V values_at(const uint16_t* values) { return from_bf16(load<VH>(values)); }
+inline V values_at(const int8_t* values) { return from_int8(load<VB>(values)); }
+
+template <class Pointer>
+using Stored = std::remove_const_t<std::remove_pointer_t<Pointer>>;
+
+// f of a pointer to what the values are stored in.
+template <class F>
+inline auto with_values(Scalar scalar, const F& f) {
+  if (scalar == Scalar::f32) return f((const float*)nullptr);
+  if (scalar == Scalar::bf16) return f((const uint16_t*)nullptr);
+  return f((const int8_t*)nullptr);
+}
 
 inline V read(const Matrix& m, int64_t offset) {
   if (m.scalar == Scalar::f32) return load<V>((const float*)m.data + offset);
@@ -47,6 +59,14 @@ inline V bias_of(const Epilogue& epilogue, int64_t r, int64_t count) {
   if (count >= W) return epilogue.rows ? gather(epilogue.bias, load<VI>(epilogue.rows + r)) : load<V>(epilogue.bias + r);
   for (int64_t i = 0; i < least(W, count); i++) bias[i] = epilogue.bias[epilogue.rows ? epilogue.rows[r + i] : r + i];
   return bias;
+}
+
+inline V scale_of(const Epilogue& epilogue, int64_t r, int64_t count) {
+  V scale = splat(1.0f);
+  if (!epilogue.scales) return scale;
+  if (count >= W) return load<V>(epilogue.scales + r);
+  for (int64_t i = 0; i < count; i++) scale[i] = epilogue.scales[r + i];
+  return scale;
 }
 
 // activation(v + residual) of the rows from r on of a token, count of them used.

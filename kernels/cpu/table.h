@@ -4,7 +4,7 @@
 
 namespace fxsparse {
 
-enum class Scalar { f32, bf16 };
+enum class Scalar { f32, bf16, i8 };  // i8: of values alone, which then have scales
 
 // Rows of a sparse matrix: row r has entries start[r] .. start[r + 1], or fan_in of them where start is null.
 // index holds int16 or int32 positions in the gathered dimension.
@@ -71,11 +71,13 @@ struct Blocks {
 
 // Added to and applied to the rows of a product; bias may be null.  Row r of the product goes to column rows[r] of the
 // output (and takes its bias), or r where rows is null.  residual has the output's layout and dtype, and may be null.
+// scales[r] is what the sum of row r is multiplied by before all else; null where that is 1.
 struct Epilogue {
   const float* bias;
   int64_t activation;
   const int32_t* rows;
   const void* residual = nullptr;
+  const float* scales = nullptr;
 };
 
 struct Table {

@@ -95,11 +95,17 @@ inline std::string described(const Tensor& t) {
   return text + "] in " + type_name(t.scalar_type());
 }
 
-// An x [..., features] of the weight's dtype; `check_input` of library.py says the same.
-inline void check_input(const Tensor& x, const Tensor& values, int64_t features) {
-  STD_TORCH_CHECK(x.dim() > 0 && x.size(-1) == features && x.scalar_type() == values.scalar_type(),
-                  "fxsparse: expected x [..., ", features, "] in ", type_name(values.scalar_type()),
-                  " as the weight is, got ", described(x));
+// Of the values of a weight, which are in int8 or bfloat16 where they have scales, whatever the weight is in.
+inline Scalar stored_scalar(const Tensor& values, const std::optional<Tensor>& scales) {
+  return scales && values.scalar_type() == ScalarType::Char ? Scalar::i8 : scalar_of(values, "values");
+}
+
+// An x [..., features] of the weight's dtype, which the scales have, too; `check_input` of library.py says the same.
+inline void check_input(const Tensor& x, const Tensor& values, int64_t features,
+                        const std::optional<Tensor>& scales = {}) {
+  const auto type = scales ? scales->scalar_type() : values.scalar_type();
+  STD_TORCH_CHECK(x.dim() > 0 && x.size(-1) == features && x.scalar_type() == type, "fxsparse: expected x [..., ",
+                  features, "] in ", type_name(type), " as the weight is, got ", described(x));
   STD_TORCH_CHECK(values.is_contiguous(), "fxsparse: expected contiguous values");
 }
 

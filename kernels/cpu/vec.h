@@ -2,6 +2,7 @@
 // Everything is in an unnamed namespace: the same names are compiled with other flags elsewhere in the library.
 #pragma once
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -21,6 +22,7 @@ typedef float V __attribute__((vector_size(4 * W)));
 typedef int32_t VI __attribute__((vector_size(4 * W)));
 typedef uint32_t VU __attribute__((vector_size(4 * W)));
 typedef uint16_t VH __attribute__((vector_size(2 * W)));
+typedef int8_t VB __attribute__((vector_size(W)));
 
 template <class T>
 inline T load(const void* p) {
@@ -58,6 +60,24 @@ inline V splat_at(const uint16_t* p) {
   return (V)((VU)_mm256_set1_epi16((short)*p) & 0xffff0000u);
 #else
   return (V)((VU{} + *p) << 16);
+#endif
+}
+
+// The float of every byte: a load in the place of a conversion and a broadcast.
+struct Floats {
+  float of[256];
+  constexpr Floats() : of() {
+    for (int i = 0; i < 256; i++) of[i] = i < 128 ? i : i - 256;
+  }
+};
+alignas(64) constexpr Floats kFloats;
+inline V splat_at(const int8_t* p) { return splat(kFloats.of[(uint8_t)*p]); }
+
+inline V from_int8(VB bytes) {
+#if defined(__AVX512F__)  // GCC makes four parts of the conversion below
+  return (V)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)bytes));
+#else
+  return __builtin_convertvector(__builtin_convertvector(bytes, VI), V);
 #endif
 }
 

@@ -11,7 +11,14 @@ from fxsparse.formats import csr
 from fxsparse.kernel import TRAINING, Cost, Entries, Kernel, Problem, register
 from fxsparse.kernels import cpu, probe
 from fxsparse.kernels.csr import reference
-from fxsparse.kernels.library import ACTIVATIONS, COMPILED, autocast, check_input, define, with_epilogue
+from fxsparse.kernels.library import (
+    ACTIVATIONS,
+    COMPILED,
+    autocast_stored,
+    check_input,
+    define,
+    with_epilogue,
+)
 
 _BACKWARD_ARGUMENTS = (
     "(Tensor grad, Tensor x, Tensor values, Tensor crow, Tensor cols, Tensor ccol, Tensor rows_t, "
@@ -33,6 +40,7 @@ def csr_linear(
     residual: Tensor | None = None,
     *,
     in_features: int | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """``activation(x @ W^T + bias + residual)`` with W [out, in] in CSR; sums in fp32 (fp64 for fp64).
 
@@ -42,17 +50,20 @@ def csr_linear(
     With the transposed index (ccol [in + 1], rows_t, perm [capacity]; ``formats.csr.CsrIndex``) the result
     is differentiable in x, values and bias, and no tensor of W's size is made.  Without it there is no
     gradient, and `in_features` says how wide W is.  With ``probe_key >= 0`` backward leaves copies of x and the output
-    gradient in ``probe.PROBES[probe_key]``.  An activation and a residual [..., out] go with inference only.
+    gradient in ``probe.PROBES[probe_key]``.  An activation, a residual [..., out] and `scales` (``formats.narrow``) go
+    with inference only.
 
     Raises:
         RuntimeError: an x of another width or dtype than the weight's.
         ValueError: neither the transposed index nor `in_features`, or an activation with gradients.
     """
-    x, values, bias = autocast(x, values, bias)
+    x, values, scales, bias = autocast_stored(x, values, scales, bias)
     if ccol is None:
         if in_features is None:
             raise ValueError("csr_linear without the transposed index: expected in_features, got None")
-        return with_epilogue(_forward, x, (values, crow, cols, in_features), bias, activation, residual)
+        return with_epilogue(
+            _forward, x, (values, crow, cols, in_features), bias, activation, residual, scales
+        )
     if activation != "none" or residual is not None:
         raise ValueError(
             f"the differentiable CSR linear fuses no activation and no residual, got {activation!r}: apply it after"
@@ -95,14 +106,15 @@ def _forward(
     bias: Tensor | None,
     activation: int,
     residual: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """The op, or for fp64 its reference: the compiled kernels sum in fp32."""
     run = reference.linear if x.dtype not in COMPILED else torch.ops.fxsparse.csr_forward.default
-    return run(x, values, crow, cols, in_features, bias, activation, residual)
+    return run(x, values, crow, cols, in_features, bias, activation, residual, scales)
 
 
-def _forward_fake(x, values, crow, cols, in_features, bias, activation, residual=None):
-    check_input(x, values, in_features)
+def _forward_fake(x, values, crow, cols, in_features, bias, activation, residual=None, scales=None):
+    check_input(x, values, in_features, scales)
     return x.new_empty(*x.shape[:-1], crow.shape[0] - 1)
 
 
@@ -116,7 +128,7 @@ def _backward_fake(grad, x, values, crow, cols, ccol, rows_t, perm, need_x, need
 
 define(
     "csr_forward(Tensor x, Tensor values, Tensor crow, Tensor cols, int in_features, Tensor? bias, "
-    "int activation, Tensor? residual=None) -> Tensor",
+    "int activation, Tensor? residual=None, Tensor? scales=None) -> Tensor",
     reference.linear,
     _forward_fake,
 )
@@ -155,7 +167,16 @@ def _pack_entries_inference(entries: Entries) -> Mapping[str, Tensor]:
 
 
 def csr_infer(
-    x, bias, values, crow, cols, activation: str = "none", residual: Tensor | None = None, *, in_features: int
+    x,
+    bias,
+    values,
+    crow,
+    cols,
+    scales: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    *,
+    in_features: int,
 ) -> Tensor:
     """`csr_linear` without gradients, in the argument order of ``Kernel.run``."""
     return csr_linear(
@@ -167,13 +188,15 @@ def csr_infer(
         activation=activation,
         residual=residual,
         in_features=in_features,
+        scales=scales,
     )
 
 
 def _reference_inference(
-    x, bias, values, crow, cols, activation: str = "none", residual=None, *, in_features: int
+    x, bias, values, crow, cols, scales=None, activation: str = "none", residual=None, *, in_features: int
 ) -> Tensor:
-    return reference.linear(x, values, crow, cols, in_features, bias, ACTIVATIONS.index(activation), residual)
+    code = ACTIVATIONS.index(activation)
+    return reference.linear(x, values, crow, cols, in_features, bias, code, residual, scales)
 
 
 def _pack_training(weight: Tensor) -> Mapping[str, Tensor]:

@@ -18,14 +18,17 @@ def linear(
     bias: Tensor | None,
     activation: int,
     residual: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """``activation(x @ W^T + bias + residual)`` for W [out, in_features] in CSR; differentiable.
+
+    With `scales` [out] row r of W is ``scales[r] * values``.
 
     Raises:
         RuntimeError: an x of another width or dtype than the weight's.
     """
-    check_input(x, values, in_features)
-    return product(x, values, crow, cols, bias, activation, residual)
+    check_input(x, values, in_features, scales)
+    return product(x, values, crow, cols, bias, activation, residual, scales)
 
 
 def product(
@@ -36,6 +39,7 @@ def product(
     bias: Tensor | None,
     activation: int,
     residual: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """What `linear` computes, for dtypes that may differ; sums in at least fp32."""
     flat = _accumulating(x.reshape(-1, x.shape[-1]))
@@ -48,6 +52,8 @@ def product(
         for part in flat.split(tokens_per_step(values))
     ]
     y = torch.cat(parts)
+    if scales is not None:
+        y = y * scales.to(y.dtype)
     if bias is not None:
         y = y + bias.to(y.dtype)
     if residual is not None:

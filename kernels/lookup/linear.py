@@ -11,7 +11,7 @@ from fxsparse.kernels.csr import reference as csr_reference
 from fxsparse.kernels.library import (
     ACTIVATIONS,
     COMPILED,
-    autocast,
+    autocast_stored,
     check_input,
     define,
     with_epilogue,
@@ -31,19 +31,21 @@ def lookup_linear(
     residual: Tensor | None = None,
     *,
     in_features: int,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """``activation(x @ W^T + bias + residual)`` [..., out], W from ``formats.lookup.pack``; inference only.
 
-    x [..., in_features], values and residual [..., out] are of one floating dtype.  Rows without entries give the
+    x [..., in_features], values and residual [..., out] are of one floating dtype; values with `scales` [active], in
+    the order of active_rows, are as ``formats.narrow`` has them.  Rows without entries give the
     activation of bias + residual.
 
     Raises:
         RuntimeError: an x of another width or dtype than the weight's.
     """
-    x, values, bias = autocast(x, values, bias)
+    x, values, scales, bias = autocast_stored(x, values, scales, bias)
     run = reference if x.dtype not in COMPILED else _FORWARD
     weight = values, columns, counts, starts, active_rows, empty_rows, in_features
-    return with_epilogue(run, x, weight, bias, activation, residual)
+    return with_epilogue(run, x, weight, bias, activation, residual, scales)
 
 
 def reference(
@@ -58,26 +60,41 @@ def reference(
     bias: Tensor | None,
     activation: int,
     residual: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """The same in plain PyTorch, differentiable."""
-    check_input(x, values, in_features)
+    check_input(x, values, in_features, scales)
     entries = lookup.unpack(values, columns, counts, starts, active_rows, empty_rows)
     out_features = len(active_rows) + len(empty_rows)
     lengths = torch.bincount(entries.rows, minlength=out_features)
     crow = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    return csr_reference.product(x, entries.values, crow, entries.columns, bias, activation, residual)
+    if scales is not None:
+        scales = scales.new_ones(out_features).index_put((active_rows.long(),), scales)
+    return csr_reference.product(x, entries.values, crow, entries.columns, bias, activation, residual, scales)
 
 
 def _fake(
-    x, values, columns, counts, starts, active_rows, empty_rows, in_features, bias, activation, residual=None
+    x,
+    values,
+    columns,
+    counts,
+    starts,
+    active_rows,
+    empty_rows,
+    in_features,
+    bias,
+    activation,
+    residual=None,
+    scales=None,
 ):
-    check_input(x, values, in_features)
+    check_input(x, values, in_features, scales)
     return x.new_empty(*x.shape[:-1], active_rows.shape[0] + empty_rows.shape[0])
 
 
 define(
     "lookup_forward(Tensor x, Tensor values, Tensor columns, Tensor counts, Tensor starts, Tensor active_rows, "
-    "Tensor empty_rows, int in_features, Tensor? bias, int activation, Tensor? residual=None) -> Tensor",
+    "Tensor empty_rows, int in_features, Tensor? bias, int activation, Tensor? residual=None, "
+    "Tensor? scales=None) -> Tensor",
     reference,
     _fake,
 )
@@ -94,13 +111,15 @@ def _flops(x_shape, values_shape, *args, out_shape=None, **kwargs) -> int:
 def _run(
     x, bias, *packed, activation: str = "none", residual: Tensor | None = None, in_features: int
 ) -> Tensor:
-    return lookup_linear(x, *packed, bias, activation, residual, in_features=in_features)
+    weight, scales = packed[:6], packed[6] if packed[6:] else None
+    return lookup_linear(x, *weight, bias, activation, residual, in_features=in_features, scales=scales)
 
 
 def _reference(
     x, bias, *packed, activation: str = "none", residual: Tensor | None = None, in_features: int
 ) -> Tensor:
-    return reference(x, *packed, in_features, bias, ACTIVATIONS.index(activation), residual)
+    code = ACTIVATIONS.index(activation)
+    return reference(x, *packed[:6], in_features, bias, code, residual, *packed[6:])
 
 
 def _refuses(problem: Problem) -> list[str]:

@@ -12,7 +12,7 @@ from fxsparse.kernels import cpu
 from fxsparse.kernels.library import (
     ACTIVATIONS,
     COMPILED,
-    autocast,
+    autocast_stored,
     check_input,
     define,
     dense_product,
@@ -31,18 +31,20 @@ def striped_linear(
     bias: Tensor | None = None,
     activation: str = "none",
     residual: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """``activation(x @ W^T + bias + residual)`` [..., out] for W from ``formats.striped.pack``; inference only.
 
-    x [..., in], values and residual [..., out] are of one floating dtype.
+    x [..., in], values and residual [..., out] are of one floating dtype; values with `scales` [out] are as
+    ``formats.narrow`` has them.
 
     Raises:
         RuntimeError: an x of another width or dtype than the weight's.
     """
-    x, values, bias = autocast(x, values, bias)
+    x, values, scales, bias = autocast_stored(x, values, scales, bias)
     run = reference if x.dtype not in COMPILED else _FORWARD
     weight = values, columns, rows, lengths, starts, dense
-    return with_epilogue(run, x, weight, bias, activation, residual)
+    return with_epilogue(run, x, weight, bias, activation, residual, scales)
 
 
 def reference(
@@ -56,23 +58,25 @@ def reference(
     bias: Tensor | None,
     activation: int,
     residual: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """The same in plain PyTorch on the dense weight, differentiable."""
-    check_input(x, values, dense.shape[2])
+    check_input(x, values, dense.shape[2], scales)
     wide = torch.promote_types(x.dtype, torch.float32)
     weight = torch.zeros(dense.shape[1:], dtype=wide, device=x.device)
     weight = weight.index_put(striped.positions(columns, rows, lengths, starts, dense), values.to(wide))
+    weight = weight if scales is None else weight * scales.to(wide)[:, None]
     return dense_product(x, weight, bias, activation, residual)
 
 
-def _fake(x, values, columns, rows, lengths, starts, dense, bias, activation, residual=None):
-    check_input(x, values, dense.shape[2])
+def _fake(x, values, columns, rows, lengths, starts, dense, bias, activation, residual=None, scales=None):
+    check_input(x, values, dense.shape[2], scales)
     return x.new_empty(*x.shape[:-1], dense.shape[1])
 
 
 define(
     "striped_forward(Tensor x, Tensor values, Tensor columns, Tensor rows, Tensor lengths, Tensor starts, "
-    "Tensor dense, Tensor? bias, int activation, Tensor? residual=None) -> Tensor",
+    "Tensor dense, Tensor? bias, int activation, Tensor? residual=None, Tensor? scales=None) -> Tensor",
     reference,
     _fake,
 )
@@ -88,13 +92,13 @@ def _flops(x_shape, values_shape, *args, out_shape=None, **kwargs) -> int:
 def _run(
     x, bias, *packed, activation: str = "none", residual: Tensor | None = None, in_features: int | None = None
 ) -> Tensor:
-    return striped_linear(x, *packed, bias, activation, residual)
+    return striped_linear(x, *packed[:6], bias, activation, residual, *packed[6:])
 
 
 def _reference(
     x, bias, *packed, activation: str = "none", residual: Tensor | None = None, in_features: int | None = None
 ) -> Tensor:
-    return reference(x, *packed, bias, ACTIVATIONS.index(activation), residual)
+    return reference(x, *packed[:6], bias, ACTIVATIONS.index(activation), residual, *packed[6:])
 
 
 def _refuses(problem: Problem) -> list[str]:

@@ -15,6 +15,8 @@ from fxsparse.testing import sparse_weight
 ARGUMENTS = (("in_features", 48),)
 PROBLEM = Problem("linear", (64, 48), 4, 300, torch.float32, torch.device("cpu"), False, None, ARGUMENTS)
 
+COMPILED = pytest.mark.skipif(cpu.availability() is not None, reason=str(cpu.availability()))
+
 
 @pytest.fixture
 def registry(monkeypatch):
@@ -131,3 +133,42 @@ def test_nothing_to_run_lists_the_reasons_of_every_kernel():
     for name in registered():
         assert f"{name}: it computes {registered()[name].op}, not conv3d" in str(error.value)
     assert "Add one with fxsparse.kernel.register" in str(error.value)
+
+
+def test_narrow_values_have_to_be_clearly_faster_than_the_weight_as_it_is():
+    exact = {"dense": 20.0, "cpu-csr": 10.0, "cpu-striped": 12.0}
+    assert choosing.taken_of(exact | {"cpu-csr-int8": 9.4, "cpu-striped-int8": 9.6}, 0.95) == (
+        "cpu-csr-int8",
+        "cpu-csr-int8 9.4 us, 1.06x of cpu-csr",
+    )
+    taken, reason = choosing.taken_of(exact | {"cpu-csr-int8": 9.6}, 0.95)
+    assert taken == "cpu-csr"
+    assert reason == "cpu-csr 10.0 us, 2.00x of dense; values stay as they are: cpu-csr-int8 9.6 us"
+    taken, reason = choosing.taken_of({"dense": 5.0, "cpu-csr": 10.0, "cpu-csr-int8": 6.0}, 0.95)
+    assert taken == "dense"
+    assert reason.endswith("values stay as they are: cpu-csr-int8 6.0 us")
+    assert choosing.taken_of({"dense": 5.0}, 0.95) == ("dense", "")
+
+
+@COMPILED
+def test_narrow_kernels_are_measured_against_the_weight_that_they_store(registry):
+    x, weight, bias = call()
+    problem = replace(PROBLEM, values=torch.int8)
+    assert "cpu-csr-int8" in choose(problem, x, weight, bias, rounds=3).times_us
+    assert "cpu-csr-int8" in choose(problem, x, entries_of(weight), bias, rounds=3).times_us
+    assert "cpu-csr-int8" not in choose(PROBLEM, x, weight, bias, rounds=3).times_us
+
+
+@COMPILED
+def test_the_error_of_rounding_is_relative_to_the_largest_output():
+    x, weight, bias = call()
+    problem = replace(PROBLEM, values=torch.int8)
+    want = F.relu(F.linear(x, weight, bias))
+    got = F.relu(F.linear(x, choosing.stored(registered()["cpu-csr-int8"], weight), bias))
+    expected = ((got - want).abs().max() / want.abs().max()).item()
+    error = choosing.rounding_error(registered()["cpu-csr-int8"], problem, x, weight, bias, "relu")
+    assert error == pytest.approx(expected, rel=1e-3)
+    assert 1e-4 < error < 2e-2
+    entries = choosing.stored(registered()["cpu-csr-int8"], entries_of(weight))
+    assert torch.equal(entries.values, choosing.stored(registered()["cpu-csr-int8"], weight)[weight != 0])
+    assert choosing.rounding_error(registered()["cpu-csr"], PROBLEM, x, weight, bias, "none") < 1e-6

@@ -297,6 +297,16 @@ BAD = {
         PlanError,
         r"attach: expected a torch.optim.Optimizer, got NoneType",
     ),
+    "values of an unknown dtype": (
+        lambda: fxsparse.compile(linear(), mode="infer", values="int4"),
+        PlanError,
+        r"expected values of \['int8', 'bfloat16'\] or None, got 'int4'",
+    ),
+    "values in training": (
+        lambda: fxsparse.compile(linear(), Plan(sparsity=0.5), values="int8"),
+        PlanError,
+        "values='int8' says how inference stores weights",
+    ),
     "optimizer of another model": (
         lambda: fxsparse.compile(linear(), Plan(sparsity=0.5)).attach(
             torch.optim.SGD(linear().parameters(), lr=1)

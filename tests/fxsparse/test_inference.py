@@ -1,5 +1,6 @@
 """``compile(mode="infer")``: equal outputs, an untouched model, and a whole artefact that is never slower."""
 
+import copy
 import time
 from collections.abc import Callable
 from typing import Any
@@ -179,6 +180,56 @@ def test_constant_fan_in_is_named_and_may_be_condensed(monkeypatch: pytest.Monke
     k = int(sparse.masks(["a.weight"])["a.weight"][0].sum())
     assert (row["pattern"], row["format"]) == (str(ConstantFanIn(k)), "condensed")
     check_equal(fast, sparse.eval())
+
+
+@pytest.mark.parametrize(("values", "bound"), [("int8", 2e-2), ("bfloat16", 8e-3)])
+def test_values_in_fewer_bytes_are_rows_of_the_report_with_what_they_cost(
+    values: str, bound: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def choose(problem, x, weight, bias=None, activation="none", **options) -> Choice:
+        names = (
+            {"dense": 10.0, "cpu-csr": 5.0}
+            if problem.op == "linear"
+            else {"dense-conv": 9.0, "cpu-csr-conv": 4.0}
+        )
+        if problem.values is not None and problem.shape[0] != 5:  # the last layer's is no faster
+            names[f"cpu-csr-{values}"] = 2.0
+        best = min(names, key=names.__getitem__)
+        return Choice(kernel.registered()[best], names, {}, "measured")
+
+    monkeypatch.setattr(choosing, "choose", choose)
+    model = pruned(Net(), 0.5).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fast = fxsparse.compile(model, mode="infer", example_inputs=X, values=values)
+    rows = {row["name"]: row for row in fast.report.to_dict()["layers"]}
+    stored = {name: row["values"] for name, row in rows.items()}
+    assert stored == {"conv.weight": "float32", "a.weight": values, "b.weight": values, "c.weight": "float32"}
+    assert all((row["values_error"] is not None) == (row["values"] == values) for row in rows.values())
+    assert 0 < rows["a.weight"]["values_error"] < bound
+    assert f"values stay float32: no conv2d kernel stores {values}" in rows["conv.weight"]["reason"]
+    with torch.no_grad():
+        want, got = model(X), fast(X)
+    error = ((got - want).abs().max() / want.abs().max()).item()
+    assert fast.report.totals["values_error"] == pytest.approx(error, rel=1e-3)
+    assert 1e-5 < error < bound
+    assert any(f"values are {values} in 2 of 4 weights" in note for note in fast.report.notes)
+    assert "error by values" in str(fast.report)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    again = copy.deepcopy(fast)
+    assert torch.equal(again(X), got)
+
+
+def test_rounding_that_loses_more_than_digits_is_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "largest_error", lambda *pair: float("inf"))
+    monkeypatch.setattr(inference, "compare", lambda *pair: "an output is gone")
+
+    def choose(problem, x, weight, bias=None, activation="none", **options) -> Choice:
+        names = {"dense": 10.0} | ({"cpu-csr-int8": 2.0} if problem.values else {})
+        return Choice(kernel.registered()["dense"], names, {}, "measured")
+
+    monkeypatch.setattr(choosing, "choose", choose)
+    with pytest.raises(InvariantError, match="an output is gone"):
+        fxsparse.compile(pruned(Net()).eval(), mode="infer", example_inputs=X, values="int8")
 
 
 def test_a_model_without_zeros_stays_dense_and_says_so() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxsparse.verify import compare, first_difference, observe
+from fxsparse.verify import Observation, compare, first_difference, largest_error, observe
 
 
 class Model(nn.Module):
@@ -74,3 +74,22 @@ def test_not_a_number_and_integers_are_compared() -> None:
     assert first_difference({"a": bad}, {"a": torch.ones(2)}) == "a differs in which entries are finite"
     ints = torch.arange(3)
     assert first_difference({"a": ints}, {"a": ints.flip(0)}) == "a differs in 2 of 3 entries"
+
+
+def test_the_largest_error_is_relative_to_the_largest_entry_and_infinite_where_more_than_digits_differ() -> (
+    None
+):
+    def seen(**tensors: Tensor) -> Observation:
+        return Observation("tree", tensors)
+
+    want = seen(a=torch.tensor([4.0, -8.0]), b=torch.tensor([1, 2]))
+    assert largest_error(want, seen(a=torch.tensor([4.0, -7.0]), b=torch.tensor([1, 3]))) == 0.125
+    assert largest_error(want, want) == 0.0
+    wrong: list[Observation] = [
+        seen(a=torch.tensor([4.0])),
+        seen(a=torch.tensor([4.0, float("nan")]), b=torch.tensor([1, 2])),
+        seen(a=torch.tensor([4.0]), b=torch.tensor([1, 2])),
+        seen(a=torch.tensor([4.0, -8.0]).double(), b=torch.tensor([1, 2])),
+        Observation("another", want.tensors),
+    ]
+    assert [largest_error(want, got) for got in wrong] == [float("inf")] * len(wrong)

@@ -161,5 +161,7 @@ def test_the_runner_accepts_both_passes() -> None:
     ctx = PassContext(None, "infer", capture(model, x, modes=("eval",)), Report(), x)
     run_passes([Functionalize(), CollectWeights()], ctx)
     ctx.decisions["0.weight"] = Decision(Unstructured(), 0.5, format="csr", kernel="cpu-csr")
-    with pytest.raises(ValueError, match=r"pass 'lower-inference' must run after \['select-kernels'\]"):
+    with pytest.raises(
+        ValueError, match=r"pass 'lower-inference' must run after \['select-kernels', 'round-values'\]"
+    ):
         run_passes([LowerInference(), FuseEpilogue()], ctx)
