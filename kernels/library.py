@@ -152,6 +152,8 @@ def autocast_stored(
     x: Tensor, values: Tensor, scales: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """`autocast` for the values of an inference kernel: those with scales stay as they are stored."""
+    if not torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
+        return x, values, scales, bias
     if scales is None:
         x, values, bias = autocast(x, values, bias)
     else:

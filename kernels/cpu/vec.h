@@ -81,6 +81,24 @@ inline V from_int8(VB bytes) {
 #endif
 }
 
+// Four values, or one, as floats.
+typedef float F4 __attribute__((vector_size(16)));
+typedef uint32_t U4 __attribute__((vector_size(16)));
+typedef int32_t I4 __attribute__((vector_size(16)));
+typedef uint16_t H4 __attribute__((vector_size(8)));
+typedef int8_t B4 __attribute__((vector_size(4)));
+inline F4 four_at(const float* p) { return load<F4>(p); }
+inline F4 four_at(const uint16_t* p) { return (F4)(__builtin_convertvector(load<H4>(p), U4) << 16); }
+inline F4 four_at(const int8_t* p) {
+  return __builtin_convertvector(__builtin_convertvector(load<B4>(p), I4), F4);
+}
+inline float float_at(const float* p) { return *p; }
+inline float float_at(const uint16_t* p) {
+  const uint32_t bits = uint32_t(*p) << 16;
+  return load<float>(&bits);
+}
+inline float float_at(const int8_t* p) { return *p; }
+
 inline V from_bf16(VH half) { return (V)(__builtin_convertvector(half, VU) << 16); }
 
 // Rounds to nearest even; NaN stays NaN.

@@ -42,10 +42,8 @@ def lookup_linear(
     Raises:
         RuntimeError: an x of another width or dtype than the weight's.
     """
-    x, values, scales, bias = autocast_stored(x, values, scales, bias)
-    run = reference if x.dtype not in COMPILED else _FORWARD
-    weight = values, columns, counts, starts, active_rows, empty_rows, in_features
-    return with_epilogue(run, x, weight, bias, activation, residual, scales)
+    weight = values, columns, counts, starts, active_rows, empty_rows
+    return _run(x, bias, *weight, scales, activation, residual, in_features=in_features)
 
 
 def reference(
@@ -109,10 +107,24 @@ def _flops(x_shape, values_shape, *args, out_shape=None, **kwargs) -> int:
 
 
 def _run(
-    x, bias, *packed, activation: str = "none", residual: Tensor | None = None, in_features: int
+    x,
+    bias,
+    values,
+    columns,
+    counts,
+    starts,
+    active_rows,
+    empty_rows,
+    scales: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    *,
+    in_features: int,
 ) -> Tensor:
-    weight, scales = packed[:6], packed[6] if packed[6:] else None
-    return lookup_linear(x, *weight, bias, activation, residual, in_features=in_features, scales=scales)
+    x, values, scales, bias = autocast_stored(x, values, scales, bias)
+    run = reference if x.dtype not in COMPILED else _FORWARD
+    weight = values, columns, counts, starts, active_rows, empty_rows, in_features
+    return with_epilogue(run, x, weight, bias, activation, residual, scales)
 
 
 def _reference(
