@@ -12,6 +12,9 @@ from fxsparse.kernels.csr.topology import position_change
 from fxsparse.kernels.dense.conv import DENSE_CONV, MASKED_CONV
 from fxsparse.kernels.dense.linear import DENSE, MASKED
 from fxsparse.kernels.depthwise.conv import depthwise_conv
+from fxsparse.kernels.lanes.conv import conv_lanes, csr_conv_lanes
+from fxsparse.kernels.lanes.layout import from_lanes, to_lanes
+from fxsparse.kernels.lanes.max_pool import max_pool_lanes
 from fxsparse.kernels.lookup.linear import lookup_linear
 from fxsparse.kernels.narrow import NARROW
 from fxsparse.kernels.onednn.linear import onednn_linear
@@ -29,16 +32,21 @@ __all__ = [
     "condensed_linear",
     "conv_gradient_at",
     "conv_gradient_tiles",
+    "conv_lanes",
     "csr_conv2d",
     "csr_conv_infer",
+    "csr_conv_lanes",
     "csr_linear",
     "depthwise_conv",
+    "from_lanes",
     "gradient_at",
     "lookup_linear",
     "max_pool2d",
+    "max_pool_lanes",
     "onednn_linear",
     "position_change",
     "scaled_dot_product_attention",
     "soft_topk_shift",
     "striped_linear",
+    "to_lanes",
 ]

@@ -22,15 +22,17 @@ class ColumnBlocks:
     """[nnz], int16, from the block's first column on."""
 
 
-def from_dense(matrix: Tensor) -> ColumnBlocks:
-    """The nonzeros of a dense matrix [rows, columns]."""
+def from_dense(matrix: Tensor, widest: int = WIDEST) -> ColumnBlocks:
+    """The nonzeros of a dense matrix [rows, columns], in blocks of at most `widest` columns."""
     rows, columns = matrix.nonzero().unbind(1)
-    return from_entries(matrix[rows, columns], rows, columns, (matrix.shape[0], matrix.shape[1]))
+    return from_entries(matrix[rows, columns], rows, columns, (matrix.shape[0], matrix.shape[1]), widest)
 
 
-def from_entries(values: Tensor, rows: Tensor, columns: Tensor, shape: tuple[int, int]) -> ColumnBlocks:
+def from_entries(
+    values: Tensor, rows: Tensor, columns: Tensor, shape: tuple[int, int], widest: int = WIDEST
+) -> ColumnBlocks:
     """The entries of a matrix of `shape`, given by row and then by column, each [nnz]."""
-    height, wide = shape[0], width(shape[1])
+    height, wide = shape[0], width(shape[1], widest)
     block = columns // wide
     order = torch.argsort(block, stable=True)
     blocks = max(1, -(-shape[1] // wide))
@@ -52,7 +54,7 @@ def to_dense(blocks: ColumnBlocks, columns: int) -> Tensor:
     return matrix.index_put((entries % max(1, rows), position), blocks.values)
 
 
-def width(columns: int) -> int:
-    """Columns of every block but the last."""
-    count = max(1, -(-columns // WIDEST))
+def width(columns: int, widest: int = WIDEST) -> int:
+    """Columns of every block but the last, at most `widest`."""
+    count = max(1, -(-columns // widest))
     return max(1, -(-columns // count))

@@ -29,6 +29,11 @@ _OPS += (
     "max_pool",
     "attention",
     "depthwise_conv",
+    "csr_conv_lanes",
+    "conv_lanes",
+    "max_pool_lanes",
+    "to_lanes",
+    "from_lanes",
 )
 _FOLDER = Path(__file__).parent
 _HEADERS = (
@@ -41,6 +46,8 @@ _HEADERS = (
     "window.h",
     "attend.h",
     "roof.h",
+    "blocks.h",
+    "lanes.h",
 )
 _SOURCES = (
     *_HEADERS,
@@ -53,7 +60,9 @@ _SOURCES = (
     "pool.cpp",
 )
 _SOURCES += ("tiles.cpp", "conv_inference.cpp", "attend.cpp", "attention.cpp", "depthwise.cpp")
+_SOURCES += ("lanes.cpp", "conv_lanes.cpp")
 _TORCH_UNITS = ("ops", "conv", "conv_inference", "topology", "soft_topk", "pool", "attention", "depthwise")
+_TORCH_UNITS += ("conv_lanes",)
 _FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
 _TABLES = {
@@ -167,6 +176,7 @@ def _compile(compiler: list[str], folder: Path) -> None:
         if _X86 or not flags:
             units[name] = ["products.cpp", f"-DFXSPARSE_TABLE=table_{name}", *flags]
             units[f"tiles_{name}"] = ["tiles.cpp", f"-DFXSPARSE_TILES=tiles_{name}", *flags]
+            units[f"lanes_{name}"] = ["lanes.cpp", f"-DFXSPARSE_LANES=lanes_{name}", *flags]
             units[f"attend_{name}"] = ["attend.cpp", f"-DFXSPARSE_ATTEND=attend_{name}", *flags]
     if _X86:
         units["lookup"] = _LOOKUP

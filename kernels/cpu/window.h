@@ -37,14 +37,21 @@ inline void check_images(const Tensor& x, const Tensor& typed, int64_t channels)
                   " as the weight is, got ", described(x));
 }
 
+// Of images of these channels and this size.
+inline Window window_of(const std::vector<int64_t>& w, int64_t channels, int64_t height, int64_t width) {
+  STD_TORCH_CHECK(w.size() == 12 && w[11] == channels, "fxsparse: expected a window of 12 numbers for ", channels,
+                  " channels, got ", w.size());
+  const Window window{{w[0], w[2], w[4], w[6], w[8], height}, {w[1], w[3], w[5], w[7], w[9], width}, w[10]};
+  STD_TORCH_CHECK(window.height.out() > 0 && window.width.out() > 0 && w[10] > 0 && channels % w[10] == 0,
+                  "fxsparse: expected an input that the kernel fits into, its channels in ", w[10], " groups");
+  return window;
+}
+
 // `typed` has the dtype of the weight.
 inline Window window_of(const std::vector<int64_t>& w, const Tensor& x, const Tensor& typed) {
   STD_TORCH_CHECK(w.size() == 12, "fxsparse: expected a window of 12 numbers, got ", w.size());
   check_images(x, typed, w[11]);
-  const Window window{{w[0], w[2], w[4], w[6], w[8], x.size(2)}, {w[1], w[3], w[5], w[7], w[9], x.size(3)}, w[10]};
-  STD_TORCH_CHECK(window.height.out() > 0 && window.width.out() > 0 && w[10] > 0 && x.size(1) % w[10] == 0,
-                  "fxsparse: expected an input that the kernel fits into, its channels in ", w[10], " groups");
-  return window;
+  return window_of(w, w[11], x.size(2), x.size(3));
 }
 
 }  // namespace fxsparse

@@ -27,13 +27,26 @@ def max_pool2d(
     refuse_gradient(x)
     if x.dtype != torch.float32:
         return F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode)
+    numbers = window(x.shape[-2:], kernel_size, stride, padding, dilation, ceil_mode)
+    return torch.ops.fxsparse.max_pool(x, numbers)
+
+
+def window(
+    size: Sequence[int],
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None,
+    padding: int | Sequence[int],
+    dilation: int | Sequence[int],
+    ceil_mode: bool,
+) -> list[int]:
+    """10 numbers: kernel, stride, padding, dilation and the size of the output, each height and width."""
     kernel = _pair(kernel_size)
     steps, pads, gaps = _pair(kernel_size if stride is None else stride), _pair(padding), _pair(dilation)
     out = [
-        _out(size, *numbers, ceil_mode)
-        for size, *numbers in zip(x.shape[-2:], kernel, steps, pads, gaps, strict=True)
+        _out(length, *numbers, ceil_mode)
+        for length, *numbers in zip(size, kernel, steps, pads, gaps, strict=True)
     ]
-    return torch.ops.fxsparse.max_pool(x, [*kernel, *steps, *pads, *gaps, *out])
+    return [*kernel, *steps, *pads, *gaps, *out]
 
 
 def _pair(number: int | Sequence[int]) -> tuple[int, int]:

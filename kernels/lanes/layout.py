@@ -1,0 +1,73 @@
+"""Images whose last dimension is 16 lanes: samples, or the parts of a grid that every sample is cut into.
+
+A vector of 16 then is one pixel of every lane: no vector is cut by the end of a row or by the shift of a tap, whatever the
+size of a plane.  With a grid of 4, 2 or 1 parts along each side the lanes are 1, 4 or 16 samples.
+"""
+
+import torch
+from torch import Tensor
+
+from fxsparse.kernels.library import define
+
+LANES = 16
+GRIDS = (4, 2, 1)
+"""Parts along each side of a sample."""
+
+
+def samples_of(grid: int) -> int:
+    """How many samples a unit of 16 lanes has."""
+    return LANES // (grid * grid)
+
+
+def to_lanes(x: Tensor, grid: int) -> Tensor:
+    """X [samples, channels, height, width] as [units, channels, height / grid, width / grid, 16], fp32.
+
+    Raises:
+        RuntimeError: samples that do not fill units, or a size that `grid` does not divide.
+    """
+    return torch.ops.fxsparse.to_lanes.default(x, grid)
+
+
+def from_lanes(x: Tensor, grid: int) -> Tensor:
+    """The images that `to_lanes` was given."""
+    return torch.ops.fxsparse.from_lanes.default(x, grid)
+
+
+def reference_to_lanes(x: Tensor, grid: int) -> Tensor:
+    """`to_lanes` in plain PyTorch."""
+    _check(x, grid)
+    samples, channels, height, width = x.shape
+    parts = x.reshape(
+        samples // samples_of(grid), samples_of(grid), channels, grid, height // grid, grid, width // grid
+    )
+    return parts.permute(0, 2, 4, 6, 1, 3, 5).flatten(4).contiguous()
+
+
+def reference_from_lanes(x: Tensor, grid: int) -> Tensor:
+    """`from_lanes` in plain PyTorch."""
+    units, channels, height, width, _ = x.shape
+    parts = x.reshape(units, channels, height, width, samples_of(grid), grid, grid)
+    images = parts.permute(0, 4, 1, 5, 2, 6, 3)
+    return images.reshape(units * samples_of(grid), channels, grid * height, grid * width)
+
+
+def _check(x: Tensor, grid: int) -> None:
+    if x.dim() != 4 or grid not in GRIDS or len(x) % samples_of(grid) or x.shape[2] % grid or x.shape[3] % grid:
+        raise RuntimeError(
+            f"fxsparse: expected images in float32 that fill 16 lanes with {grid} x {grid} parts, got {list(x.shape)}"
+        )
+
+
+def _fake_to_lanes(x: Tensor, grid: int) -> Tensor:
+    _check(x, grid)
+    return x.new_empty(
+        len(x) // samples_of(grid), x.shape[1], x.shape[2] // grid, x.shape[3] // grid, LANES
+    )
+
+
+def _fake_from_lanes(x: Tensor, grid: int) -> Tensor:
+    return x.new_empty(len(x) * samples_of(grid), x.shape[1], grid * x.shape[2], grid * x.shape[3])
+
+
+define("to_lanes(Tensor x, int grid) -> Tensor", reference_to_lanes, _fake_to_lanes)
+define("from_lanes(Tensor x, int grid) -> Tensor", reference_from_lanes, _fake_from_lanes)
