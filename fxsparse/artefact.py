@@ -1,18 +1,15 @@
 """The inference artefact: what it holds, its report rows, and how it pickles."""
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Graph
-from torch.fx.node import map_arg
 
 from fxsparse.direct_reads import read_directly
 from fxsparse.graph import fetch
+from fxsparse.graph_pickle import picklable, restored
 from fxsparse.module import Emitted, SparseModule
 from fxsparse.packed import PackedWeight
 from fxsparse.pipeline import PassContext, Program
@@ -33,7 +30,7 @@ class InferenceRecipe:
     plan: None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        graph = None if self.graph is None else _picklable(self.graph)
+        graph = None if self.graph is None else picklable(self.graph)
         return type(self), (_without_state(self.shell), self.tier, graph, self.report)
 
 
@@ -53,7 +50,7 @@ def rebuild(recipe: InferenceRecipe, state: Mapping[str, Tensor], training: bool
     """The inference module that was pickled."""
     skeleton, graphs = recipe.shell, {}
     if recipe.graph is not None:
-        bound = bind(_restored(recipe.graph), skeleton)
+        bound = bind(restored(recipe.graph), skeleton)
         graphs, recipe = {"eval": bound, "train": bound}, replace(recipe, graph=bound.graph)
     program = Program(recipe.tier, skeleton, graphs, list(recipe.report.notes))
     sparse = SparseModule(Emitted(program, recipe.report, (), {}, recipe, rebuild))  # type: ignore[arg-type]
@@ -91,61 +88,6 @@ def _replace_tensors(
                     new = change(tensor.detach())
                     made[id(tensor)] = nn.Parameter(new, False) if isinstance(tensor, nn.Parameter) else new
                 held[name] = made[id(tensor)]
-
-
-# -- pickle ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Functional:
-    """A function of torch.nn.functional by name: those such as max_pool2d do not pickle by themselves."""
-
-    name: str
-
-    def __call__(self) -> Any:
-        return getattr(F, self.name)
-
-
-@dataclass(frozen=True)
-class _Overload:
-    """An aten op by name, since ops themselves do not pickle; stands for it as the target of a node."""
-
-    qualified: str
-    overload: str
-
-    def __call__(self) -> Any:
-        namespace, _, name = self.qualified.partition("::")
-        return getattr(getattr(getattr(torch.ops, namespace), name), self.overload)
-
-
-def _picklable(graph: Graph) -> Graph:
-    return _with_targets(graph, _named)
-
-
-def _named(target: Any) -> Any:
-    if isinstance(target, torch._ops.OpOverload):
-        return _Overload(target._schema.name, target._overloadname)
-    if "<locals>" in getattr(target, "__qualname__", ""):
-        return next((_Functional(name) for name, value in vars(F).items() if value is target), target)
-    return target
-
-
-def _restored(graph: Graph) -> Graph:
-    named = (_Overload, _Functional)
-    return _with_targets(graph, lambda target: target() if isinstance(target, named) else target)
-
-
-def _with_targets(graph: Graph, change: Callable[[Any], Any]) -> Graph:
-    """A copy with other targets and of the nodes' meta only what pickles."""
-    copied, made = Graph(), {}
-    for node in graph.nodes:
-        args, kwargs = map_arg((node.args, node.kwargs), made.__getitem__)
-        made[node] = new = copied.create_node(
-            node.op, change(node.target), args, kwargs, node.name, node.type
-        )
-        new.meta = {key: node.meta[key] for key in ("flops", "from_pass") if key in node.meta}
-    copied.set_codegen(copy.deepcopy(graph._codegen))
-    return copied
 
 
 # -- report ------------------------------------------------------------------------------------------------

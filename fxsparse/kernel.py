@@ -111,13 +111,13 @@ def register(kernel: Kernel) -> Kernel:
 
 
 def register_glue(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Make a function a faster form of the op of its name that has no weight, such as a pooling; for inference."""
+    """Let passes find a function by its name: a form of an op without a weight, or one of images in lanes."""
     _GLUE[run.__name__] = run
     return run
 
 
 def glue(name: str) -> Callable[..., Tensor]:
-    """What was registered for an op without a weight."""
+    """What `register_glue` was given."""
     import fxsparse.kernels  # noqa: F401  its modules register themselves
 
     return _GLUE[name]

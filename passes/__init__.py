@@ -19,6 +19,7 @@ from fxsparse.passes.keep_neurons import KeepNeurons
 from fxsparse.passes.lower_glue import LowerGlue
 from fxsparse.passes.lower_inference import LowerInference
 from fxsparse.passes.lower_kernels import LowerKernels
+from fxsparse.passes.pack_lanes import PackLanes
 from fxsparse.passes.price_weights import PriceWeights
 from fxsparse.passes.remove_dead_neurons import RemoveDeadNeurons
 from fxsparse.passes.remove_identities import RemoveIdentities
@@ -59,6 +60,7 @@ inference_pipeline = (
     FuseEpilogue(),
     Cleanup(),
     SplitSamples(),
+    PackLanes(),
 )
 
 
@@ -91,6 +93,7 @@ __all__ = [
     "LowerGlue",
     "LowerInference",
     "LowerKernels",
+    "PackLanes",
     "PriceWeights",
     "RemoveDeadNeurons",
     "RemoveIdentities",

@@ -1,6 +1,7 @@
 """Convolutions with a sparse weight in blocks of columns, on images in lanes; for inference."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from math import prod
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fxsparse.formats import column_blocks
+from fxsparse.kernel import register_glue
 from fxsparse.kernels.csr import conv_inference, patches
 from fxsparse.kernels.csr.conv import window
 from fxsparse.kernels.lanes.layout import LANES, reference_from_lanes, reference_to_lanes
@@ -19,6 +21,7 @@ PANEL_LINES = 450
 _RUN = 7
 
 
+@register_glue
 def csr_conv_lanes(
     x: Tensor,
     bias: Tensor | None,
@@ -46,6 +49,7 @@ def csr_conv_lanes(
     )
 
 
+@register_glue
 def conv_lanes(
     x: Tensor,
     bias: Tensor | None,
@@ -60,6 +64,13 @@ def conv_lanes(
     refuse_gradient(x)
     code = activation_code(activation)
     return torch.ops.fxsparse.conv_lanes.default(x, weight, bias, residual, code, window(**arguments), grid)
+
+
+@register_glue
+def pack_lanes(matrix: Tensor, **arguments: Any) -> dict[str, Tensor]:
+    """Values, start and columns for `csr_conv_lanes` of the weight as a matrix [out, in / groups * kernel]."""
+    blocks = column_blocks.from_dense(matrix, width(window(**arguments)))
+    return {field.name: getattr(blocks, field.name) for field in fields(blocks)}
 
 
 def width(window: Sequence[int]) -> int:

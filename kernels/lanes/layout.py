@@ -7,6 +7,7 @@ size of a plane.  With a grid of 4, 2 or 1 parts along each side the lanes are 1
 import torch
 from torch import Tensor
 
+from fxsparse.kernel import register_glue
 from fxsparse.kernels.library import define
 
 LANES = 16
@@ -19,6 +20,7 @@ def samples_of(grid: int) -> int:
     return LANES // (grid * grid)
 
 
+@register_glue
 def to_lanes(x: Tensor, grid: int) -> Tensor:
     """X [samples, channels, height, width] as [units, channels, height / grid, width / grid, 16], fp32.
 
@@ -28,6 +30,7 @@ def to_lanes(x: Tensor, grid: int) -> Tensor:
     return torch.ops.fxsparse.to_lanes.default(x, grid)
 
 
+@register_glue
 def from_lanes(x: Tensor, grid: int) -> Tensor:
     """The images that `to_lanes` was given."""
     return torch.ops.fxsparse.from_lanes.default(x, grid)

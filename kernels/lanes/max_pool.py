@@ -5,11 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fxsparse.kernel import register_glue
 from fxsparse.kernels.lanes.layout import LANES, reference_from_lanes, reference_to_lanes
 from fxsparse.kernels.library import define, refuse_gradient
 from fxsparse.kernels.pool import max_pool
 
 
+@register_glue
 def max_pool_lanes(
     x: Tensor,
     kernel_size: int | Sequence[int],

@@ -1,0 +1,80 @@
+"""The first part of a network of images, run in lanes a few samples at a time where an input suits."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
+
+from fxsparse.graph_pickle import picklable, restored
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Ops of ``(x, *weights)``, for so many samples at a time, whose parts of a `grid` are lanes."""
+
+    samples: int
+    grid: int
+    piece: GraphModule
+
+
+class LaneRegion(nn.Module):
+    """Stages one after the other, each for a few samples at a time, so that what is between its ops stays in caches.
+
+    Inputs of another size than `size` [channels, height, width], of another dtype than fp32, of a number of samples that
+    do not fill the lanes, and all while torch.compile traces, run `plain`, the ops as they were, `at_once` samples at a
+    time.  Weights are arguments: the region holds none.
+    """
+
+    def __init__(self, plain: GraphModule, at_once: int | None, stages: Sequence[Stage], size: Sequence[int]) -> None:
+        super().__init__()
+        self.plain, self.at_once, self.size = plain, at_once, tuple(size)
+        self.pieces = nn.ModuleList([stage.piece for stage in stages])
+        self.plan = [(stage.samples, stage.grid) for stage in stages]
+        self.samples = max(stage.samples for stage in stages)
+
+    def forward(self, x: Tensor, *weights: Any) -> Tensor:
+        """What `plain` computes, in one of the two ways."""
+        if torch.compiler.is_compiling():
+            return self.plain(x, *weights)
+        if not self._suits(x):
+            return _some_at_once(self.plain, self.at_once or max(1, len(x)), x, weights)
+        for piece, (samples, _) in zip(self.pieces, self.plan, strict=True):
+            x = _some_at_once(piece, samples, x, weights)
+        return x
+
+    def _suits(self, x: Tensor) -> bool:
+        if x.dim() != 4 or x.shape[1:] != self.size or len(x) == 0 or len(x) % self.samples:
+            return False
+        if x.dtype != torch.float32 or not x.is_cpu or torch.is_autocast_enabled("cpu"):
+            return False
+        return not (torch.is_grad_enabled() and x.requires_grad)
+
+    def extra_repr(self) -> str:
+        """The stages."""
+        return ", ".join(f"{samples} at once in {grid} x {grid} parts" for samples, grid in self.plan)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Graphs in a form that pickles."""
+        state = {**self.__dict__, "_modules": {}}
+        state["graphs"] = [_described(piece) for piece in (self.plain, *self.pieces)]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The opposite."""
+        plain, *pieces = [GraphModule(held, restored(graph)) for held, graph in state.pop("graphs")]
+        self.__dict__.update(state)
+        self.plain, self.pieces = plain, nn.ModuleList(pieces)
+
+
+def _described(piece: GraphModule) -> tuple[dict[str, nn.Module], Graph]:
+    called = piece.graph.find_nodes(op="call_module")
+    return {str(node.target): piece.get_submodule(str(node.target)) for node in called}, picklable(piece.graph)
+
+
+def _some_at_once(piece: GraphModule, samples: int, x: Tensor, weights: Sequence[Any]) -> Tensor:
+    if samples >= len(x):
+        return piece(x, *weights)
+    return torch.cat([piece(part, *weights) for part in x.split(samples)])
