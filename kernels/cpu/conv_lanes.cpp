@@ -196,8 +196,12 @@ struct Conv {
                                        : lines.data + (held == channels ? first * panel.channel * kLine : 0);
             if (!direct && held < channels)
               table.fill(planes + first * from.plane(), from.plane(), last - first, plan, lines.data);
-            multiply(LineTile{read, tiles.rows, tiles.pixels, panel.pitch * kLineBytes}, b, r, end, sums.data,
-                     b + 1 == blocks ? &results : nullptr);
+            LineTile here{read, tiles.rows, tiles.pixels, panel.pitch * kLineBytes, nullptr, spans, from.plane()};
+            if (direct && b + 1 < blocks)
+              here.ahead = planes + (b + 1) * width * from.plane() + tiles.at(tile);
+            else if (direct && tile + 1 < tiles.count() && end == rows)
+              here.ahead = from.data + unit * from.channels * from.plane() + tiles.at(tile + 1);
+            multiply(here, b, r, end, sums.data, b + 1 == blocks ? &results : nullptr);
           }
           r = end;
         }
@@ -301,16 +305,17 @@ Tensor max_pool_lanes(const Tensor& x, std::vector<int64_t> numbers, int64_t gri
 // f(the address of the first pixel in each sample of every lane, floats of them, the first line) for all rows of parts.
 template <class T, class F>
 void for_rows(T* images, int64_t units, int64_t channels, int64_t height, int64_t width, int64_t grid, const F& f) {
-  const int64_t samples = kLine / (grid * grid), h = height / grid, v = width / grid;
+  const int64_t samples = kLine / (grid * grid), h = height / grid, v = width / grid, plane = height * width;
   const int64_t rows = grid == 1 ? 1 : h, run = grid == 1 ? h * v : v, work = units * channels;
+  int64_t offsets[kLine];
+  for (int64_t lane = 0; lane < kLine; lane++)
+    offsets[lane] = lane / (grid * grid) * channels * plane + lane / grid % grid * h * width + lane % grid * v;
   share(std::min(work, threads_for(work * h * v * 4)), [&](int64_t part, int64_t parts) {
     for (int64_t i = work * part / parts; i < work * (part + 1) / parts; i++)
       for (int64_t y = 0; y < rows; y++) {
         T* at[kLine];
-        for (int64_t lane = 0; lane < kLine; lane++) {
-          const int64_t sample = i / channels * samples + lane / (grid * grid), gy = lane / grid % grid, gx = lane % grid;
-          at[lane] = images + ((sample * channels + i % channels) * height + gy * h + y) * width + gx * v;
-        }
+        T* first = images + (i / channels * samples * channels + i % channels) * plane + y * width;
+        for (int64_t lane = 0; lane < kLine; lane++) at[lane] = first + offsets[lane];
         f(at, run, (i * h + y) * v * kLine);
       }
   });

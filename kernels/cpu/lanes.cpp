@@ -12,6 +12,7 @@ namespace {
 constexpr int kParts = kLine / W;                           // vectors of a line
 constexpr int kMostPixels = W == 16 ? 8 : W == 8 ? 6 : 3;  // of a row of a tile
 constexpr int kMostRows = W == 16 ? 2 : 1;                 // with one vector for the value and one to spare
+constexpr int kAhead = 3;                                  // rows that results are fetched ahead
 constexpr int kDenseRows = W == 16 ? 3 : 1;                // of a dense weight that share every pixel
 
 using Pixels = std::make_integer_sequence<int, kMostPixels>;
@@ -106,6 +107,16 @@ inline void give(const V* sum, const float* residual, float* y, const Finish& fi
   }
 }
 
+// The lines of the next rows' residual and results, which lie planes apart where no prefetcher of the CPU finds them.
+template <int RUN>
+inline void prefetch_results(const LineResults& to, int64_t row) {
+#pragma GCC unroll 16
+  for (int j = 0; j < RUN; j += kParts) {
+    if (to.residual) __builtin_prefetch(to.residual + row * to.row_stride + j * W);
+    __builtin_prefetch(to.y + row * to.row_stride + j * W, 1);
+  }
+}
+
 // RUN vectors in each of ROWS rows of the output.
 template <int ROWS, int RUN, class Finish>
 void multiply_tile(const LineTile& tile, const LineRows& w, int64_t begin, int64_t end, float* sums, bool first,
@@ -113,8 +124,19 @@ void multiply_tile(const LineTile& tile, const LineRows& w, int64_t begin, int64
   const char* panel = reinterpret_cast<const char*>(tile.panel);
   const int64_t pitch = tile.pitch;
   const LineResults results = to ? *to : LineResults{};
+  const int64_t each = tile.ahead ? (tile.channels + end - begin - 1) / (end - begin) : 0;
+  int64_t channel = 0;
   for (int64_t r = begin; r < end; r++, sums += ROWS * RUN * W) {
     V sum[ROWS * RUN];
+    for (int64_t c = 0; c < each && channel < tile.channels; c++, channel++)
+#pragma GCC unroll 16
+      for (int j = 0; j < RUN; j += kParts) __builtin_prefetch(tile.ahead + channel * tile.plane + j * W);
+    if (results.y && r + kAhead < end) {
+#pragma GCC unroll 2
+      for (int i = 0; i < ROWS; i++)
+        prefetch_results<RUN>({results.y + i * results.pitch, results.residual ? results.residual + i * results.pitch : nullptr,
+                               results.row_stride, 0, 0}, r + kAhead);
+    }
     begin_sums<ROWS * RUN>(sums, first, bias, r, sum);
     add_entries<ROWS, RUN>(panel, pitch, w, r, sum);
     if (!results.y) {

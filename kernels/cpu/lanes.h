@@ -27,10 +27,13 @@ struct LinePlan {
 };
 
 // Output pixels in up to most_rows rows, and where they read: pixel j of row i takes what an entry reads from panel +
-// its place + i * pitch + j * a line, in bytes.
+// its place + i * pitch + j * a line, in bytes.  What is read after this tile comes into the caches meanwhile: `pixels`
+// lines of each of some channels `plane` floats apart.
 struct LineTile {
   const float* panel;
   int64_t rows, pixels, pitch;
+  const float* ahead;  // null for nothing
+  int64_t channels, plane;
 };
 
 // Rows of the weight in one block of columns; row r has the entries start[r] .. start[r + 1].
