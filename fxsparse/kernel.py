@@ -99,7 +99,7 @@ OF_THE_WEIGHT = ("in_features", "kernel_size", "in_channels")
 """The `Problem.arguments` that a dense op reads off its weight."""
 
 _REGISTRY: dict[str, Kernel] = {}
-_GLUE: dict[str, Callable[..., Tensor]] = {}
+_GLUE: dict[str, Callable[..., Any]] = {}
 
 
 def register(kernel: Kernel) -> Kernel:
@@ -110,13 +110,13 @@ def register(kernel: Kernel) -> Kernel:
     return kernel
 
 
-def register_glue(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def register_glue(run: Callable[..., Any]) -> Callable[..., Any]:
     """Let passes find a function by its name: a form of an op without a weight, or one of images in lanes."""
     _GLUE[run.__name__] = run
     return run
 
 
-def glue(name: str) -> Callable[..., Tensor]:
+def glue(name: str) -> Callable[..., Any]:
     """What `register_glue` was given."""
     import fxsparse.kernels  # noqa: F401  its modules register themselves
 

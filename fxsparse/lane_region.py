@@ -23,12 +23,14 @@ class Stage:
 class LaneRegion(nn.Module):
     """Stages one after the other, each for a few samples at a time, so that what is between its ops stays in caches.
 
-    Inputs of another size than `size` [channels, height, width], of another dtype than fp32, of a number of samples that
-    do not fill the lanes, and all while torch.compile traces, run `plain`, the ops as they were, `at_once` samples at a
-    time.  Weights are arguments: the region holds none.
+    Inputs of another size than `size` [channels, height, width], of another dtype than fp32, of a number of samples
+    that does not fill the lanes, and all while torch.compile traces, run `plain`, the ops as they were, `at_once`
+    samples at a time.  Weights are arguments: the region holds none.
     """
 
-    def __init__(self, plain: GraphModule, at_once: int | None, stages: Sequence[Stage], size: Sequence[int]) -> None:
+    def __init__(
+        self, plain: GraphModule, at_once: int | None, stages: Sequence[Stage], size: Sequence[int]
+    ) -> None:
         super().__init__()
         self.plain, self.at_once, self.size = plain, at_once, tuple(size)
         self.pieces = nn.ModuleList([stage.piece for stage in stages])
@@ -69,12 +71,14 @@ class LaneRegion(nn.Module):
         self.plain, self.pieces = plain, nn.ModuleList(pieces)
 
 
-def _described(piece: GraphModule) -> tuple[dict[str, nn.Module], Graph]:
+def _described(piece: Any) -> tuple[dict[str, nn.Module], Graph]:
     called = piece.graph.find_nodes(op="call_module")
-    return {str(node.target): piece.get_submodule(str(node.target)) for node in called}, picklable(piece.graph)
+    return {str(node.target): piece.get_submodule(str(node.target)) for node in called}, picklable(
+        piece.graph
+    )
 
 
-def _some_at_once(piece: GraphModule, samples: int, x: Tensor, weights: Sequence[Any]) -> Tensor:
+def _some_at_once(piece: nn.Module, samples: int, x: Tensor, weights: Sequence[Any]) -> Tensor:
     if samples >= len(x):
         return piece(x, *weights)
     return torch.cat([piece(part, *weights) for part in x.split(samples)])

@@ -1,4 +1,4 @@
-"""Run the first part of a network of images with samples, or parts of them, in the lanes of vectors, where that is faster."""
+"""Run the first part of a network of images with samples, or parts of them, in vector lanes, where that is faster."""
 
 import operator
 from collections.abc import Iterator, Sequence
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.graph import CodeGen
+from torch.fx.node import map_arg
 
 from fxsparse import kernel
 from fxsparse.formats import column_blocks
@@ -151,7 +152,11 @@ class _Calls:
         call = self.read(node)
         if call is None or len(self.shapes.get(node, ())) != 4:
             return False
-        given = [arg for arg in (*call.args, *call.kwargs.values()) if isinstance(arg, Node) and arg.op != "get_attr"]
+        given = [
+            arg
+            for arg in (*call.args, *call.kwargs.values())
+            if isinstance(arg, Node) and arg.op != "get_attr"
+        ]
         sizes = {self.shapes[source][2:] for source in given}
         out = self.shapes[node][2:]
         if grid == 1:
@@ -165,9 +170,13 @@ class _Calls:
         """None for an op that lanes do not know."""
         lanes = kernel.glue
         if node.target is self.sparse:
-            return _Call(lanes("csr_conv_lanes"), node.args, dict(node.kwargs), _pair(node.kwargs.get("stride", 1)))
+            return _Call(
+                lanes("csr_conv_lanes"), node.args, dict(node.kwargs), _pair(node.kwargs.get("stride", 1))
+            )
         if node.target is self.depthwise:
-            return _Call(lanes("conv_lanes"), node.args, dict(node.kwargs), _pair(node.kwargs.get("stride", 1)))
+            return _Call(
+                lanes("conv_lanes"), node.args, dict(node.kwargs), _pair(node.kwargs.get("stride", 1))
+            )
         if node.target in _DENSE:
             return self._dense(node)
         for op in GLUE:
@@ -176,8 +185,10 @@ class _Calls:
         if node.target is lanes("max_pool2d"):
             return self._pooling(node.args, dict(node.kwargs))
         adds = node.target in _ADDS and len(node.all_input_nodes) == len(node.args) == 2 and not node.kwargs
-        pointwise = node.op == "call_function" and node.target in _POINTWISE and len(node.all_input_nodes) == 1
-        if adds and len({self.shapes[source] for source in node.args}) > 1:
+        pointwise = (
+            node.op == "call_function" and node.target in _POINTWISE and len(node.all_input_nodes) == 1
+        )
+        if adds and len({self.shapes[source] for source in node.all_input_nodes}) > 1:
             return None
         module = node.op == "call_module" and type(fetch(self.gm, str(node.target))) in _MODULES
         return _Call(None, node.args, dict(node.kwargs)) if adds or pointwise or module else None
@@ -195,7 +206,10 @@ class _Calls:
     def _pooling(self, inputs: Sequence[Any], given: dict[str, Any]) -> _Call:
         stride = given.get("stride")
         return _Call(
-            kernel.glue("max_pool_lanes"), tuple(inputs), given, _pair(given["kernel_size"] if stride is None else stride)
+            kernel.glue("max_pool_lanes"),
+            tuple(inputs),
+            given,
+            _pair(given["kernel_size"] if stride is None else stride),
         )
 
 
@@ -219,7 +233,9 @@ class _Found:
     def for_lanes(self) -> list[Tensor]:
         """The values with packed weights in the places of those as they were."""
         new = {f"{name}.{key}": value for name, held in self.packed.items() for key, value in held.items()}
-        return [new.get(str(node.target), value) for node, value in zip(self.weights, self.values, strict=True)]
+        return [
+            new.get(str(node.target), value) for node, value in zip(self.weights, self.values, strict=True)
+        ]
 
     def times(self, x: Tensor) -> dict[str, float]:
         """Microseconds of the region in lanes, and of its ops as they were."""
@@ -233,12 +249,15 @@ class _Found:
 
     def text(self) -> str:
         """What it is, for a note."""
-        parts = [f"{len(span.nodes)} in {span.grid} x {span.grid} parts of {LANES // span.grid**2}" for span in self.spans]
+        parts = [
+            f"{len(span.nodes)} in {span.grid} x {span.grid} parts of {LANES // span.grid**2}"
+            for span in self.spans
+        ]
         return f"{len(self.nodes)} ops in lanes ({', '.join(parts)} samples)"
 
 
 def _stages(region: LaneRegion) -> list[Stage]:
-    return [Stage(*plan, piece) for plan, piece in zip(region.plan, region.pieces, strict=True)]
+    return [Stage(*plan, piece) for plan, piece in zip(region.plan, region.pieces, strict=True)]  # type: ignore[arg-type]
 
 
 def _build(gm: GraphModule, calls: _Calls, spans: Sequence[_Span], size: tuple[int, ...]) -> _Found:
@@ -299,7 +318,7 @@ def _piece(gm: GraphModule, calls: _Calls, source: Node, span: _Span, weights: S
             if not isinstance(following, str) and following[1] in span.nodes:
                 kwargs["activation"] = following[0]
                 fused.add(following[1])
-            args, kwargs = torch.fx.node.map_arg((call.args, kwargs), made.__getitem__)
+            args, kwargs = map_arg((call.args, kwargs), made.__getitem__)
             made[node] = graph.call_function(call.run, args, kwargs)
     graph.output(graph.call_function(kernel.glue("from_lanes"), (made[span.nodes[-1]], span.grid)))
     return _module(gm, graph)

@@ -40,7 +40,7 @@ def csr_conv_lanes(
 
     Raises:
         UnsupportedError: an input that requires a gradient.
-        RuntimeError: an x of other channels or another dtype than the weight's, or an output that the grid does not fit.
+        RuntimeError: an x of other channels or dtype than the weight's, or an output that does not fit the grid.
     """
     refuse_gradient(x)
     code = activation_code(activation)
@@ -60,7 +60,7 @@ def conv_lanes(
     grid: int,
     **arguments: Any,
 ) -> Tensor:
-    """`csr_conv_lanes` with a dense weight [out, in / groups, height, width], such as of a stem or of single channels."""
+    """`csr_conv_lanes` with a dense weight [out, in / groups, height, width], as of a stem or of single channels."""
     refuse_gradient(x)
     code = activation_code(activation)
     return torch.ops.fxsparse.conv_lanes.default(x, weight, bias, residual, code, window(**arguments), grid)
@@ -117,10 +117,13 @@ def reference_dense(
 
 def _check(images: Tensor, window: Sequence[int], grid: int) -> None:
     out = patches.output_size(images.shape[2:], window)
-    fits = [size == n * stride and n % grid == 0 for size, n, stride in zip(images.shape[2:], out, window[2:4], strict=True)]
+    fits = [
+        size == n * stride and n % grid == 0
+        for size, n, stride in zip(images.shape[2:], out, window[2:4], strict=True)
+    ]
     if grid > 1 and not all(fits):
         raise RuntimeError(
-            f"fxsparse: expected an output of {list(images.shape[2:])} divided by the stride, in {grid} parts, got {out}"
+            f"fxsparse: expected an output of {list(images.shape[2:])} by the stride, in {grid} parts, got {out}"
         )
 
 
@@ -153,8 +156,7 @@ define(
 )
 
 
-@register_flop_formula(torch.ops.fxsparse.csr_conv_lanes)
-@register_flop_formula(torch.ops.fxsparse.conv_lanes)
+@register_flop_formula([torch.ops.fxsparse.csr_conv_lanes, torch.ops.fxsparse.conv_lanes])
 def _flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
     grid = args[-1]
     size = patches.output_size([grid * x_shape[2], grid * x_shape[3]], args[-2])

@@ -1,7 +1,7 @@
 """Images whose last dimension is 16 lanes: samples, or the parts of a grid that every sample is cut into.
 
-A vector of 16 then is one pixel of every lane: no vector is cut by the end of a row or by the shift of a tap, whatever the
-size of a plane.  With a grid of 4, 2 or 1 parts along each side the lanes are 1, 4 or 16 samples.
+A vector of 16 then is one pixel of every lane: no vector is cut by the end of a row or by the shift of a tap, whatever
+the size of a plane.  With a grid of 4, 2 or 1 parts along each side the lanes are 1, 4 or 16 samples.
 """
 
 import torch
@@ -55,7 +55,13 @@ def reference_from_lanes(x: Tensor, grid: int) -> Tensor:
 
 
 def _check(x: Tensor, grid: int) -> None:
-    if x.dim() != 4 or grid not in GRIDS or len(x) % samples_of(grid) or x.shape[2] % grid or x.shape[3] % grid:
+    if (
+        x.dim() != 4
+        or grid not in GRIDS
+        or len(x) % samples_of(grid)
+        or x.shape[2] % grid
+        or x.shape[3] % grid
+    ):
         raise RuntimeError(
             f"fxsparse: expected images in float32 that fill 16 lanes with {grid} x {grid} parts, got {list(x.shape)}"
         )
@@ -63,9 +69,7 @@ def _check(x: Tensor, grid: int) -> None:
 
 def _fake_to_lanes(x: Tensor, grid: int) -> Tensor:
     _check(x, grid)
-    return x.new_empty(
-        len(x) // samples_of(grid), x.shape[1], x.shape[2] // grid, x.shape[3] // grid, LANES
-    )
+    return x.new_empty(len(x) // samples_of(grid), x.shape[1], x.shape[2] // grid, x.shape[3] // grid, LANES)
 
 
 def _fake_from_lanes(x: Tensor, grid: int) -> Tensor:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import fxsparse
 from fxsparse import SparseModule, choosing, inference, kernel
-from fxsparse.artefact import _picklable, _restored
 from fxsparse.choosing import Choice
 from fxsparse.errors import CheckpointError
 from fxsparse.graph import fetch
+from fxsparse.graph_pickle import picklable, restored
 from fxsparse.inference import Speed
 
 
@@ -121,7 +121,7 @@ def test_ops_of_exported_graphs_pickle_by_name() -> None:
     x = graph.placeholder("x")
     relu = graph.call_function(torch.ops.aten.relu.default, (x,))
     graph.output(graph.call_function(torch.ops.aten.add.Tensor, (relu, x)))
-    again = _restored(pickled(_picklable(graph)))
+    again = restored(pickled(picklable(graph)))
     assert str(again) == str(graph)
     assert torch.equal(torch.fx.GraphModule(nn.Module(), again)(X), X.relu() + X)
 
@@ -140,6 +140,6 @@ class Pooled(nn.Module):
 def test_functions_that_have_no_module_of_their_own_pickle_by_name() -> None:
     x = torch.randn(2, 2, 4, 4)
     fast = fxsparse.compile(Pooled().eval(), mode="infer", example_inputs=x)
-    graph = _picklable(fast.forward_graph.graph)
-    assert any(node.target is F.max_pool2d for node in _restored(pickle.loads(pickle.dumps(graph))).nodes)
+    graph = picklable(fast.forward_graph.graph)
+    assert any(node.target is F.max_pool2d for node in restored(pickle.loads(pickle.dumps(graph))).nodes)
     torch.testing.assert_close(pickle.loads(pickle.dumps(fast))(x), fast(x))

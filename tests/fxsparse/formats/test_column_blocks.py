@@ -1,14 +1,12 @@
 import pytest
 import torch
 
-from fxsparse.formats import column_blocks
 from fxsparse.formats.column_blocks import WIDEST, from_dense, to_dense, width
 
 
-def test_entries_go_block_by_block_and_row_by_row(monkeypatch):
-    monkeypatch.setattr(column_blocks, "WIDEST", 3)
+def test_entries_go_block_by_block_and_row_by_row():
     matrix = torch.tensor([[1.0, 0, 2, 3, 0], [0, 0, 0, 0, 0], [0, 4, 0, 0, 5]]).bfloat16()
-    blocks = from_dense(matrix)
+    blocks = from_dense(matrix, widest=3)
     assert blocks.values.tolist() == [1, 2, 4, 3, 5]
     assert blocks.columns.tolist() == [0, 2, 1, 0, 1]
     assert blocks.start.tolist() == [[0, 2, 2, 3], [3, 4, 4, 5]]

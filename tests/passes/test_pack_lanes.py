@@ -1,0 +1,126 @@
+"""Networks whose first part runs in lanes."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxsparse
+from fxsparse import inference
+from fxsparse.lane_region import LaneRegion
+from fxsparse.passes import pack_lanes
+
+
+class Images(nn.Module):
+    """A small residual network whose planes are 56, 28 and 14 wide; `last` is what it does with its rows."""
+
+    def __init__(self, last=None):
+        super().__init__()
+        self.stem, self.act = nn.Conv2d(3, 8, 7, 2, 3), nn.ReLU()
+        self.one, self.two = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 12, 1, 2)
+        self.own = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+        self.head, self.last = nn.Linear(12, 5), last
+
+    def forward(self, x):
+        x = F.max_pool2d(self.act(self.stem(x)), 3, 2, 1)
+        x = F.relu(x + self.one(x))
+        x = F.relu6(self.own(self.two(x)))
+        x = x if self.last is None else self.last(x)
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.fixture
+def faster(monkeypatch):
+    """Lanes always measure faster."""
+    monkeypatch.setattr(pack_lanes._Found, "times", lambda found, x: {"lanes": 1.0, "plain": 2.0})
+    monkeypatch.setattr(inference, "NEVER_SLOWER", 0.0)
+
+
+def pruned(last=None):
+    torch.manual_seed(0)
+    model = Images(last).eval()
+    with torch.no_grad():
+        for weight in (model.one.weight, model.two.weight):
+            weight *= torch.rand_like(weight) < 0.2
+    return model
+
+
+def compiled(model, x):
+    fast = fxsparse.compile(model, mode="infer", example_inputs=x)
+    (row,) = [row for row in fast.report.passes if row["name"] == "pack-lanes"]
+    return fast, row
+
+
+def lowered(model, monkeypatch):
+    """Every sparse weight gets the sparse kernel, whatever is fastest here."""
+    from fxsparse.passes import select_kernels
+
+    monkeypatch.setattr(select_kernels, "ADVANTAGE", 1e9)
+    return model
+
+
+def same(fast, model, x):
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_stages_take_the_finest_grid_that_fits(faster, monkeypatch):
+    model, x = lowered(pruned(), monkeypatch), torch.randn(16, 3, 224, 224)
+    fast, row = compiled(model, x)
+    (note,) = row["notes"]
+    assert "6 in 4 x 4 parts of 1" in note
+    assert row["rewrites"] >= 6
+    regions = [m for m in fast.modules() if isinstance(m, LaneRegion)]
+    assert len(regions) == 1
+    assert "csr_conv_lanes" in regions[0].pieces[0].code
+    assert regions[0].pieces[0].code.count("conv_lanes") >= 4
+    same(fast, model, x)
+
+
+def test_other_batches_sizes_and_dtypes_run_as_before(faster, monkeypatch):
+    model = lowered(pruned(), monkeypatch)
+    fast, _ = compiled(model, torch.randn(16, 3, 112, 112))
+    for shape in ((16, 3, 112, 112), (32, 3, 112, 112), (5, 3, 112, 112), (1, 3, 112, 112), (16, 3, 100, 64)):
+        same(fast, model, torch.randn(shape))
+
+
+def test_copies_and_pickles_keep_it(faster, monkeypatch, tmp_path):
+    model, x = lowered(pruned(), monkeypatch), torch.randn(4, 3, 112, 112)
+    fast, _ = compiled(model, x)
+    torch.save(fast, tmp_path / "fast.pt")
+    for other in (copy.deepcopy(fast), torch.load(tmp_path / "fast.pt", weights_only=False)):
+        assert any(isinstance(module, LaneRegion) for module in other.modules())
+        same(other, model, x)
+
+
+def test_an_op_that_lanes_do_not_know_ends_the_region(faster, monkeypatch):
+    model = lowered(pruned(lambda y: y.softmax(1)), monkeypatch)
+    x = torch.randn(16, 3, 112, 112)
+    fast, row = compiled(model, x)
+    assert row["rewrites"] >= 6
+    assert "softmax" in fast.forward_graph.code
+    same(fast, model, x)
+
+
+def test_a_network_without_zeros_and_lanes_that_are_no_faster_leave_it(monkeypatch):
+    monkeypatch.setattr(inference, "NEVER_SLOWER", 0.0)
+    x = torch.randn(4, 3, 112, 112)
+    _, row = compiled(Images().eval(), x)
+    assert (row["rewrites"], row["notes"]) == (0, [])
+    monkeypatch.setattr(pack_lanes._Found, "times", lambda found, x: {"lanes": 1.0, "plain": 1.0})
+    fast, row = compiled(lowered(pruned(), monkeypatch), x)
+    assert row["rewrites"] == 0
+    assert "would take 1.00 of the time" in row["notes"][0]
+    assert not any(isinstance(module, LaneRegion) for module in fast.modules())
+
+
+def test_both_ways_are_timed(monkeypatch):
+    monkeypatch.setattr(inference, "NEVER_SLOWER", 0.0)
+    seen = []
+    real = pack_lanes._Found.times
+    monkeypatch.setattr(pack_lanes._Found, "times", lambda found, x: seen.append(real(found, x)) or seen[-1])
+    compiled(lowered(pruned(), monkeypatch), torch.randn(4, 3, 112, 112))
+    assert sorted(seen[0]) == ["lanes", "plain"]
+    assert min(seen[0].values()) > 0
