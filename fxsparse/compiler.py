@@ -14,8 +14,10 @@ from fxsparse.errors import PlanError
 from fxsparse.flops import FlopCount
 from fxsparse.formats import narrow
 from fxsparse.graph import comment, set_parameter
+from fxsparse.graph_model import GraphModel
 from fxsparse.inference import compile_for_inference
 from fxsparse.initial import target_of
+from fxsparse.inputs import CPU
 from fxsparse.module import Emitted, Recipe, SparseModule
 from fxsparse.passes import planning_pipeline, training_pipeline
 from fxsparse.pipeline import PassContext, run_passes
@@ -23,9 +25,10 @@ from fxsparse.plans import Plan
 from fxsparse.report import Report
 from fxsparse.skeleton import copy_structure
 from fxsparse.storage import CompactWeight, read_weights
-from fxsparse.summary import stored_bytes, summarize
+from fxsparse.summary import add_balance, stored_bytes, summarize
 from fxsparse.topology import TopologyHistory
 from fxsparse.trace import capture
+from fxsparse.transformation import fitted, transform
 from fxsparse.updates import MaskUpdates
 from fxsparse.walk import swap_leaves
 
@@ -107,6 +110,7 @@ def count_flops(
     _check_model(model)
     _check_plan(plan, "count_flops")
     _check_dense(model, "count_flops")
+    model, plan = _transformed(model, plan, example_inputs)
     ctx = PassContext(plan, "train", capture(model, example_inputs), Report(), example_inputs)
     run_passes(planning_pipeline(plan, convention), ctx)
     if ctx.flops is None:
@@ -133,9 +137,11 @@ def prune(model: nn.Module, plan: Plan, example_inputs: Any = None) -> nn.Module
 
 def _planned(model: nn.Module, plan: Plan, example_inputs: Any) -> PassContext:
     _check(model, plan, "train", planning=True)
+    model, plan = _transformed(model, plan, example_inputs)
     ctx = PassContext(plan, "train", capture(model, example_inputs), Report(), example_inputs)
     run_passes(planning_pipeline(plan), ctx)
     summarize(ctx)
+    add_balance(model, ctx)
     return ctx
 
 
@@ -224,6 +230,12 @@ def _train(
     device: torch.device,
     strict: bool,
 ) -> SparseModule:
+    if plan.transform is not None and optimizer is not None and not isinstance(model, GraphModel):
+        raise PlanError(
+            f"compile: {plan.transform.name} makes parameters that no optimizer can hold yet; make the optimizer from "
+            "sparse.parameters() afterwards and call sparse.attach(optimizer)."
+        )
+    model, plan = _transformed(model, plan, example_inputs, strict=strict, device=device)
     program = capture(model, example_inputs, strict=strict, device=device)
     ctx = PassContext(plan, "train", program, Report(), example_inputs, strict=strict, device=device)
     run_passes(training_pipeline, ctx)
@@ -260,6 +272,22 @@ def rebuild(
     return sparse.train(training)
 
 
+def _transformed(
+    model: nn.Module, plan: Any, example_inputs: Any, *, strict: bool = False, device: torch.device = CPU
+) -> tuple[nn.Module, Any]:
+    """The model and the plan that the passes work with, where the plan has a transform."""
+    if plan is None or plan.transform is None:
+        return model, plan
+    if not isinstance(model, GraphModel):
+        model = transform(model, plan, example_inputs, strict=strict, device=device)
+    elif model.origin.plan.transform != plan.transform:
+        raise PlanError(
+            f"Plan.transform: this model was transformed by {model.origin.plan.transform} already, got "
+            f"{plan.transform}; expected the same, or none."
+        )
+    return model, fitted(model, plan)
+
+
 def _emit(model: nn.Module, ctx: PassContext) -> SparseModule:
     """The module that runs what the passes left in `ctx`."""
     assert ctx.plan is not None
@@ -275,6 +303,7 @@ def _emit(model: nn.Module, ctx: PassContext) -> SparseModule:
     if program.tier == "walk":
         swap_leaves(program.skeleton, ctx.decisions, plan.method, program.switch)
     summarize(ctx)
+    add_balance(model, ctx)
     weights = read_weights(program.skeleton, updates.transposed)
     ctx.report.totals["bytes_sparse"] = stored_bytes(weight for _, weight in weights)
     shell = _shell(

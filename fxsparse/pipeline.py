@@ -40,6 +40,8 @@ class Program:
     hidden: dict[str, str] = field(default_factory=dict)
     """{eligible weight: reason} for weights that no pass can reach, such as those in a module that cannot be
     traced."""
+    dense: dict[str, str] = field(default_factory=dict)
+    """{weight: reason} for weights that a transformation leaves dense."""
     switch: ProbeSwitch = field(default_factory=ProbeSwitch)
     """Of training: what the probe steps of this program collect."""
 
@@ -116,6 +118,20 @@ class Shrunk:
 
 
 @dataclass
+class Transformed:
+    """What a transformation (`Plan.transform`) takes and makes; filled by its passes."""
+
+    layers: list[str] = field(default_factory=list)
+    """Weights of the model as it came that are transformed."""
+    sparse: list[str] = field(default_factory=list)
+    """Weights of the transformed model that become sparse."""
+    low_rank: list[str] = field(default_factory=list)
+    """Weights of the transformed model that stay dense and count as part of the layers (U and V of Sparse Doped)."""
+    dense: dict[str, str] = field(default_factory=dict)
+    """{weight that stays dense: why}."""
+
+
+@dataclass
 class PassContext:
     """Everything passes share; no decision hides in ``node.meta``."""
 
@@ -151,6 +167,8 @@ class PassContext:
     """Of the model with all its neurons, where some were removed."""
     flops: FlopCount | None = None
     """What count-flops found."""
+    transformed: Transformed | None = None
+    """Where a plan's transformation is carried out."""
     notes: list[str] = field(default_factory=list)
     """What the running pass has to say; the runner moves them to its report row."""
 

@@ -11,12 +11,13 @@ from typing import Any
 import tomli_w
 
 from fxsparse import allocation as allocations
-from fxsparse import methods
+from fxsparse import methods, transforms
 from fxsparse import pattern as patterns
 from fxsparse.budget import Budget
 from fxsparse.errors import PlanError
 from fxsparse.method import Method
 from fxsparse.pattern import NM, Pattern, Unstructured
+from fxsparse.transforms import Transform
 
 VERSION = 1
 STORAGES = ("auto", "masked", "compact")
@@ -52,9 +53,11 @@ class Plan:
         budget: in its place, a share of the dense model's FLOPs, bytes, time or other cost; the allocation is then
             taken at the least sparsity that meets it ("global_magnitude" ranks magnitudes by their cost).
         allocation: how the total is shared among weights: a policy name, or ``{glob: sparsity}`` for every weight;
-            the method's own where its paper has one (GSE's "er_unrolled"), else "erk".
+            "uniform" with a transform, else the method's own where its paper has one (GSE's "er_unrolled"), else "erk".
         pattern: the constraint on each mask; the method's own where it has one, else unstructured.
         method: what trains the masks.
+        transform: one of Sparse-IFT's four (`fxsparse.transforms`): the model is first made into one of other shapes
+            that costs as many FLOPs at this sparsity.  The sparsity is then solved anew for these FLOPs.
         storage: "masked" keeps dense weights beside a mask, "compact" stores nonzeros only, "auto" takes what was
             measured faster at the example inputs.  A weight that cannot be compact is masked, with a note in the
             report; on meta that is a PlanError where such weights together are large (8 GiB).
@@ -73,6 +76,7 @@ class Plan:
     allocation: str | Mapping[str, float] = field(default=None, hash=False)  # pyright: ignore[reportAssignmentType]
     pattern: Pattern = None  # pyright: ignore[reportAssignmentType]  # set by __post_init__
     method: Method = field(default_factory=lambda: methods.static("magnitude"))
+    transform: Transform | None = None
     storage: str = "auto"
     exclude: tuple[str, ...] = ()
     overrides: tuple[Override, ...] = ()
@@ -87,7 +91,7 @@ class Plan:
         if self.pattern is None and isinstance(self.method, Method):
             object.__setattr__(self, "pattern", self.method.pattern or Unstructured())
         if self.allocation is None and isinstance(self.method, Method):
-            object.__setattr__(self, "allocation", self.method.allocation or "erk")
+            object.__setattr__(self, "allocation", _default_allocation(self.method, self.transform))
         _check_types(self)
         if self.budget is None:
             object.__setattr__(self, "sparsity", _implied_sparsity(self.sparsity, self.pattern))
@@ -97,7 +101,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only; fields left at their default are omitted, ``version`` is always there."""
-        default = replace(Plan(sparsity=0.0), allocation=self.method.allocation or "erk")
+        default = replace(Plan(sparsity=0.0), allocation=_default_allocation(self.method, self.transform))
         row: dict[str, Any] = {"version": VERSION}
         if self.sparsity is not None:
             row["sparsity"] = self.sparsity
@@ -125,6 +129,8 @@ class Plan:
             row["pattern"] = patterns.from_dict(_table(row["pattern"], "pattern"))
         if "method" in row:
             row["method"] = methods.from_dict(_table(row["method"], "method"))
+        if "transform" in row:
+            row["transform"] = transforms.from_dict(_table(row["transform"], "transform"))
         if "budget" in row:
             row["budget"] = _budget(_table(row["budget"], "budget"))
         if "overrides" in row:
@@ -177,6 +183,11 @@ class Plan:
         )
 
 
+def _default_allocation(method: Method, transform: Transform | None) -> str:
+    """Sparse-IFT shares nonzeros uniformly (arXiv:2303.11525), so that one sparsity can be solved for."""
+    return "uniform" if transform is not None else method.allocation or "erk"
+
+
 def _check_types(plan: Plan) -> None:
     expected = {"method": Method, "seed": int, "keep_dense_counts": bool}
     for name, kind in expected.items():
@@ -194,6 +205,10 @@ def _check_types(plan: Plan) -> None:
     for override in plan.overrides:
         if not isinstance(override, Override):
             raise PlanError(f"Plan.overrides: expected Override values, got {override!r}.")
+    if plan.transform is not None and not isinstance(plan.transform, Transform):
+        raise PlanError(
+            f"Plan.transform: expected one of {', '.join(transforms.TRANSFORMS)}, got {plan.transform!r}."
+        )
     _check_method_pattern(plan)
 
 
@@ -202,6 +217,8 @@ def _check_budget(plan: Plan) -> None:
         raise PlanError(f"Plan.budget: expected a Budget such as Budget(flops=0.5), got {plan.budget!r}.")
     if plan.sparsity is not None:
         raise PlanError("Plan: expected either a sparsity or a budget, got both. Leave one out.")
+    if plan.transform is not None:
+        raise PlanError("Plan.budget: a transform sizes the model by its sparsity; give sparsity= instead.")
     if isinstance(plan.pattern, NM):
         raise PlanError(
             f"Plan.budget: {plan.pattern} fixes every count, so that nothing is left to decide: leave it out."
@@ -302,6 +319,8 @@ def _plain(value: Any) -> Any:
     """The TOML form of a field: dicts, lists, strings and numbers, unset entries left out."""
     if hasattr(value, "to_dict"):
         return value.to_dict()
+    if isinstance(value, Transform):
+        return transforms.to_dict(value)
     if isinstance(value, Override):
         row = {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
         return {key: item for key, item in row.items() if item is not None}

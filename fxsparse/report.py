@@ -37,6 +37,12 @@ HEADERS = {
     "fan_in_max": "largest fan-in",
     "itop": "ITOP rate",
     "itop_since": "ITOP since step",
+    "sparsity_nominal": "nominal sparsity of the transformation",
+    "layers_before": "transformed layers as they came (FLOP)",
+    "layers_sparse": "transformed layers, theoretical (FLOP)",
+    "layers_ratio": "transformed layers / as they came",
+    "model_before": "model as it came (FLOP)",
+    "model_ratio": "whole model / as it came",
 }
 """Column headers that carry a unit; other columns are headed by their field."""
 

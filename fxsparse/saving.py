@@ -14,12 +14,14 @@ from fxsparse import checkpoint, saved_optimizer
 from fxsparse import pattern as patterns
 from fxsparse.compiler import rebuild
 from fxsparse.errors import CheckpointError, PlanError
+from fxsparse.graph_model import GraphModel
 from fxsparse.inputs import from_json, to_json
 from fxsparse.module import Recipe, SparseModule
 from fxsparse.pipeline import Decision
 from fxsparse.plans import Plan
 from fxsparse.skeleton import copy_structure
 from fxsparse.storage import CompactWeight
+from fxsparse.transformation import transform
 
 _STATE, _MORE, _OPTIMIZER, _TOPOLOGY = "state/", "more/", "optimizer/", "topology/"
 
@@ -73,7 +75,7 @@ def load(
     parts = (_STATE, _MORE, _OPTIMIZER, _TOPOLOGY)
     state, more, held, moved = (_below(tensors, prefix) for prefix in parts)
     try:
-        recipe = _recipe(header, _without_values(model), example_inputs)
+        recipe = _recipe(header, _as_saved(header, model, example_inputs), example_inputs)
         history = {**header["topology"], "tensors": moved}
         sparse = rebuild(recipe, state, header["training"], history, more).to(device)
     except (KeyError, TypeError) as error:
@@ -109,6 +111,7 @@ def _training(module: SparseModule) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "training": module.training,
         "tier": recipe.tier,
         "example_inputs": to_json(recipe.example_inputs),
+        "transformed": _origin(recipe.shell),
         "weights": {name: list(recipe.shell.get_parameter(name).shape) for name in recipe.decisions},
         "decisions": {name: _decision_row(decision) for name, decision in recipe.decisions.items()},
     }
@@ -116,6 +119,22 @@ def _training(module: SparseModule) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {_STATE + name: tensor for name, tensor in state.items()}
     tensors |= {_TOPOLOGY + name: tensor for name, tensor in history.pop("tensors").items()}
     return tensors | {_MORE + name: buffer for name, buffer in more.items()}, header
+
+
+def _origin(shell: nn.Module) -> dict[str, Any] | None:
+    """What transforms the user's model again."""
+    if not isinstance(shell, GraphModel):
+        return None
+    return {"plan": shell.origin.plan.to_dict(), "tier": shell.origin.tier}
+
+
+def _as_saved(header: Mapping[str, Any], model: nn.Module, example_inputs: Any) -> nn.Module:
+    """The user's model without values, transformed where the one that was saved was."""
+    shell, made_by = _without_values(model), header.get("transformed")
+    if made_by is None or isinstance(shell, GraphModel):
+        return shell
+    inputs = from_json(header["example_inputs"]) if example_inputs is None else example_inputs
+    return transform(shell, Plan.from_dict(made_by["plan"]), inputs, tier=made_by["tier"])
 
 
 def _recipe(header: Mapping[str, Any], shell: nn.Module, example_inputs: Any) -> Recipe:

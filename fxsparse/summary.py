@@ -3,7 +3,9 @@
 from collections.abc import Iterable
 
 import torch
+from torch import nn
 
+from fxsparse.graph_model import GraphModel
 from fxsparse.pipeline import PassContext
 from fxsparse.report import Row, check_complete
 from fxsparse.storage import CompactWeight, MaskedWeight
@@ -37,6 +39,25 @@ def summarize(ctx: PassContext) -> None:
         "device": str(parameters[0].device) if parameters else None,
         "threads": torch.get_num_threads(),
         "dtype": str(parameters[0].dtype).removeprefix("torch.") if parameters else None,
+    }
+
+
+def add_balance(model: nn.Module, ctx: PassContext) -> None:
+    """Totals of a transformed model: FLOPs of its layers, and of all of it, beside those of the model as it came.
+
+    They are two numbers, since what is outside of the transformed layers is not made up for.
+    """
+    if not isinstance(model, GraphModel) or ctx.flops is None:
+        return
+    balance = model.origin.balance
+    layers = sum(ctx.flops.of_weight(name)[1] or 0 for name in model.origin.layers)
+    ctx.report.totals |= {
+        "sparsity_nominal": balance.nominal,
+        "layers_before": balance.layers_before,
+        "layers_sparse": layers,
+        "layers_ratio": layers / balance.layers_before,
+        "model_before": balance.model_before,
+        "model_ratio": ctx.flops.total / balance.model_before,
     }
 
 

@@ -1,6 +1,7 @@
 """The passes, and the only place that states their order."""
 
 from fxsparse.passes.allocate_nnz import AllocateNnz
+from fxsparse.passes.choose_layers import ChooseLayers
 from fxsparse.passes.choose_storage import ChooseStorage
 from fxsparse.passes.cleanup import Cleanup
 from fxsparse.passes.collect_weights import CollectWeights
@@ -23,12 +24,15 @@ from fxsparse.passes.pack_lanes import PackLanes
 from fxsparse.passes.price_weights import PriceWeights
 from fxsparse.passes.remove_dead_neurons import RemoveDeadNeurons
 from fxsparse.passes.remove_identities import RemoveIdentities
+from fxsparse.passes.replace_layers import ReplaceLayers
 from fxsparse.passes.round_values import RoundValues
 from fxsparse.passes.select_entry_kernels import SelectEntryKernels
 from fxsparse.passes.select_kernels import SelectKernels
 from fxsparse.passes.split_samples import SplitSamples
+from fxsparse.passes.widen_channels import WidenChannels
 from fxsparse.pipeline import Pass
 from fxsparse.plans import Plan
+from fxsparse.transforms import SparseWide, Transform
 
 _select = (Functionalize(), InferShapes(), CollectWeights(), PriceWeights(), AllocateNnz(), KeepNeurons())
 training_pipeline = (
@@ -64,6 +68,12 @@ inference_pipeline = (
 )
 
 
+def transforming_pipeline(transform: Transform) -> tuple[Pass, ...]:
+    """What makes the model of a transformation."""
+    rewrite = WidenChannels() if isinstance(transform, SparseWide) else ReplaceLayers()
+    return (*_select[:3], CountFlops(), ChooseLayers(), rewrite)
+
+
 def planning_pipeline(plan: Plan | None, convention: str = "mac2") -> tuple[Pass, ...]:
     """What counts the FLOPs of a plan, or of the dense model, by a convention, and measures nothing.
 
@@ -75,6 +85,7 @@ def planning_pipeline(plan: Plan | None, convention: str = "mac2") -> tuple[Pass
 
 __all__ = [
     "AllocateNnz",
+    "ChooseLayers",
     "ChooseStorage",
     "Cleanup",
     "CollectWeights",
@@ -97,11 +108,14 @@ __all__ = [
     "PriceWeights",
     "RemoveDeadNeurons",
     "RemoveIdentities",
+    "ReplaceLayers",
     "RoundValues",
     "SelectEntryKernels",
     "SelectKernels",
     "SplitSamples",
+    "WidenChannels",
     "inference_pipeline",
     "planning_pipeline",
     "training_pipeline",
+    "transforming_pipeline",
 ]

@@ -80,6 +80,8 @@ def _refusal(
             return "bias"
     if any(_is_embedding_table(node) for graph in graphs for node in attribute_nodes(graph.graph, name)):
         return "tied to an embedding" if found else "embedding"
+    if name in ctx.program.dense:
+        return ctx.program.dense[name]
     if not found:
         return _why_no_site(ctx, name, names, fetch(skeleton, name), graphs)
     if not fetch(skeleton, name).numel():

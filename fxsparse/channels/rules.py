@@ -42,6 +42,8 @@ class Step:
     """Why the axes without a tie stop."""
     silent: bool = False
     """The op reads nothing of what its arguments hold, so that of them only `stops` stop."""
+    free: Sequence[Axis] = ()
+    """Axes that nothing ties and nothing stops: those that are summed over, where only sizes matter."""
 
 
 def step_of(reader: Reader, node: Node) -> Step:

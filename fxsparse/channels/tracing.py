@@ -33,7 +33,7 @@ def trace_channels(gm: GraphModule) -> TracedChannels:
     traced = TracedChannels(carried=reader.carried)
     for node in gm.graph.nodes:
         traced.steps[node] = step = step_of(reader, node)
-        _add(traced.graph, reader, node, step)
+        add_step(traced.graph, reader, node, step)
         reader.carried.update(tie.b for tie in step.ties if tie.a in reader.carried and tie.b.value is node)
         if step.produces is not None:
             reader.carried.add(step.produces)
@@ -45,12 +45,12 @@ def trace_channels(gm: GraphModule) -> TracedChannels:
     return traced
 
 
-def _add(graph: ChannelGraph, reader: Reader, node: Node, step: Step) -> None:
+def add_step(graph: ChannelGraph, reader: Reader, node: Node, step: Step) -> None:
     """Ties and stops of one node; an axis that no tie mentions is a stop."""
     read = [] if step.silent else node.all_input_nodes
     for value in (*read, node):
         _add_axes(graph, reader, value)
-    named = set(step.stops)
+    named = {*step.stops, *step.free}
     for tie in step.ties:
         named |= {tie.a, tie.b}
         graph.tie(tie)

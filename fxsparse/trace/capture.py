@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 from torch.nn.parameter import is_lazy
 
 from fxsparse.errors import TraceError
+from fxsparse.graph_model import GraphModel
 from fxsparse.inputs import CPU, has_meta, named_arguments
 from fxsparse.pipeline import Program
 from fxsparse.skeleton import adopt, bind, copy_structure
@@ -40,12 +41,17 @@ def capture(
     works.  With example inputs a program is taken only if it computes what the model computes, in eval mode and in
     one seeded train step; ``Program.notes`` says why each other was left.  `example_inputs`: see
     :func:`fxsparse.inputs.split_inputs`.  Tensors on meta are taken to be on `device`; then only shapes are compared.
+    A GraphModel is its graphs already.
     With a `tier` that was found right before, that front end alone is taken and nothing is run.
 
     Raises:
         TraceError: a lazy module without shapes, inputs that the model does not take, or with `strict` a model that
             only the walk can capture.
     """
+    if isinstance(model, GraphModel):
+        program = model.program()
+        program.graphs = {mode: program.graphs[mode] for mode in modes}
+        return program
     _check(model)
     arguments = None if example_inputs is None else named_arguments(model, example_inputs)
     if tier is not None:

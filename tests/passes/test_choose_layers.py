@@ -1,0 +1,73 @@
+import pytest
+import torch
+from torch import nn
+
+from fxsparse import Plan
+from fxsparse.passes import ChooseLayers, CollectWeights, Functionalize, InferShapes
+from fxsparse.pipeline import PassContext, run_passes
+from fxsparse.report import Report
+from fxsparse.trace import capture
+from fxsparse.transforms import SparseDoped, SparseWide
+
+
+def chosen(model, x, transform=None, **plan):
+    plan = Plan(transform=transform or SparseWide(), sparsity=0.5, **plan)
+    ctx = PassContext(plan, "train", capture(model, x), Report(), x)
+    run_passes((Functionalize(), InferShapes(), CollectWeights(), ChooseLayers()), ctx)
+    assert ctx.report.passes[-1]["rewrites"] == 0
+    return ctx.transformed
+
+
+def test_the_ends_stay_dense():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2))
+    found = chosen(model, torch.randn(2, 4))
+    assert found.layers == ["2.weight", "3.weight"]
+    assert found.dense == {
+        "0.weight": "Sparse-IFT leaves it dense: it reads the model's input",
+        "4.weight": "Sparse-IFT leaves it dense: it makes the model's output",
+    }
+
+
+def test_layers_after_an_embedding_read_no_input():
+    model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 2))
+    assert chosen(model, torch.zeros(2, 3, dtype=torch.long)).layers == ["1.weight"]
+
+
+def test_grouped_depthwise_and_transposed_convolutions_stay_dense_with_their_reason():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1),
+        nn.Conv2d(8, 8, 3, groups=8),
+        nn.Conv2d(8, 8, 1, groups=2),
+        nn.ConvTranspose2d(8, 8, 2),
+        nn.Conv2d(8, 8, 1),
+        nn.Conv2d(8, 2, 1),
+    )
+    found = chosen(model, torch.randn(2, 3, 8, 8))
+    assert found.layers == ["4.weight"]
+    reasons = {name: why.removeprefix("Sparse-IFT leaves it dense: ") for name, why in found.dense.items()}
+    assert reasons["1.weight"] == "depthwise convolution"
+    assert reasons["2.weight"] == "grouped convolution"
+    assert reasons["3.weight"] == "transposed convolution"
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.a, self.b, self.last = (nn.Linear(4, 4) for _ in range(4))
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.last(self.b(torch.relu(self.a(self.first(x)))))
+
+
+@pytest.mark.parametrize(("transform", "layers"), [(SparseWide(), ["a.weight"]), (SparseDoped(), [])])
+def test_a_tied_weight_is_widened_but_not_replaced(transform, layers):
+    found = chosen(Tied(), torch.randn(2, 4), transform)
+    assert found.layers == layers
+    if not layers:
+        assert found.dense["a.weight"] == "Sparse-IFT leaves it dense: tied to 'b.weight'"
+
+
+def test_what_the_plan_excludes_is_not_looked_at():
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+    assert chosen(model, torch.randn(2, 4), exclude=("1",)).layers == ["2.weight"]

@@ -1,0 +1,250 @@
+import pytest
+import torch
+import torchvision
+import transformers
+from torch import nn
+
+from benchmarks.models import ResNet56
+from fxsparse import Plan
+from fxsparse.errors import PlanError
+from fxsparse.transformation import transform
+from fxsparse.transforms import SparseDoped, SparseFactorized, SparseParallel, SparseWide
+
+
+def wide(model, x, sparsity=0.75, heads="fixed"):
+    return transform(model, Plan(transform=SparseWide(heads=heads), sparsity=sparsity), x)
+
+
+def shapes(model):
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def dense(model):
+    return {name: why.partition(": ")[2] for name, why in model.origin.dense.items()}
+
+
+def runs(model, *args, **kwargs):
+    """The first output of a forward in training, whose backward reaches every parameter."""
+    out = model.train()(*args, **kwargs)
+    out = out if isinstance(out, torch.Tensor) else out.logits
+    out.float().square().mean().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    return out
+
+
+class Wiring(nn.Module):
+    """Adds, concatenates, normalises in three ways, shuffles pixels, groups and flattens."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.Conv2d(16, 32, 1)
+        self.batch, self.group = nn.BatchNorm2d(8), nn.GroupNorm(4, 16)
+        self.depthwise, self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 1, groups=2)
+        self.shuffle, self.layer = nn.PixelShuffle(2), nn.LayerNorm(8)
+        self.fc, self.head = nn.Linear(8 * 4, 24), nn.Linear(24, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.grouped(self.depthwise(self.batch(self.a(x))))
+        x = self.shuffle(self.b(self.group(torch.cat((x, x), 1))))
+        x = self.layer(nn.functional.adaptive_avg_pool2d(x, 2).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.head(torch.relu(self.fc(x.flatten(1))))
+
+
+def test_everything_that_is_tied_grows_together():
+    model = wide(Wiring(), torch.randn(2, 3, 8, 8))
+    found = shapes(model)
+    assert found["stem.weight"] == (16, 3, 3, 3)
+    assert found["a.weight"] == (16, 16, 1, 1)
+    assert found["b.weight"] == (64, 32, 1, 1)
+    assert found["depthwise.weight"] == (16, 1, 3, 3)
+    assert found["grouped.weight"] == (16, 4, 1, 1)  # groups of the same width, and four of them
+    assert (found["batch.weight"], found["group.weight"], found["layer.weight"]) == ((16,), (32,), (16,))
+    assert (found["fc.weight"], found["head.weight"]) == ((48, 64), (5, 48))
+    assert model.get_buffer("batch.running_var").shape == (16,)
+    assert dense(model)["depthwise.weight"] == "depthwise convolution"
+    assert runs(model, torch.randn(2, 3, 8, 8)).shape == (2, 5)
+
+
+def test_multiples_of_the_first_width_stay_so_and_others_are_rounded_down():
+    model = nn.Sequential(nn.Linear(3, 10), nn.Linear(10, 30), nn.Linear(30, 7), nn.Linear(7, 2))
+    found = shapes(wide(model, torch.randn(2, 3), 0.5))
+    assert [found[f"{k}.weight"][0] for k in range(4)] == [
+        14,
+        42,
+        9,
+        2,
+    ]  # 10 k is 14.1, 30 k is 42.4, 7 k is 9.9
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(9, 24), nn.LayerNorm(24)
+        self.attention = nn.MultiheadAttention(24, 4, batch_first=True)
+        self.up, self.down, self.head = nn.Linear(24, 96), nn.Linear(96, 24), nn.Linear(24, 9)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        y = self.norm(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        return self.head(x + self.down(torch.relu(self.up(x))))
+
+
+@pytest.mark.parametrize(
+    # 24 k is 33.9, and a multiple of 4 heads is 36; heads of 6 allow 36 too.
+    ("heads", "inner"),
+    [("fixed", 36), ("grow", 36)],
+)
+def test_widths_are_rounded_up_to_whole_heads(heads, inner):
+    tokens = torch.zeros(2, 5, dtype=torch.long)
+    model = wide(Attention(), tokens, 0.5, heads)
+    found = shapes(model)
+    assert found["embed.weight"] == (9, inner)
+    assert found["attention.in_proj_weight"] == (3 * inner, inner)
+    assert found["attention.in_proj_bias"] == (3 * inner,)
+    assert found["up.weight"] == (4 * inner, inner)
+    assert found["head.weight"] == (9, inner)
+    cuts = [list(node.args[2]) for node in model.graphs["eval"].nodes if node.target == "unflatten"]
+    assert cuts == [[4 if heads == "fixed" else 6, -1]] * 3
+    assert runs(model, tokens).shape == (2, 5, 9)
+
+
+def test_outputs_that_show_the_hidden_state_keep_its_width():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 32), nn.Linear(32, 8), nn.LayerNorm(8))
+    found = shapes(wide(model, torch.randn(2, 4)))
+    assert found["2.weight"] == (8, 64)
+    with pytest.raises(PlanError, match=r"expected layers whose widths may change, found none: .*input"):
+        wide(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8)), torch.randn(2, 4))
+
+
+def test_an_op_without_a_rule_keeps_its_width_with_the_reason():
+    class Sorted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.d, self.e = (nn.Linear(6, 6) for _ in range(5))
+
+        def forward(self, x):
+            return self.e(self.d(self.c(torch.sort(self.b(self.a(x)))[0])))
+
+    model = wide(Sorted(), torch.randn(2, 6))
+    assert shapes(model)["b.weight"] == (6, 12)
+    assert shapes(model)["c.weight"] == (12, 6)
+    assert shapes(model)["d.weight"] == (12, 12)
+
+
+def test_a_scale_of_the_width_of_heads_goes_with_it():
+    class Scores(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.q, self.k, self.v = nn.Embedding(5, 16), *(nn.Linear(16, 16) for _ in range(3))
+            self.out, self.head = nn.Linear(16, 16), nn.Linear(16, 5)
+
+        def forward(self, tokens):
+            x = self.embed(tokens)
+            q, k, v = (f(x).view(2, 3, 4, 4).transpose(1, 2) for f in (self.q, self.k, self.v))
+            scores = (q * 0.5) @ k.transpose(-2, -1)
+            out = (scores.softmax(-1) @ v).transpose(1, 2).reshape(2, 3, 16)
+            return self.head(self.out(out))
+
+    model = wide(Scores(), torch.zeros(2, 3, dtype=torch.long))
+    scales = [
+        node.args[1] for node in model.graphs["eval"].nodes if getattr(node.target, "__name__", "") == "mul"
+    ]
+    assert scales == [8**-0.5]
+    assert runs(model, torch.zeros(2, 3, dtype=torch.long)).shape == (2, 3, 5)
+
+
+def test_entries_are_drawn_anew_and_buffers_repeated():
+    model = nn.Sequential(
+        nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+    )
+    with torch.no_grad():
+        model[1].running_mean.copy_(torch.arange(8.0))
+        model[2].weight.copy_(torch.randint(1, 3, (8, 8)).float())
+    made = wide(model, torch.randn(4, 4))
+    assert made.get_buffer("1.running_mean").tolist() == [k // 2 for k in range(16)]
+    assert sorted(set(made.get_parameter("2.weight").flatten().tolist())) == pytest.approx(
+        [0.5**0.5, 2 * 0.5**0.5]
+    )
+    assert made.get_parameter("1.weight").tolist() == [1.0] * 16
+    assert shapes(nn.Sequential(*model))["2.weight"] == (8, 8)  # what came is as it was
+
+
+# -- published models --------------------------------------------------------------------------------------
+
+
+def vgg11():
+    model = torchvision.models.vgg11(num_classes=7)
+    model.avgpool = nn.AdaptiveAvgPool2d(2)
+    model.classifier[0], model.classifier[3], model.classifier[6] = (
+        nn.Linear(2048, 64),
+        nn.Linear(64, 64),
+        nn.Linear(64, 7),
+    )
+    return model
+
+
+def densenet():
+    return torchvision.models.DenseNet(
+        growth_rate=8, block_config=(2, 2, 2, 2), num_init_features=16, num_classes=7
+    )
+
+
+def vit():
+    return torchvision.models.VisionTransformer(64, 16, 2, 4, 32, 64, num_classes=7)
+
+
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_labels": 7,
+}
+IMAGE = {
+    "resnet18": lambda: torchvision.models.resnet18(num_classes=7),
+    "resnet56 with padded shortcuts": lambda: ResNet56(7),
+    "vgg11": vgg11,
+    "densenet": densenet,
+    "mobilenet_v2": lambda: torchvision.models.mobilenet_v2(num_classes=7, width_mult=0.5),
+    "vit": vit,
+}
+TEXT = {
+    "bert": lambda: transformers.BertForSequenceClassification(
+        transformers.BertConfig(vocab_size=50, **SMALL)
+    ),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=50, n_embd=32, n_layer=1, n_head=4, use_cache=False, bos_token_id=0, eos_token_id=0
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "wanted", [SparseWide(), SparseParallel(), SparseFactorized(), SparseDoped()], ids=lambda t: t.name
+)
+@pytest.mark.parametrize("name", [*IMAGE, *TEXT])
+def test_published_models_are_transformed_whole(name, wanted):
+    size = 32 if name.startswith("resnet56") else 64
+    x = torch.randn(2, 3, size, size) if name in IMAGE else torch.randint(0, 50, (2, 7))
+    build = (IMAGE | TEXT)[name]
+    inputs = x if name in IMAGE else {"input_ids": x}
+    given = build()
+    model = transform(given, Plan(transform=wanted, sparsity=0.5), inputs)
+    ends = (
+        "it reads the model's input",
+        "it makes the model's output",
+        "it is of low rank",
+        "depthwise convolution",
+    )
+    assert {why for why in dense(model).values() if why not in ends} == set()
+    balance = model.origin.balance
+    assert balance.layers_ratio(balance.sparsity) == pytest.approx(1)
+    assert balance.layers_ratio(balance.nominal) == pytest.approx(1, abs=0.15)
+    out = runs(model, x) if name in IMAGE else runs(model, input_ids=x)
+    want = given(x) if name in IMAGE else given(input_ids=x).logits
+    assert out.shape == want.shape
+    if isinstance(wanted, SparseWide):
+        assert list(shapes(model)) == list(shapes(given))
