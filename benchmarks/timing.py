@@ -17,13 +17,19 @@ def environment(dtype: torch.dtype) -> str:
     )
 
 
+def parser(description: str, rounds: int) -> argparse.ArgumentParser:
+    """The options that all of these benchmarks have."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--threads", type=int, default=1)
+    made.add_argument("--rounds", type=int, default=rounds, help="samples per number")
+    return made
+
+
 def arguments(description: str, rounds: int) -> argparse.Namespace:
-    """The options that the benchmarks share; sets the number of threads."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=rounds, help="samples per number; the median counts")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    options = parser.parse_args()
+    """The options that most benchmarks share; sets the number of threads."""
+    made = parser(description, rounds)
+    made.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    options = made.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     return options
