@@ -110,6 +110,7 @@ def entries_of(weight):
     return Entries(weight[mask], mask.nonzero().t().int(), tuple(weight.shape))
 
 
+@COMPILED
 def test_given_entries_no_dense_kernel_takes_part_and_a_wrong_one_is_found(registry):
     def wrong(x, bias, values, *rest, **arguments):
         return registered()["cpu-csr"].run(x, bias, values * 1.01, *rest, **arguments)
