@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxsparse import methods
+from fxsparse import methods, transforms
 from fxsparse.errors import FxSparseError
 from fxsparse.pattern import NM, Block, ConstantFanIn, Pattern, Unstructured
 from fxsparse.plans import Plan
@@ -155,6 +155,8 @@ def plan(words: Namespace) -> Plan:
         fields["pattern"] = pattern(words.pattern)
     if words.method is not None:
         fields["method"] = methods.from_dict({"name": words.method})
+    if words.transform is not None:
+        fields["transform"] = transforms.from_dict({"name": words.transform})
     if words.exclude:
         fields["exclude"] = tuple(words.exclude)
     if words.plan is None:

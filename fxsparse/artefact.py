@@ -12,7 +12,6 @@ from fxsparse.graph import fetch
 from fxsparse.graph_pickle import picklable, restored
 from fxsparse.module import Emitted, SparseModule
 from fxsparse.packed import PackedWeight
-from fxsparse.picklable_graph import picklable, restored
 from fxsparse.pipeline import PassContext, Program
 from fxsparse.report import Report
 from fxsparse.skeleton import bind, copy_structure

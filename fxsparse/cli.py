@@ -17,6 +17,7 @@ from fxsparse.errors import FxSparseError
 from fxsparse.kernel import capabilities
 from fxsparse.report import Report
 from fxsparse.trace import capture
+from fxsparse.transforms import TRANSFORMS
 
 TABLES = ("table", "json", "markdown", "html")
 METHODS = ", ".join(build.__name__.rstrip("_") for build in methods.METHODS)
@@ -170,6 +171,9 @@ def _plan(command: ArgumentParser) -> None:
     command.add_argument("--plan", help="a TOML file, or a preset such as rigl-90 or 2:4")
     command.add_argument("--sparsity", type=float, help="fraction of zeros, such as 0.9")
     command.add_argument("--method", help=f"one of {METHODS}, with the defaults of its paper")
+    command.add_argument(
+        "--transform", help=f"first make the model one of Sparse-IFT's: {', '.join(TRANSFORMS)}"
+    )
     command.add_argument("--allocation", help=f"how weights share the budget: {', '.join(POLICIES)}")
     command.add_argument(
         "--pattern", help="unstructured, constant-fan-in, n:m such as 2:4, or a block such as 16x16"

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.fx import Graph, GraphModule
 
-from fxsparse.picklable_graph import picklable, restored
+from fxsparse.graph_pickle import picklable, restored
 from fxsparse.pipeline import Program
 from fxsparse.plans import Plan
 from fxsparse.skeleton import SHARED_DICTS, bind, copy_structure

@@ -17,7 +17,6 @@ from fxsparse.errors import CheckpointError
 from fxsparse.graph import fetch
 from fxsparse.graph_pickle import picklable, restored
 from fxsparse.inference import Speed
-from fxsparse.picklable_graph import picklable, restored
 
 
 class Net(nn.Module):

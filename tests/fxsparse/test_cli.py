@@ -47,6 +47,16 @@ def test_plan_counts_every_nonzero(capsys):
     assert row["totals"]["nnz"] == sum(layer["nnz"] for layer in row["layers"]) == numel // 10
 
 
+def test_plan_transforms_the_model_first(capsys):
+    words = ("--sparsity", "0.75", "--transform", "sparse-wide", "--format", "json")
+    _, out, _ = run(capsys, "plan", *SMALL, *words)
+    row = json.loads(out)
+    [layer] = row["layers"]
+    assert (layer["shape"], layer["nnz"]) == ([2048, 2048], 1024 * 1024)
+    assert row["totals"]["layers_ratio"] == 1
+    assert row["totals"]["model_ratio"] > 1
+
+
 def test_report_names_the_passes_that_ran(capsys):
     _, out, _ = run(capsys, "report", *SMALL, "--plan", "rigl-90", "--format", "json")
     row = json.loads(out)

@@ -67,14 +67,31 @@ def test_everything_that_is_tied_grows_together():
 
 
 def test_multiples_of_the_first_width_stay_so_and_others_are_rounded_down():
-    model = nn.Sequential(nn.Linear(3, 10), nn.Linear(10, 30), nn.Linear(30, 7), nn.Linear(7, 2))
+    model = nn.Sequential(nn.Linear(3, 10), nn.Linear(10, 90), nn.Linear(90, 7), nn.Linear(7, 2))
     found = shapes(wide(model, torch.randn(2, 3), 0.5))
-    assert [found[f"{k}.weight"][0] for k in range(4)] == [
-        14,
-        42,
-        9,
-        2,
-    ]  # 10 k is 14.1, 30 k is 42.4, 7 k is 9.9
+    assert [found[f"{k}.weight"][0] for k in range(4)] == [14, 126, 9, 2]  # 10 k is 14.1, 90 k 127.3, 7 k 9.9
+
+
+def test_the_groups_of_a_group_norm_stay_as_many():
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.GroupNorm(3, 6), nn.Conv2d(6, 6, 1), nn.Conv2d(6, 2, 1))
+    found = shapes(wide(model, torch.randn(2, 3, 4, 4), 0.5))
+    assert found["1.weight"] == (9,)  # 6 k is 8.5: 8, and 9 is the next multiple of 3
+
+
+def test_pieces_of_one_size_stay_so():
+    class Halves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.both = nn.Linear(3, 4), nn.Linear(4, 6)
+            self.a, self.b, self.head = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            a, b = self.both(self.stem(x)).chunk(2, -1)[0], self.both(self.stem(x)).split(3, -1)[1]
+            return self.head(self.a(a) + self.b(b))
+
+    found = shapes(wide(Halves(), torch.randn(2, 3), 0.6))
+    assert found["both.weight"] == (10, 6)  # 6 k is 9.5: 9, which has no halves
+    assert found["a.weight"] == found["b.weight"] == (6, 5)
 
 
 class Attention(nn.Module):
