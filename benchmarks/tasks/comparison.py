@@ -22,13 +22,13 @@ from torch.optim import AdamW
 
 import fxsparse
 from benchmarks.cells import Cell, Settings, environments, parser, run_cells
-from fxsparse import Plan
+from fxsparse import Plan, transforms
 from fxsparse.demo.digits import train
 from fxsparse.methods import METHODS, from_dict
 
 DENSE = "dense"
 EVERY = 20
-PLAN_FIELDS = {"storage": "masked", "allocation": "erk"}
+PLAN_FIELDS = {"storage": "masked", "allocation": "erk", "transform": None}
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,8 @@ def plan_of(settings: Settings) -> Plan:
     """The plan of a sparse run."""
     name, options = read_method(settings["method"])
     plan = {key: options.pop(key, default) for key, default in PLAN_FIELDS.items()}
+    if plan["transform"] is not None:
+        plan["transform"] = transforms.from_dict({"name": plan["transform"]})
     # A multiple, so that GMP's ramp ends on an update.
     stop = max(EVERY, 3 * settings["steps"] // 4 // EVERY * EVERY)
     scheduled = {"every": EVERY, "stop": stop} | ({"start": 0} if name == "gmp" else {})
