@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -134,13 +135,21 @@ class _Calls:
         for grid in GRIDS:
             if self.samples % (LANES // grid**2):
                 return
-            end, at = begin, begin
+            at, cuts = begin, [begin]
             while at < len(self.nodes) and self._fits(self.nodes[at], grid):
                 at += 1
-                end = at if self._is_cut(at) else end
+                cuts += [at] if self._is_cut(at) else []
+            end = self._narrowest(cuts)
             if end > begin:
                 yield _Span(grid, tuple(self.nodes[begin:end]))
             begin = end
+
+    def _narrowest(self, cuts: list[int]) -> int:
+        """The last cut, or the one before where less than half as much goes from one layout to the next there."""
+        if len(cuts) < 3 or cuts[-1] == len(self.nodes):
+            return cuts[-1]
+        sizes = [prod(self.shapes[self.nodes[cut - 1]]) for cut in cuts[-2:]]
+        return cuts[-2] if 2 * sizes[0] < sizes[1] else cuts[-1]
 
     def _is_cut(self, end: int) -> bool:
         """Whether all later nodes read no more of the nodes before `end`, and of the input, than the last of them."""
