@@ -210,6 +210,32 @@ struct Conv {
     return y;
   }
 
+  // The same for a dense weight with one row for each channel: no panel is for one row alone.
+  Tensor run_own(const float* values) const {
+    if (y.numel() == 0) return y;
+    const int64_t some = std::clamp<int64_t>(kPanelLines / panel.channel, 1, rows), items = from.units * tiles.count();
+    const auto* residual = added ? static_cast<const float*>(added->const_data_ptr()) : nullptr;
+    auto* to = static_cast<float*>(y.mutable_data_ptr());
+    share(std::min(items, threads_for(y.numel() * taps)), [&](int64_t part, int64_t parts) {
+      Buffer lines(some * panel.channel * kLine);
+      std::vector<LineSource> sources;
+      for (int64_t item = items * part / parts; item < items * (part + 1) / parts; item++) {
+        const int64_t unit = item / tiles.count(), tile = item % tiles.count();
+        const int64_t at = unit * rows * tiles.plane() + tiles.at(tile);
+        const LineResults results{to + at, residual ? residual + at : nullptr, tiles.plane(), tiles.width * kLine, activation};
+        plan_of(from, w, panel, tiles.y(tile), tiles.x(tile), sources);
+        for (int64_t r = 0; r < rows; r += some) {
+          const int64_t end = std::min(rows, r + some);
+          table.fill(from.data + (unit * rows + r) * from.plane(), from.plane(), end - r,
+                     {sources.data(), panel.channel, permutations_of(from.grid), 0.0f}, lines.data);
+          table.filter({lines.data, 1, tiles.pixels, 0, nullptr, 0, 0}, panel.channel,
+                       {values, taps, panel.taps.data(), taps}, r, end, start, results);
+        }
+      }
+    });
+    return y;
+  }
+
   const LaneTable& table = table_of();
   Lanes from;
   Window w;
@@ -257,6 +283,8 @@ Tensor conv_lanes(const Tensor& x, const Tensor& weight_any, std::optional<Tenso
   const int64_t fan_in = conv.channels * conv.taps;
   STD_TORCH_CHECK(weight.numel() == rows * fan_in, "fxsparse: expected a weight of ", fan_in, " columns, got ",
                   described(weight));
+  if (conv.channels == 1 && conv.group_rows == 1)
+    return conv.run_own(static_cast<const float*>(weight.const_data_ptr()));
   const int64_t lines = conv.direct ? conv.tiles.pixels : conv.panel.channel;
   const int64_t width = std::min(std::max<int64_t>(1, kPanelLines / lines), conv.channels) * conv.taps;
   std::vector<uint32_t> places(width);  // blocks begin with channels, so that all of them read alike

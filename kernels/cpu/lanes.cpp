@@ -233,6 +233,28 @@ void product(const LineTile& tile, const DenseRows& w, int64_t begin, int64_t en
       Pixels{});
 }
 
+template <int RUN, class Finish>
+void filter_tile(const LineTile& tile, int64_t lines, const DenseRows& w, int64_t begin, int64_t end, const float* bias,
+                 const LineResults& to, const Finish& finish) {
+  const float* panel = tile.panel;
+  for (int64_t r = begin; r < end; r++, panel += lines * kLine)
+    product_rows<1, RUN>({panel, 1, tile.pixels, 0, nullptr, 0, 0}, w, r, nullptr, true, bias, &to, finish);
+}
+
+void filter(const LineTile& tile, int64_t lines, const DenseRows& w, int64_t begin, int64_t end, const float* bias,
+            const LineResults& to) {
+  with_pixels(
+      tile.pixels,
+      [&](auto n) {
+        constexpr int kRun = n.value * kParts;
+        if (Plain::suits(to))
+          filter_tile<kRun>(tile, lines, w, begin, end, bias, to, Plain(to));
+        else
+          filter_tile<kRun>(tile, lines, w, begin, end, bias, to, Any(to));
+      },
+      Pixels{});
+}
+
 // The larger one, NaN where either is NaN, as torch has it.
 inline V larger(V a, V b) { return select((a > b) | (a != a), a, b); }
 
@@ -298,7 +320,7 @@ void scatter(const float* from, int64_t count, float* const* rows) {
 }  // namespace
 
 const LaneTable& FXSPARSE_LANES() {
-  static const LaneTable table = {kMostPixels, kMostRows, fill, multiply, product, largest, gather, scatter};
+  static const LaneTable table = {kMostPixels, kMostRows, fill, multiply, product, filter, largest, gather, scatter};
   return table;
 }
 

@@ -70,6 +70,9 @@ struct LaneTable {
   // The same for a dense weight and a tile of one row.
   void (*product)(const LineTile&, const DenseRows&, int64_t begin, int64_t end, float* sums, bool first, const float* bias,
                   const LineResults* results);
+  // The same for a dense weight with one row for each channel, whose part of the panel is `lines` long: rows begin <= r < end.
+  void (*filter)(const LineTile&, int64_t lines, const DenseRows&, int64_t begin, int64_t end, const float* bias,
+                 const LineResults& results);
   // y[pixel] = the largest of the lines that `taps` places read, in one row.
   void (*largest)(const float* panel, const uint32_t* places, int64_t taps, int64_t pixels, float* y);
   // to[x, lane] = rows[lane][x] for x < count, and the other way round.
