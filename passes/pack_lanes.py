@@ -254,7 +254,7 @@ class _Found:
         with torch.no_grad():
             for call in calls.values():
                 call()
-            return interleaved_quartiles(calls, rounds=7, seconds=3.0)
+            return interleaved_quartiles(calls, rounds=21, seconds=3.0)
 
     def text(self) -> str:
         """What it is, for a note."""
