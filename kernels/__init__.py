@@ -17,6 +17,7 @@ from fxsparse.kernels.lanes.layout import from_lanes, to_lanes
 from fxsparse.kernels.lanes.max_pool import max_pool_lanes
 from fxsparse.kernels.lookup.linear import lookup_linear
 from fxsparse.kernels.narrow import NARROW
+from fxsparse.kernels.onednn.conv import onednn_conv2d
 from fxsparse.kernels.onednn.linear import onednn_linear
 from fxsparse.kernels.pool.max_pool import max_pool2d
 from fxsparse.kernels.soft_topk.shift import soft_topk_shift
@@ -43,6 +44,7 @@ __all__ = [
     "lookup_linear",
     "max_pool2d",
     "max_pool_lanes",
+    "onednn_conv2d",
     "onednn_linear",
     "position_change",
     "scaled_dot_product_attention",

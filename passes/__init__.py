@@ -2,6 +2,7 @@
 
 from fxsparse.passes.allocate_nnz import AllocateNnz
 from fxsparse.passes.choose_layers import ChooseLayers
+from fxsparse.passes.choose_layouts import ChooseLayouts
 from fxsparse.passes.choose_storage import ChooseStorage
 from fxsparse.passes.cleanup import Cleanup
 from fxsparse.passes.collect_weights import CollectWeights
@@ -57,6 +58,7 @@ inference_pipeline = (
     DetectPattern(),
     SelectKernels(),
     SelectEntryKernels(),
+    ChooseLayouts(),
     RoundValues(),
     CountFlops(),
     LowerInference(),
@@ -86,6 +88,7 @@ def planning_pipeline(plan: Plan | None, convention: str = "mac2") -> tuple[Pass
 __all__ = [
     "AllocateNnz",
     "ChooseLayers",
+    "ChooseLayouts",
     "ChooseStorage",
     "Cleanup",
     "CollectWeights",

@@ -1,18 +1,18 @@
 """Run a batch of images a few samples at a time, where that is faster: their activations then stay in the caches."""
 
 import functools
-import operator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 
 from fxsparse import kernel
 from fxsparse.graph import fetch
+from fxsparse.image_ops import ADDS, COPIES, MODULES, POINTWISE, POOLINGS
 from fxsparse.inputs import has_meta, split_inputs
 from fxsparse.passes.select_kernels import ADVANTAGE
 from fxsparse.pipeline import PassContext
@@ -21,17 +21,6 @@ from fxsparse.timing import interleaved_quartiles
 
 SAMPLES = (1, 2, 4)
 """How many samples at a time are tried."""
-
-_POINTWISE = {
-    F.relu, F.relu6, F.silu, F.gelu, F.hardswish, F.hardtanh, F.leaky_relu, F.sigmoid, F.hardsigmoid,
-    torch.relu, torch.sigmoid, torch.tanh,
-}  # fmt: skip
-_IMAGES = {F.conv2d, torch.conv2d, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d}
-_MODULES = (
-    nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.Sigmoid, nn.Hardsigmoid,
-    nn.Identity, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,
-)  # fmt: skip
-_ADDS = {operator.add, torch.add}
 
 
 @dataclass(frozen=True)
@@ -76,7 +65,7 @@ def _each_sample_by_itself(gm: GraphModule) -> bool:
     """Whether every op takes and gives tensors whose first dimension is the batch."""
     convolutions = {entry.run for entry in kernel.registered().values() if entry.op == "conv2d"}
     linears = {F.linear} | {entry.run for entry in kernel.registered().values() if entry.op == "linear"}
-    images, rows = convolutions | _IMAGES | {kernel.glue("max_pool2d")}, linears
+    images, rows = convolutions | POOLINGS | {F.conv2d, torch.conv2d} | {kernel.glue("max_pool2d")}, linears
     batches: dict[Node, int] = {}  # their dimensions
     inputs = gm.graph.find_nodes(op="placeholder")
     for node in gm.graph.nodes:
@@ -100,12 +89,12 @@ def _dimensions(
         return None
     (dimensions,) = set(given)
     if node.op == "call_module":
-        return dimensions if dimensions == 4 and type(fetch(gm, str(node.target))) in _MODULES else None
-    if node.target in _POINTWISE or (node.target in images and dimensions == 4):
+        return dimensions if dimensions == 4 and type(fetch(gm, str(node.target))) in MODULES else None
+    if node.target in POINTWISE | COPIES or (node.target in images and dimensions == 4):
         return dimensions
     if node.target in rows:
         return dimensions
-    if node.target in _ADDS and len(given) == len(node.args) == 2 and not node.kwargs:
+    if node.target in ADDS and len(given) == len(node.args) == 2 and not node.kwargs:
         return dimensions
     flattens = node.target in (torch.flatten, "flatten") and node.args[1:] == (1,) and not node.kwargs
     return 2 if flattens else None

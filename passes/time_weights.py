@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from fxsparse import kernel
 from fxsparse.budget import Budget
 from fxsparse.graph import Site, sites
+from fxsparse.passes.choose_layouts import ChooseLayouts
 from fxsparse.passes.fuse_epilogue import FuseEpilogue
 from fxsparse.passes.lower_inference import LowerInference
 from fxsparse.passes.round_values import RoundValues
@@ -36,6 +37,10 @@ from fxsparse.verify import copied_inputs, frozen_state
 
 DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
 """Where kernels are measured; above the last, and wherever it is faster, dense counts."""
+
+_AFTER_CHOICE = (
+    SelectKernels, SelectEntryKernels, ChooseLayouts, RoundValues, LowerInference, FuseEpilogue, SplitSamples
+)  # fmt: skip
 
 
 def latency_prices(gm: GraphModule, ctx: PassContext, budget: Budget) -> Prices:
@@ -65,8 +70,7 @@ def _all_dense(ctx: PassContext) -> PassContext:
     program = Program(ctx.program.tier, skeleton, {"eval": graph}, [], dict(ctx.program.hidden))
     folded = PassContext(None, "infer", program, Report(), ctx.example_inputs)
     # Calls are timed on the whole batch that the example inputs are.
-    left_out = SelectKernels | SelectEntryKernels | RoundValues | LowerInference | FuseEpilogue | SplitSamples
-    run_passes([p for p in inference_pipeline if not isinstance(p, left_out)], folded)
+    run_passes([p for p in inference_pipeline if not isinstance(p, _AFTER_CHOICE)], folded)
     return folded
 
 

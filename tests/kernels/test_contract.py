@@ -24,7 +24,9 @@ def instruction_set():
         cpu.instruction_set(before)
 
 
-@pytest.mark.parametrize("name", ["dense", "dense-masked", "dense-conv", "dense-conv-masked", "onednn"])
+@pytest.mark.parametrize(
+    "name", ["dense", "dense-masked", "dense-conv", "dense-conv-masked", "onednn", "onednn-conv"]
+)
 def test_dense_kernels_fulfil_the_contract(name):
     testing.check_kernel(registered()[name])
 
