@@ -107,24 +107,26 @@ def _costs(gm: GraphModule, site: Site, x: Tensor, decision: Decision) -> _Costs
 def _cut(gm: GraphModule, costs: Mapping[Node, _Costs]) -> set[Node]:
     """The nodes whose images hold channels last."""
     per_number = sum(c.copy for c in costs.values()) / max(1, sum(_size(n.args[0]) for n in costs))
+    images = {
+        node.name: node for node in gm.graph.nodes if _is_images(node)
+    }
     flow = nx.DiGraph()
-    for node in filter(_is_images, gm.graph.nodes):
-        if node in costs:
-            flow.add_edge(FIRST, node, capacity=costs[node].last)
-            flow.add_edge(node, LAST, capacity=costs[node].first)
-        elif not _takes_either(gm, node):
-            flow.add_edge(FIRST, node)
-    for node in filter(_is_images, gm.graph.nodes):
-        for user in filter(_reads_memory, node.users):
-            there = user if _is_images(user) else FIRST
-            copy = per_number * _size(node)
-            for one, other in ((node, there), (there, node)):
-                before = flow.get_edge_data(one, other, {"capacity": 0.0})
-                if "capacity" in before:  # an edge without one can't be cut
-                    flow.add_edge(one, other, capacity=before["capacity"] + copy)
     flow.add_nodes_from((FIRST, LAST))
+    for name, node in images.items():
+        if node in costs:
+            flow.add_edge(FIRST, name, capacity=costs[node].last)
+            flow.add_edge(name, LAST, capacity=costs[node].first)
+        elif not _takes_either(gm, node):
+            flow.add_edge(FIRST, name)  # an edge without a capacity can't be cut
+        # One copy serves all readers that hold the other format.
+        flow.add_edge(name, f"{name} {LAST}", capacity=per_number * _size(node))
+        flow.add_edge(f"{name} {FIRST}", name, capacity=per_number * _size(node))
+        for reader in filter(_reads_memory, node.users):
+            there = reader.name if reader.name in images else FIRST
+            flow.add_edge(f"{name} {LAST}", there)
+            flow.add_edge(there, f"{name} {FIRST}")
     _, (_, last) = nx.minimum_cut(flow, FIRST, LAST)
-    return last - {LAST}
+    return {images[name] for name in last & images.keys()}
 
 
 def _is_images(node: object) -> bool:
@@ -148,8 +150,10 @@ def _takes_either(gm: GraphModule, node: Node) -> bool:
 
 
 def _size(node: object) -> int:
+    """Numbers of an image at the example inputs."""
     assert isinstance(node, Node)
-    return node.meta["val"].numel()
+    size = node.meta["val"].numel()
+    return size.node.hint if isinstance(size, torch.SymInt) else size
 
 
 def _hold_last(decision: Decision, costs: _Costs) -> None:
