@@ -122,7 +122,7 @@ class _Calls:
             shapes.run(x)
         self.gm, self.shapes, self.samples = gm, shapes.found, len(x)
         self.sparse = kernel.registered()["cpu-csr-conv"].run
-        self.depthwise = kernel.registered()["cpu-depthwise"].run
+        self.dense = {kernel.registered()[name].run for name in ("cpu-depthwise", "onednn-conv")}
         self.nodes = [n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
 
     def is_sparse(self, node: Node) -> bool:
@@ -182,7 +182,7 @@ class _Calls:
             return _Call(
                 lanes("csr_conv_lanes"), node.args, dict(node.kwargs), _pair(node.kwargs.get("stride", 1))
             )
-        if node.target is self.depthwise:
+        if node.target in self.dense:
             return _Call(
                 lanes("conv_lanes"), node.args, dict(node.kwargs), _pair(node.kwargs.get("stride", 1))
             )
