@@ -107,9 +107,7 @@ def _costs(gm: GraphModule, site: Site, x: Tensor, decision: Decision) -> _Costs
 def _cut(gm: GraphModule, costs: Mapping[Node, _Costs]) -> set[Node]:
     """The nodes whose images hold channels last."""
     per_number = sum(c.copy for c in costs.values()) / max(1, sum(_size(n.args[0]) for n in costs))
-    images = {
-        node.name: node for node in gm.graph.nodes if _is_images(node)
-    }
+    images = {node.name: node for node in gm.graph.nodes if _is_images(node)}
     flow = nx.DiGraph()
     flow.add_nodes_from((FIRST, LAST))
     for name, node in images.items():

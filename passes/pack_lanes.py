@@ -17,6 +17,7 @@ from fxsparse import kernel
 from fxsparse.formats import column_blocks
 from fxsparse.glue import GLUE
 from fxsparse.graph import CONVOLUTION, eliminate_dead_code, fetch, given_arguments
+from fxsparse.image_ops import COPIES
 from fxsparse.inputs import has_meta, split_inputs
 from fxsparse.lane_region import LaneRegion, Stage
 from fxsparse.packed import PackedWeight
@@ -186,6 +187,10 @@ class _Calls:
             return _Call(
                 lanes("conv_lanes"), node.args, dict(node.kwargs), _pair(node.kwargs.get("stride", 1))
             )
+        if node.target in COPIES:
+            return _Call(
+                torch.positive, node.args, {}
+            )  # its argument itself: lanes have an order of their own
         if node.target in _DENSE:
             return self._dense(node)
         for op in GLUE:
@@ -317,7 +322,7 @@ def _piece(gm: GraphModule, calls: _Calls, source: Node, span: _Span, weights: S
     for node in span.nodes:
         call = calls.read(node)
         assert call is not None
-        if node in fused:
+        if node in fused or node.target in COPIES:  # lanes have an order of their own
             made[node] = made[node.all_input_nodes[0]]
         elif call.run is None:
             made[node] = graph.node_copy(node, made.__getitem__)

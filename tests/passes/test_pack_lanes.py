@@ -55,9 +55,10 @@ def compiled(model, x):
 
 def lowered(model, monkeypatch):
     """Every sparse weight gets the sparse kernel, whatever is fastest here."""
-    from fxsparse.passes import select_kernels
+    from fxsparse.passes import choose_layouts, select_kernels
 
     monkeypatch.setattr(select_kernels, "ADVANTAGE", 1e9)
+    monkeypatch.setattr(choose_layouts, "_costs", lambda *site: choose_layouts._Costs(1.0, 2.0, 1.0))
     return model
 
 
@@ -76,6 +77,23 @@ def test_stages_take_the_finest_grid_that_fits(faster, monkeypatch):
     assert len(regions) == 1
     assert "csr_conv_lanes" in regions[0].pieces[0].code
     assert regions[0].pieces[0].code.count("conv_lanes") >= 4
+    same(fast, model, x)
+
+
+def test_dense_convolutions_that_hold_channels_last_go_into_lanes(faster, monkeypatch):
+    from fxsparse.passes import choose_layouts
+
+    model, x = lowered(pruned(), monkeypatch), torch.randn(16, 3, 112, 112)
+
+    def stem_last(gm, site, x, decision):
+        return choose_layouts._Costs(
+            *((9e9, 1.0) if site.weight.target == "stem.weight" else (1.0, 9e9)), 1.0
+        )
+
+    monkeypatch.setattr(choose_layouts, "_costs", stem_last)
+    fast, row = compiled(model, x)
+    assert {r["name"]: r["kernel"] for r in fast.report.layers}["stem.weight"] == "onednn-conv"
+    assert row["rewrites"] >= 6
     same(fast, model, x)
 
 
