@@ -122,6 +122,28 @@ def test_an_op_that_lanes_do_not_know_ends_the_region(faster, monkeypatch):
     same(fast, model, x)
 
 
+class Skip(nn.Module):
+    """Its second convolution is followed by an op that lanes do not know, beside which the first one is read again."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        x = F.relu(self.one(x))
+        return self.two(x).softmax(1) * x
+
+
+def test_a_region_ends_where_one_tensor_alone_is_read_later(faster, monkeypatch):
+    model, x = lowered(Skip().eval(), monkeypatch), torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        for weight in (model.one.weight, model.two.weight):
+            weight *= torch.rand_like(weight) < 0.3
+    fast, row = compiled(model, x)
+    assert row["rewrites"] == 1
+    same(fast, model, x)
+
+
 def test_a_network_without_zeros_and_lanes_that_are_no_faster_leave_it(monkeypatch):
     monkeypatch.setattr(inference, "NEVER_SLOWER", 0.0)
     x = torch.randn(4, 3, 112, 112)
