@@ -151,9 +151,7 @@ def table(cells: Sequence[Cell]) -> str:
     for of in EXPERIMENTS.values():
         dense = _row(cells, of.model, 0.0, DENSE)
         if dense:
-            rows.append(
-                [of.model, "0%", DENSE, "", *_scores(of, dense), *[""] * 3, "1.00 / 1.00", _ms(dense), ""]
-            )
+            rows.append([of.model, "0%", DENSE, "", *_scores(of, dense), *[""] * 3, "1.00 / 1.00", ""])
         for sparsity in of.sparsities:
             for transform in TRANSFORMS:
                 found = {m: _row(cells, of.model, sparsity, method_of(m, transform)) for m in OPTIONS}
@@ -169,7 +167,6 @@ def table(cells: Sequence[Cell]) -> str:
                             *_against(of, found[name], dense),
                             against,
                             _flops(found[name]),
-                            _ms(found[name]),
                             _mean(found[name], "ramanujan_gap"),
                         ]
                     )
@@ -183,7 +180,7 @@ def table(cells: Sequence[Cell]) -> str:
         "deviation",
         "difference to dense",
     ]
-    headers += ["beyond 2 errors", "RigL - static", "FLOPs of layers / model", "step (ms)", "Ramanujan gap"]
+    headers += ["beyond 2 errors", "RigL - static", "FLOPs of layers / model", "Ramanujan gap"]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
@@ -255,23 +252,22 @@ def _scores(of: Experiment, row: Sequence[Cell]) -> tuple[str, str, str]:
 
 
 def _against(of: Experiment, row: Sequence[Cell], reference: Sequence[Cell]) -> tuple[str, str]:
-    """Mean difference over the seeds that both have, with its standard error; and whether it exceeds two of them."""
+    """Mean difference over the seeds that both have, with its standard error; and whether it exceeds two of them.
+
+    An error of two seeds is too rough to judge by.
+    """
     scores, others = ({c.settings["seed"]: c.result["score"] for c in cells} for cells in (row, reference))
     shared = [seed for seed in scores if seed in others]
     if len(shared) < 2:
         return "", ""
     found = paired([scores[seed] for seed in shared], [others[seed] for seed in shared])
     better = (found.mean < 0) == of.lower_is_better
-    verdict = "" if found.equal else "better" if better else "**worse**"
+    verdict = "" if found.equal or len(shared) < 3 else "better" if better else "**worse**"
     return f"{found.mean:+.{of.places}f} ± {found.error:.{of.places}f}", verdict
 
 
 def _flops(row: Sequence[Cell]) -> str:
     return f"{row[0].result['layers_ratio']:.2f} / {row[0].result['model_ratio']:.2f}"
-
-
-def _ms(row: Sequence[Cell]) -> str:
-    return f"{statistics.median(cell.result['step_ms'] for cell in row):.1f}"
 
 
 def _mean(row: Sequence[Cell], key: str) -> str:
