@@ -162,13 +162,51 @@ def test_copies_and_resumed_runs_go_on_bit_for_bit(method):
     assert ends[0] == ends[1] == ends[2]
 
 
-def test_averaged_weights_of_a_training_module_can_be_had():
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_that_gradscaler_skips_moves_neither_budget_nor_sharpness(method):
+    (sparse, optimizer), (other, its_optimizer) = build(method(steps=20)), build(method(steps=20))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for number in range(6):
+        before = {name: value.clone() for name, value in sparse.state_dict().items()}
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = F.cross_entropy(sparse(X).float(), Y)
+        scaler.scale(loss * float("inf") if number == 3 else loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if number == 3:
+            assert all(torch.equal(value, before[name]) for name, value in sparse.state_dict().items())
+        else:
+            step(other, its_optimizer)
+        assert int(sparse.state_dict()["fxsparse_step"]) == number + (number < 3)
+    counts = [{name: int(mask.sum()) for name, mask in each.masks().items()} for each in (sparse, other)]
+    assert sum(counts[0].values()) == sum(counts[1].values()) == 740
+
+
+def test_the_soft_topk_is_computed_in_float32_under_autocast():
+    sparse, optimizer = build(spartan(steps=20))
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(3):
+            step(sparse, optimizer)
+    shift, mask = sparse.get_buffer("fxsparse_budgets")[0], sparse.masks()["0.weight"]
+    exact = torch.sigmoid(
+        shift[BETA] * sparse.get_parameter("0.weight").detach().abs().double() + shift[SHIFT]
+    )
+    torch.testing.assert_close(
+        sparse.get_buffer("0.weight_soft").double(), exact * mask, rtol=1e-5, atol=1e-7
+    )
+
+
+def test_averaged_weights_are_those_of_the_steps():
     sparse, optimizer = build(spartan(steps=20))
     average = torch.optim.swa_utils.AveragedModel(sparse)
+    seen = []
     for _ in range(6):
         step(sparse, optimizer)
         average.update_parameters(sparse)
-    assert average(X).shape == (32, 10)
+        seen.append(sparse.get_parameter("0.weight").detach().clone())
+    torch.testing.assert_close(average.module.get_parameter("0.weight"), torch.stack(seen).mean(0))
+    assert bool(average(X).isfinite().all())
 
 
 def test_blocks_are_kept_whole_and_as_many_as_the_budget_pays_for():
@@ -255,3 +293,30 @@ def test_the_shift_solves_the_budget_of_the_step():
     numbers = sparse.get_buffer("fxsparse_budgets")[0]
     mask = torch.sigmoid(numbers[BETA] * magnitudes(sparse).double() + numbers[SHIFT])
     assert float(mask.sum()) == pytest.approx(740, rel=1e-5)
+
+
+def test_blocks_of_a_convolution_are_kept_whole_and_train():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.Flatten(), nn.Linear(128, 10)
+    )
+    plan = Plan(
+        sparsity=0.75, allocation="uniform", pattern=Block(4, 4), method=spartan(steps=20), exclude=("4",)
+    )
+    images = X.reshape(32, 1, 8, 8).expand(-1, 8, -1, -1)
+    sparse = fxsparse.compile(model, plan, example_inputs=images)
+    optimizer = torch.optim.SGD(sparse.parameters(), lr=0.05)
+    sparse.attach(optimizer)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(sparse(images), Y)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    for mask in list(sparse.masks().values()):
+        Block(4, 4).check(mask)
+    assert sum(int(mask.sum()) for mask in sparse.masks().values()) == 0.25 * 2 * 8 * 16 * 9
+    assert losses[-1] < losses[0]
+    fast = fxsparse.compile(sparse.eval(), mode="infer", example_inputs=images)
+    torch.testing.assert_close(fast(images), sparse(images).detach())
