@@ -1,4 +1,4 @@
-"""Linear layers whose zeros lie in blocks: the block kernel beside those for any zeros, and dense.
+"""Linear layers whose zeros lie in blocks: the block kernel beside those for any zeros, and dense ones.
 
 ``python -m benchmarks.block_linear [--dtype bfloat16] [--threads 1]``: 3,072 x 3,072, blocks of 16 x 16, 90 % zeros.
 Least milliseconds, how many times faster than ``F.linear`` (medians), and the least that the nonzeros can take here.
@@ -15,7 +15,7 @@ from fxsparse.testing import problem_of
 from fxsparse.timing import interleaved_samples
 
 WIDTH, BLOCK, BATCHES = 3072, 16, (1, 16, 256)
-KERNELS = ("cpu-bsr", "cpu-striped", "cpu-csr")
+KERNELS = ("cpu-bsr", "cpu-striped", "cpu-csr", "onednn")
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from fxsparse.graph import Site, sites
 from fxsparse.passes.choose_layouts import ChooseLayouts
 from fxsparse.passes.fuse_epilogue import FuseEpilogue
 from fxsparse.passes.lower_inference import LowerInference
+from fxsparse.passes.pack_lanes import PackLanes
 from fxsparse.passes.round_values import RoundValues
 from fxsparse.passes.select_entry_kernels import SelectEntryKernels
 from fxsparse.passes.select_kernels import (
@@ -39,7 +40,8 @@ DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
 """Where kernels are measured; above the last, and wherever it is faster, dense counts."""
 
 _AFTER_CHOICE = (
-    SelectKernels, SelectEntryKernels, ChooseLayouts, RoundValues, LowerInference, FuseEpilogue, SplitSamples
+    SelectKernels, SelectEntryKernels, ChooseLayouts, RoundValues, LowerInference, FuseEpilogue, SplitSamples,
+    PackLanes,
 )  # fmt: skip
 
 
