@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 SITE_OPS: dict[Callable[..., Any], str] = {
@@ -126,6 +126,17 @@ def convolution_arguments(node: Node, shape: Sequence[int]) -> dict[str, Any]:
     }
     channels = shape[1] * plain.get("groups", 1)
     return {"kernel_size": tuple(shape[2:]), "in_channels": channels, **plain}
+
+
+def bias_of(gm: GraphModule, site: Site) -> Tensor | None:
+    """The bias of a call site where the model holds it, detached; None where it has none or the graph computes it."""
+    bias = argument(site.node, 2, "bias")
+    return fetch(gm, str(bias.target)).detach() if isinstance(bias, Node) and bias.op == "get_attr" else None
+
+
+def example_size(size: int | torch.SymInt) -> int:
+    """What a size that may be symbolic is at the example inputs."""
+    return size if isinstance(size, int) else int(size.node.hint)  # type: ignore[arg-type]
 
 
 def site_arguments(site: Site, shape: Sequence[int]) -> dict[str, Any]:

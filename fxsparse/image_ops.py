@@ -12,10 +12,11 @@ POINTWISE: set[Any] = {
     torch.relu, torch.sigmoid, torch.tanh,
 }  # fmt: skip
 POOLINGS: set[Any] = {F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d}
-MODULES = (
+POINTWISE_MODULES = (
     nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.Sigmoid, nn.Hardsigmoid,
-    nn.Identity, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,
+    nn.Identity,
 )  # fmt: skip
+MODULES = (*POINTWISE_MODULES, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 ADDS: set[Any] = {operator.add, torch.add}
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxsparse import kernel, machine
-from fxsparse.graph import Site, argument, fetch, site_arguments, sites
+from fxsparse import choosing, kernel, machine
+from fxsparse.graph import Site, bias_of, example_size, fetch, site_arguments, sites
 from fxsparse.image_ops import ADDS, MODULES, POINTWISE, POOLINGS, channels_first, channels_last
-from fxsparse.passes.fuse_epilogue import activation_after
+from fxsparse.passes.fuse_epilogue import fused_activation
 from fxsparse.passes.select_kernels import call_inputs, site_problem
 from fxsparse.pipeline import Decision, PassContext
 from fxsparse.timing import interleaved_quartiles
@@ -78,6 +78,8 @@ class _Costs:
     first: float
     last: float
     copy: float
+    limit: float = 0.0
+    """Of oneDNN's kernel, by its FLOPs and bytes."""
 
 
 def _costs(gm: GraphModule, site: Site, x: Tensor, decision: Decision) -> _Costs:
@@ -87,9 +89,7 @@ def _costs(gm: GraphModule, site: Site, x: Tensor, decision: Decision) -> _Costs
     problem = site_problem(site, weight, x, decision.nnz)
     if x.dim() != 4 or entry.refuses(problem):
         return _Costs(first, math.inf, 0.0)
-    bias, following = argument(site.node, 2, "bias"), activation_after(gm, site.node)
-    bias = fetch(gm, str(bias.target)).detach() if isinstance(bias, Node) and bias.op == "get_attr" else None
-    activation = "none" if isinstance(following, str) else following[0]
+    bias, activation = bias_of(gm, site), fused_activation(gm, site.node)
     key = (LAST, problem, tuple(x.shape), bias is None, activation, torch.get_num_threads())
     times = machine.recall(key)
     if times is None:
@@ -101,7 +101,7 @@ def _costs(gm: GraphModule, site: Site, x: Tensor, decision: Decision) -> _Costs
         with torch.no_grad():
             times = interleaved_quartiles(calls, rounds=15, seconds=0.3)
         machine.remember(key, times)
-    return _Costs(first, times["last"], times["copy"])
+    return _Costs(first, times["last"], times["copy"], choosing.limit_us(entry, problem))
 
 
 def _cut(gm: GraphModule, costs: Mapping[Node, _Costs]) -> set[Node]:
@@ -150,8 +150,7 @@ def _takes_either(gm: GraphModule, node: Node) -> bool:
 def _size(node: object) -> int:
     """Numbers of an image at the example inputs."""
     assert isinstance(node, Node)
-    size = node.meta["val"].numel()
-    return size.node.hint if isinstance(size, torch.SymInt) else size
+    return example_size(node.meta["val"].numel())
 
 
 def _hold_last(decision: Decision, costs: _Costs) -> None:
@@ -162,7 +161,7 @@ def _hold_last(decision: Decision, costs: _Costs) -> None:
         None,
     )
     decision.reason = f"{LAST}, as its neighbours: {costs.last:.1f} us, {costs.first:.1f} us with {FIRST}"
-    decision.dense_us = min(costs.last, decision.dense_us or math.inf)
+    decision.dense_us, decision.limit_us = costs.last, costs.limit
 
 
 def _convert(gm: GraphModule, last: set[Node]) -> None:

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxsparse import choosing, kernel
@@ -14,6 +13,8 @@ from fxsparse.graph import (
     Site,
     argument,
     attribute_nodes,
+    bias_of,
+    example_size,
     fetch,
     given_arguments,
     site_arguments,
@@ -161,7 +162,7 @@ def _measure(gm: GraphModule, name: str, decision: Decision, ctx: PassContext) -
     weight = fetch(gm, name).detach()
     if value is None or result is None or weight.is_meta or ctx.example_inputs is None:
         return None
-    shape, batch = [_hint(size) for size in value.shape], [_hint(size) for size in result.shape]
+    shape, batch = [example_size(size) for size in value.shape], [example_size(size) for size in result.shape]
     arguments = site_arguments(found[0], weight.shape)
     del batch[-1 if found[0].op == "linear" else 1 - weight.dim()]  # what is left counts outputs of one row
     problem = Problem(
@@ -182,14 +183,4 @@ def _measure(gm: GraphModule, name: str, decision: Decision, ctx: PassContext) -
     if found[0].op == "linear":
         shape = [problem.batch, shape[-1]]
     x = torch.randn(shape, generator=generator, device=weight.device).to(weight.dtype)
-    return choosing.choose(problem, x, sample, _bias(gm, found[0]))
-
-
-def _bias(gm: GraphModule, site: Site) -> Tensor | None:
-    bias = argument(site.node, 2, "bias")
-    return fetch(gm, str(bias.target)).detach() if isinstance(bias, Node) and bias.op == "get_attr" else None
-
-
-def _hint(size: int | torch.SymInt) -> int:
-    """The example's size of a dimension that may be symbolic."""
-    return size if isinstance(size, int) else int(size.node.hint)
+    return choosing.choose(problem, x, sample, bias_of(gm, found[0]))

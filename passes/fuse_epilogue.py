@@ -63,6 +63,12 @@ def activation_after(gm: GraphModule, node: Node) -> tuple[str, Node] | str:
     return found[0]
 
 
+def fused_activation(gm: GraphModule, node: Node) -> str:
+    """What a kernel in the place of `node` is given as its activation."""
+    found = activation_after(gm, node)
+    return "none" if isinstance(found, str) else found[0]
+
+
 def _fuse_activation(gm: GraphModule, node: Node, notes: list[str]) -> int:
     found = activation_after(gm, node)
     if isinstance(found, str):

@@ -1,6 +1,5 @@
 """Run the first part of a network of images with samples, or parts of them, in vector lanes, where that is faster."""
 
-import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -8,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.graph import CodeGen
 from torch.fx.node import map_arg
@@ -17,7 +16,7 @@ from fxsparse import kernel
 from fxsparse.formats import column_blocks
 from fxsparse.glue import GLUE
 from fxsparse.graph import CONVOLUTION, eliminate_dead_code, fetch, given_arguments
-from fxsparse.image_ops import COPIES
+from fxsparse.image_ops import ADDS, COPIES, POINTWISE, POINTWISE_MODULES
 from fxsparse.inputs import has_meta, split_inputs
 from fxsparse.lane_region import LaneRegion, Stage
 from fxsparse.packed import PackedWeight
@@ -33,9 +32,6 @@ GRIDS = (4, 2, 1)
 SHORTEST = 7
 """Pixels of a row of a part at least, where there is more than one."""
 
-_POINTWISE = {F.relu, F.relu6, F.silu, F.hardswish, F.hardtanh, torch.relu}
-_MODULES = (nn.ReLU, nn.SiLU, nn.ReLU6, nn.Hardswish, nn.Hardtanh)
-_ADDS = {operator.add, torch.add}
 _DENSE = {F.conv2d, torch.conv2d}
 
 
@@ -188,9 +184,7 @@ class _Calls:
                 lanes("conv_lanes"), node.args, dict(node.kwargs), _pair(node.kwargs.get("stride", 1))
             )
         if node.target in COPIES:
-            return _Call(
-                torch.positive, node.args, {}
-            )  # its argument itself: lanes have an order of their own
+            return _Call(None, node.args, {})
         if node.target in _DENSE:
             return self._dense(node)
         for op in GLUE:
@@ -198,13 +192,11 @@ class _Calls:
                 return self._pooling(found.inputs, found.given)
         if node.target is lanes("max_pool2d"):
             return self._pooling(node.args, dict(node.kwargs))
-        adds = node.target in _ADDS and len(node.all_input_nodes) == len(node.args) == 2 and not node.kwargs
-        pointwise = (
-            node.op == "call_function" and node.target in _POINTWISE and len(node.all_input_nodes) == 1
-        )
+        adds = node.target in ADDS and len(node.all_input_nodes) == len(node.args) == 2 and not node.kwargs
+        pointwise = node.op == "call_function" and node.target in POINTWISE and len(node.all_input_nodes) == 1
         if adds and len({self.shapes[source] for source in node.all_input_nodes}) > 1:
             return None
-        module = node.op == "call_module" and type(fetch(self.gm, str(node.target))) in _MODULES
+        module = node.op == "call_module" and type(fetch(self.gm, str(node.target))) in POINTWISE_MODULES
         return _Call(None, node.args, dict(node.kwargs)) if adds or pointwise or module else None
 
     def _dense(self, node: Node) -> _Call | None:

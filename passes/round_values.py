@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from fxsparse import choosing, kernel
-from fxsparse.graph import Site, argument, fetch, sites
+from fxsparse.graph import Site, bias_of, sites
 from fxsparse.kernel import Kernel
 from fxsparse.packed import replace_parameter
 from fxsparse.passes.select_kernels import matrix_of, site_inputs, site_problem
@@ -47,7 +47,5 @@ class RoundValues:
 
 
 def _error(gm: GraphModule, taken: Kernel, site: Site, x, nnz: int) -> float:
-    bias = argument(site.node, 2, "bias")
-    bias = fetch(gm, str(bias.target)).detach() if isinstance(bias, Node) and bias.op == "get_attr" else None
-    weight = matrix_of(gm, site)
+    bias, weight = bias_of(gm, site), matrix_of(gm, site)
     return choosing.rounding_error(taken, site_problem(site, weight, x, nnz), x, weight, bias, "none")

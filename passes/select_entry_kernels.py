@@ -8,12 +8,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxsparse import choosing, kernel, module
-from fxsparse.choosing import Choice
-from fxsparse.graph import Site, argument, fetch, site_arguments, sites
+from fxsparse.graph import Site, site_arguments, sites
 from fxsparse.inputs import has_meta
 from fxsparse.kernel import Entries, Problem
-from fxsparse.passes.fuse_epilogue import activation_after
-from fxsparse.passes.select_kernels import ADVANTAGE, narrower, outputs_of_a_row, site_inputs
+from fxsparse.passes.select_kernels import ADVANTAGE, choose_at, narrower, outputs_of_a_row, site_inputs
 from fxsparse.pattern import ConstantFanIn
 from fxsparse.pipeline import Decision, PassContext
 
@@ -50,7 +48,7 @@ def _decide(
     usable, refusals = kernel.candidates(problems[0], by_entries=True)
     if usable and inputs:
         choices = [
-            _measured(gm, site, problem, entries, inputs[site.node])
+            choose_at(gm, site, problem, entries, inputs[site.node])
             for site, problem in zip(calls, problems, strict=True)
         ]
         everywhere = set.intersection(*(set(choice.times_us) for choice in choices))
@@ -94,10 +92,3 @@ def _problem(
         arguments=tuple(site_arguments(site, entries.shape).items()),
         values=values,
     )
-
-
-def _measured(gm: GraphModule, site: Site, problem: Problem, entries: Entries, x: Tensor) -> Choice:
-    bias, following = argument(site.node, 2, "bias"), activation_after(gm, site.node)
-    bias = fetch(gm, str(bias.target)).detach() if isinstance(bias, Node) and bias.op == "get_attr" else None
-    activation = "none" if isinstance(following, str) else following[0]
-    return choosing.choose(problem, x, entries, bias, activation)

@@ -18,13 +18,14 @@ from fxsparse.graph import (
     Site,
     argument,
     attribute_nodes,
+    bias_of,
     fetch,
     given_arguments,
     site_arguments,
     sites,
 )
-from fxsparse.kernel import Kernel, Problem
-from fxsparse.passes.fuse_epilogue import activation_after
+from fxsparse.kernel import Entries, Kernel, Problem
+from fxsparse.passes.fuse_epilogue import fused_activation
 from fxsparse.pattern import Block
 from fxsparse.pipeline import Decision, PassContext, WeightSpec
 from fxsparse.skeleton import bind
@@ -232,12 +233,10 @@ def site_problem(
     )
 
 
-def choose_at(gm: GraphModule, site: Site, problem: Problem, weight: Tensor, x: Tensor) -> Choice:
+def choose_at(gm: GraphModule, site: Site, problem: Problem, weight: Tensor | Entries, x: Tensor) -> Choice:
     """Measure the kernels with the bias and the activation of the call site."""
-    bias, following = argument(site.node, 2, "bias"), activation_after(gm, site.node)
-    bias = fetch(gm, str(bias.target)).detach() if isinstance(bias, Node) and bias.op == "get_attr" else None
-    activation = "none" if isinstance(following, str) else following[0]
-    return choosing.choose(problem, x, weight, bias, activation, advantage=ADVANTAGE)
+    activation = fused_activation(gm, site.node)
+    return choosing.choose(problem, x, weight, bias_of(gm, site), activation, advantage=ADVANTAGE)
 
 
 def matrix_of(gm: GraphModule, site: Site) -> Tensor:
