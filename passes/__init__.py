@@ -23,6 +23,7 @@ from fxsparse.passes.lower_inference import LowerInference
 from fxsparse.passes.lower_kernels import LowerKernels
 from fxsparse.passes.pack_lanes import PackLanes
 from fxsparse.passes.price_weights import PriceWeights
+from fxsparse.passes.recognize_gelu import RecognizeGelu
 from fxsparse.passes.remove_dead_neurons import RemoveDeadNeurons
 from fxsparse.passes.remove_identities import RemoveIdentities
 from fxsparse.passes.replace_layers import ReplaceLayers
@@ -50,6 +51,7 @@ training_pipeline = (
 inference_pipeline = (
     FoldMasks(),
     Functionalize(),
+    RecognizeGelu(),
     InferShapes(),
     CollectWeights(),
     RemoveIdentities(),
@@ -109,6 +111,7 @@ __all__ = [
     "LowerKernels",
     "PackLanes",
     "PriceWeights",
+    "RecognizeGelu",
     "RemoveDeadNeurons",
     "RemoveIdentities",
     "ReplaceLayers",
