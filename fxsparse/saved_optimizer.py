@@ -45,27 +45,26 @@ def restore(
 ) -> None:
     """Let an optimizer made from ``model.parameters()`` hold those of `sparse` instead, with the saved state, in place.
 
+    Where a transformation replaced parameters, what it made in their place goes into the groups that it was saved in.
+
     Raises:
         CheckpointError: nothing was saved, or for another optimizer or other groups; the optimizer is left as it was.
     """
     if saved is None:
         raise CheckpointError("load: the file holds no optimizer; it was saved without optimizer=.")
-    stored = {id(parameter): _stored(sparse, name) for name, parameter in model.named_parameters()}
-    by_name = dict(sparse.named_parameters())
-    names = {id(parameter): name for name, parameter in by_name.items()}
+    by_name, names = dict(sparse.named_parameters()), _new_names(model, sparse)
     found = [
-        [
-            names.get(id(stored.get(id(parameter), parameter)), "of something else")
-            for parameter in group["params"]
-        ]
+        [names.get(id(parameter), "of something else") for parameter in group["params"]]
         for group in optimizer.param_groups
     ]
     left = iter(saved["names"])
     expected = [[next(left) for _ in group["params"]] for group in saved["groups"]]
-    if type(optimizer).__name__ != saved["class"] or [*map(sorted, found)] != [*map(sorted, expected)]:
+    kept = [sorted(name for name in group if name in names.values()) for group in expected]
+    asked = [sorted(name for name in group if name is not None) for group in found]
+    if type(optimizer).__name__ != saved["class"] or asked != kept:
         raise CheckpointError(
-            f"load: expected a {saved['class']} with the groups {expected}, got a {type(optimizer).__name__} with "
-            f"{found}. Make it from model.parameters(), with the groups of the saved one."
+            f"load: expected a {saved['class']} with the groups {kept}, got a {type(optimizer).__name__} with "
+            f"{asked}. Make it from model.parameters(), with the groups of the saved one."
         )
     for group, members in zip(optimizer.param_groups, expected, strict=True):
         group["params"] = [by_name[name] for name in members]
@@ -82,9 +81,12 @@ def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
-def _stored(sparse: SparseModule, name: str) -> Tensor | None:
-    weight = sparse.get_submodule(name) if name not in dict(sparse.named_parameters()) else None
-    return weight.values if isinstance(weight, CompactWeight) else sparse.get_parameter(name)
+def _new_names(model: nn.Module, sparse: SparseModule) -> dict[int, str | None]:
+    """{id of a parameter of the user's model: its name in `sparse`, None where a transformation replaced it}."""
+    found = dict(sparse.named_parameters(remove_duplicate=False))
+    found |= {name: weight.values for name, weight in sparse.weights() if isinstance(weight, CompactWeight)}
+    first = {id(parameter): name for name, parameter in sparse.named_parameters()}
+    return {id(given): first.get(id(found.get(name))) for name, given in model.named_parameters()}
 
 
 def _plain(values: Mapping[str, Any], where: str, tensors: dict[str, Tensor]) -> dict[str, Any]:

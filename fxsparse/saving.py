@@ -64,8 +64,9 @@ def load(
         model: the user's own model, as it was when it was compiled; on any device, best on meta.  It gives classes and
             shapes.  It is left untouched, and its values are not read.
         example_inputs: only needed where those of the compilation held more than tensors and plain values.
-        optimizer: made from ``model.parameters()``.  It is made to hold the loaded parameters instead, with the saved
-            state and options.  Without it make one from the result's ``parameters()`` and attach it.
+        optimizer: made from ``model.parameters()``, with as many groups as the saved one.  It is made to hold the
+            loaded parameters instead, those that a transformation made among them, with the saved state and options.
+            Without it make one from the result's ``parameters()`` and attach it.
         device: where the result lives.
 
     Raises:

@@ -14,6 +14,7 @@ from fxsparse.errors import CheckpointError, PlanError
 from fxsparse.methods import rigl, set_, srigl, static
 from fxsparse.pattern import NM, ConstantFanIn
 from fxsparse.storage import CompactWeight
+from fxsparse.transforms import TRANSFORMS, SparseParallel
 
 X, Y = torch.randn(16, 32), torch.randint(4, (16,))
 
@@ -104,6 +105,45 @@ def test_a_loaded_run_goes_on_bit_for_bit(name, tmp_path):
     assert [row | {"reason": ""} for row in loaded.report.layers] == [
         row | {"reason": ""} for row in sparse.report.layers
     ]
+
+
+def in_groups(module):
+    """Matrices and vectors apart, as for weight decay."""
+    named = list(module.named_parameters())
+    matrices = [p for name, p in named if name.endswith(("weight", "values")) and "norm" not in name]
+    held = {id(p) for p in matrices}
+    return [{"params": matrices}, {"params": [p for _, p in named if id(p) not in held], "weight_decay": 0.0}]
+
+
+@pytest.mark.parametrize("storage", ["masked", "compact"])
+@pytest.mark.parametrize("groups", [lambda module: module.parameters(), in_groups])
+@pytest.mark.parametrize("kind", TRANSFORMS.values())
+def test_a_transformed_run_goes_on_bit_for_bit(kind, groups, storage, tmp_path):
+    plan = Plan(transform=kind(), sparsity=0.75, method=rigl(every=3), storage=storage)
+    sparse = fxsparse.compile(Net(), plan, example_inputs=X)
+    optimizer = torch.optim.AdamW(groups(sparse), lr=0.01)
+    sparse.attach(optimizer)
+    train(sparse, optimizer)
+    fxsparse.save(sparse, tmp_path / "file", optimizer=optimizer)
+    model = on_meta(Net)
+    again = torch.optim.AdamW(groups(model))
+    loaded = fxsparse.load(tmp_path / "file", model, optimizer=again)
+    for of in (sparse, loaded):
+        train(of, optimizer if of is sparse else again)
+    assert_same(sparse, loaded)
+    assert [group["weight_decay"] for group in again.param_groups] == [
+        group["weight_decay"] for group in optimizer.param_groups
+    ]
+
+
+def test_what_a_transformation_left_has_to_be_in_the_groups_it_was_saved_in(tmp_path):
+    plan = Plan(transform=SparseParallel(), sparsity=0.75, method=rigl(every=3))
+    sparse, optimizer = trained(plan)
+    fxsparse.save(sparse, tmp_path / "file", optimizer=optimizer)
+    for wrong in (lambda model: model.head.parameters(), lambda model: [torch.zeros(2, requires_grad=True)]):
+        model = Net()
+        with pytest.raises(CheckpointError, match=r"expected a AdamW with the groups \[\['conv.bias', "):
+            fxsparse.load(tmp_path / "file", model, optimizer=torch.optim.AdamW(wrong(model)))
 
 
 @pytest.mark.parametrize("make", [Branching, Deciding])
