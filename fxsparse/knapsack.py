@@ -38,7 +38,8 @@ class KeepLargest:
 class Sharpness:
     """Beta of the soft masks: linear from 1 to `most` at step `freeze`, when they stop changing.
 
-    A block of n entries has ``most * sqrt(n)``, as the mean over a block varies that much less.
+    A block of n entries has ``most * sqrt(n)``, as the mean over a block varies that much less; weights of one budget
+    have one sharpness, that of the largest of their blocks.
     """
 
     most: float

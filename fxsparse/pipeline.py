@@ -91,6 +91,8 @@ class Decision:
     """What the allocation gave the weight, before the pattern rounded it down."""
     cost: float = 1.0
     """Of an entry, where the plan has a budget: relative to the mean of all entries."""
+    dense: bool = False
+    """An override keeps the weight dense, outside of what others share."""
     ablates: bool = False
     """The method may ablate neurons of this weight."""
     neurons: str = ""

@@ -15,8 +15,9 @@ from fxsparse import methods, transforms
 from fxsparse import pattern as patterns
 from fxsparse.budget import Budget
 from fxsparse.errors import PlanError
+from fxsparse.knapsack import KeepLargest
 from fxsparse.method import Method
-from fxsparse.pattern import NM, Pattern, Unstructured
+from fxsparse.pattern import NM, Block, Pattern, Unstructured
 from fxsparse.transforms import Transform
 
 VERSION = 1
@@ -210,6 +211,8 @@ def _check_types(plan: Plan) -> None:
             f"Plan.transform: expected one of {', '.join(transforms.TRANSFORMS)}, got {plan.transform!r}."
         )
     _check_method_pattern(plan)
+    if isinstance(plan.method.rule, KeepLargest):
+        _check_largest(plan, plan.method.rule)
 
 
 def _check_budget(plan: Plan) -> None:
@@ -236,12 +239,42 @@ def _budget(row: Mapping[str, Any]) -> Budget:
 
 def _check_method_pattern(plan: Plan) -> None:
     own = plan.method.pattern
-    given = {"Plan": plan.pattern} | {f"Override({o.glob!r})": o.pattern for o in plan.overrides if o.pattern}
-    for where, pattern in given.items():
+    for where, pattern in _patterns(plan).items():
         if own is not None and type(pattern) is not type(own):
             raise PlanError(
                 f"{where}.pattern: {plan.method.name} trains {type(own).__name__} only, got {pattern!r}; leave it out."
             )
+
+
+def _check_largest(plan: Plan, rule: KeepLargest) -> None:
+    """Refuse what a choice of the largest entries or blocks cannot give."""
+    name = plan.method.name
+    for where, pattern in _patterns(plan).items():
+        if not isinstance(pattern, Unstructured | Block):
+            raise PlanError(
+                f"{where}.pattern: {name} keeps the largest entries or blocks of a weight: expected Unstructured() or "
+                f"Block(rows, cols), got {pattern!r}. Train {type(pattern).__name__} by another method, such as sr_ste "
+                "for N:M or srigl for a constant fan-in."
+            )
+    if not rule.together:
+        return
+    advice = f"Use {name}(scope='layer'), or Override(glob, sparsity=0) for weights that are to stay dense."
+    if isinstance(plan.allocation, Mapping):
+        raise PlanError(
+            f"Plan.allocation: all weights of {name}(scope='global') share one budget: expected the name of a policy, "
+            f"got {dict(plan.allocation)!r}. {advice}"
+        )
+    for o in plan.overrides:
+        if o.sparsity:
+            raise PlanError(
+                f"Override({o.glob!r}).sparsity: all weights of {name}(scope='global') share one budget: expected 0 or "
+                f"none, got {o.sparsity}. {advice}"
+            )
+
+
+def _patterns(plan: Plan) -> dict[str, Pattern]:
+    """{what asks for it: pattern}."""
+    return {"Plan": plan.pattern} | {f"Override({o.glob!r})": o.pattern for o in plan.overrides if o.pattern}
 
 
 def _implied_sparsity(sparsity: float | None, pattern: Pattern) -> float:

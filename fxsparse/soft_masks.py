@@ -72,21 +72,25 @@ class AveragedMask:
 
 def soft_mask(
     weight: Tensor,
-    soft: Tensor,
+    mask: Tensor,
+    soft: Tensor | None = None,
     numbers: Tensor | None = None,
     shift: Tensor | None = None,
     block: Block = (1, 1),
     cost: float = 1.0,
 ) -> Tensor:
-    """``weight * soft``; the cut of `soft` to the kept entries is straight through for the gradient.
+    """``weight * soft`` where `mask`, else 0, also where an averaged `soft` is not; the cut is straight through for
+    the gradient.
 
-    Without `numbers` there is no gradient but that of the product.
+    Without the others there is no gradient but that of the cut.
     """
-    if has_torch_function((weight, soft)):
-        return handle_torch_function(soft_mask, (weight, soft), weight, soft, numbers, shift, block, cost)
-    if numbers is None or shift is None:
-        return weight * soft
-    return _SoftMask.apply(weight, soft, numbers, shift, block, cost)
+    if has_torch_function((weight, mask)):
+        return handle_torch_function(
+            soft_mask, (weight, mask), weight, mask, soft, numbers, shift, block, cost
+        )
+    if soft is None or numbers is None or shift is None:
+        return weight * mask
+    return _SoftMask.apply(weight, mask, soft, numbers, shift, block, cost)
 
 
 def averaged_mask(weight: Tensor, mask: Tensor, numbers: Tensor | None = None) -> Tensor:
@@ -135,25 +139,33 @@ class _SharedShift(torch.autograd.Function):
 class _SoftMask(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, soft: Tensor, numbers: Tensor, shift: Tensor, block: Block, cost: float
+        ctx: Any,
+        weight: Tensor,
+        mask: Tensor,
+        soft: Tensor,
+        numbers: Tensor,
+        shift: Tensor,
+        block: Block,
+        cost: float,
     ) -> Tensor:
-        ctx.save_for_backward(weight, soft, numbers)
+        ctx.save_for_backward(weight, mask, soft, numbers)
         ctx.block, ctx.cost = block, cost
-        return weight * soft
+        return torch.where(mask, weight * soft, 0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        weight, soft, numbers = ctx.saved_tensors
-        grad, live = grads[0], 1 - numbers[FROZEN]
+        weight, mask, soft, numbers = ctx.saved_tensors
+        # Before the first step there is no sharpness yet, and the masks are ones as they come.
+        grad, live = grads[0], (1 - numbers[FROZEN]) * (numbers[BETA] > 0)
         x = _logits(weight, numbers, ctx.block, ctx.cost)
-        mask = torch.sigmoid(x)
-        through = live.to(mask.dtype) * gather(weight * grad, ctx.block) * mask * torch.sigmoid(-x)
-        into_value = (numbers[BETA] / ctx.cost).to(mask.dtype) * through
-        scale = torch.where(live > 0, spread(mask, ctx.block, weight.shape).to(weight.dtype), soft)
+        whole = torch.sigmoid(x)
+        through = live.to(whole.dtype) * gather(weight * grad, ctx.block) * whole * torch.sigmoid(-x)
+        into_value = (numbers[BETA] / ctx.cost).to(whole.dtype) * through
+        scale = torch.where(live > 0, spread(whole, ctx.block, weight.shape).to(weight.dtype), soft * mask)
         into_weight = scale * grad + weight.sign() * spread(into_value, ctx.block, weight.shape).to(
             weight.dtype
         )
-        return into_weight, None, None, through.sum(dtype=torch.float64), None, None
+        return into_weight, None, None, None, through.sum(dtype=torch.float64), None, None
 
 
 def gather(tensor: Tensor, block: Block) -> Tensor:

@@ -34,25 +34,22 @@ def shared(rule: KeepLargest, weights: Sequence[Any]) -> list[Sequence[Any]]:
 
 
 def _spend(step: UpdateStep, rule: KeepLargest, numbers: Tensor, members: Sequence[Stored]) -> bool:
-    """One budget; a frozen weight (``requires_grad=False``) keeps its mask and takes no part."""
-    trained = [member for member in members if member[0].requires_grad]
-    if not trained:
-        return False
-    targets = [step.targets[name] for *_, name in trained]
+    """One budget.  Masks are a matter of values, so that weights without a gradient take part as any other."""
+    targets = [step.targets[name] for *_, name in members]
     budget = budget_at(step, targets)
     blocks = [block_of(target.pattern, target.transposed) for target in targets]
     costs = [target.cost * rows * columns for target, (rows, columns) in zip(targets, blocks, strict=True)]
     each = [
         utilities(weight, block, cost)
-        for (weight, *_), block, cost in zip(trained, blocks, costs, strict=True)
+        for (weight, *_), block, cost in zip(members, blocks, costs, strict=True)
     ]
     masks = keep(each, costs, budget)
     moved = [
         _move(step, member, spread(mask, block, member[0].shape))
-        for member, mask, block in zip(trained, masks, blocks, strict=True)
+        for member, mask, block in zip(members, masks, blocks, strict=True)
     ]
     if rule.sharpness is not None:
-        beta = rule.sharpness(step.number, math.prod(blocks[0]))
+        beta = rule.sharpness(step.number, max(math.prod(block) for block in blocks))
         values = [u * cost for u, cost in zip(each, costs, strict=True)]
         numbers[BETA] = beta
         numbers[SHIFT] = torch.ops.fxsparse.soft_topk_shift(
@@ -61,7 +58,7 @@ def _spend(step: UpdateStep, rule: KeepLargest, numbers: Tensor, members: Sequen
             numbers.new_tensor(budget),
             numbers[BETA],
         )
-        for (weight, mask, soft, _), utility, block in zip(trained, each, blocks, strict=True):
+        for (weight, mask, soft, _), utility, block in zip(members, each, blocks, strict=True):
             assert soft is not None
             whole = torch.sigmoid(beta * utility + numbers[SHIFT].to(utility.dtype))
             soft.copy_(torch.where(mask, spread(whole, block, weight.shape), 0))

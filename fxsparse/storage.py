@@ -28,12 +28,12 @@ class MaskedWeight:
     transposed: bool = False
     """The user's layout is [in, out]."""
     soft: Tensor | None = None
-    """What the parameter is multiplied by where masks are not binary, 0 outside of the mask."""
+    """What the parameter is multiplied by where masks are not binary; it counts within the mask alone."""
 
     @property
     def factor(self) -> Tensor:
-        """The soft mask, or the mask."""
-        return self.mask if self.soft is None else self.soft
+        """What the effective weight is a multiple by: the soft mask, cut to the mask, or the mask."""
+        return self.mask if self.soft is None else self.soft * self.mask
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -40,6 +40,8 @@ class AllocateNnz:
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         if ctx.plan is not None and not ctx.decisions:
             ctx.decisions.update(decide(ctx.plan, ctx))
+            for name, wish in _overrides(ctx.plan, ctx.weights).items():
+                ctx.decisions[name].dense = wish.sparsity == 0
         return 0
 
 

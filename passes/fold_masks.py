@@ -22,7 +22,7 @@ from fxsparse.packed import replace_parameter
 from fxsparse.passes.insert_soft_masks import NUMBERS
 from fxsparse.pipeline import PassContext
 from fxsparse.soft_masks import shared_shift
-from fxsparse.storage import CompactWeight
+from fxsparse.storage import CompactWeight, MaskedWeight, read_weights
 
 _VALUES = ".values"
 _OPS = {2: F.linear, 3: F.conv1d, 4: F.conv2d}
@@ -57,12 +57,13 @@ def _fold_masked(gm: GraphModule, ctx: PassContext) -> int:
     reparam = ctx.plan.method.reparam
     function, _ = reparam.function(dense_grad=False)
     found = gm.graph.find_nodes(op="call_function", target=function)
-    masks = {str(node.args[0].target): str(node.args[1].target) for node in found}
-    for name, mask in masks.items():
-        replace_parameter(gm, name, reparam.fold(fetch(gm, name).detach(), fetch(gm, mask)))
-        for buffer in {mask, f"{name}_mask"}:
-            holder, leaf = owner(gm, buffer)
-            del holder._buffers[leaf]
+    names = [str(node.args[0].target) for node in found]
+    for name, weight in read_weights(gm, dict.fromkeys(names, False)):
+        assert isinstance(weight, MaskedWeight), "the graph reads its mask"
+        replace_parameter(gm, name, reparam.fold(weight.parameter.detach(), weight.factor))
+        holder, leaf = owner(gm, name)
+        for buffer in (f"{leaf}_mask", f"{leaf}_soft"):
+            holder._buffers.pop(buffer, None)
     for node in found:
         node.replace_all_uses_with(node.args[0])
         gm.graph.erase_node(node)

@@ -8,7 +8,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from fxsparse.knapsack import KeepLargest
 from fxsparse.method import Probe
-from fxsparse.passes.insert_soft_masks import NUMBERS
+from fxsparse.passes.insert_soft_masks import NUMBERS, choosing
 from fxsparse.pipeline import PassContext
 from fxsparse.probe_variant import probe_graphs
 from fxsparse.skeleton import bind
@@ -55,12 +55,13 @@ def _update_graph(ctx: PassContext, names: list[str]) -> Graph:
     assert ctx.plan is not None
     graph = Graph()
     step = graph.placeholder("step")
-    stored = [_stored(ctx, graph, name) for name in names]
-    if isinstance(ctx.plan.method.rule, KeepLargest):
+    largest = isinstance(ctx.plan.method.rule, KeepLargest)
+    stored = [_stored(ctx, graph, name) for name in (choosing(ctx) if largest else names)]
+    if largest and stored:
         softened = [_softened(graph, ctx, *weight) for weight in stored]
         graph.output(graph.call_function(keep_largest, (step, graph.get_attr(NUMBERS), softened)))
         return graph
-    if ctx.plan.method.is_joint:
+    if ctx.plan.method.is_joint and stored:
         proposals = tuple(graph.call_function(propose, (step, *weight)) for weight in stored)
         chosen = graph.call_function(choose_together, (step, proposals))
         moved = [graph.call_function(move_mask, (step, *weight, chosen)) for weight in stored]

@@ -21,13 +21,13 @@ NUMBERS = "fxsparse_budgets"
 
 @dataclass(frozen=True)
 class InsertSoftMasks:
-    """soft_mask(w, w_mask) becomes soft_mask(w, w_soft, numbers, shift); shift depends on all weights of a budget.
+    """soft_mask(w, w_mask) becomes soft_mask(w, w_mask, w_soft, numbers, shift); shift depends on all of a budget.
 
     averaged_mask(w, w_mask) gets the numbers alone.  Those of all budgets are the buffer ``fxsparse_budgets``, and the
     soft mask is the buffer ``<weight>_soft``: ones, until the first step.
 
     Raises:
-        PlanError: the model runs by its own forward, or weights that share a budget have blocks of different sizes.
+        PlanError: the model runs by its own forward.
     """
 
     name: ClassVar[str] = "insert-soft-masks"
@@ -39,7 +39,9 @@ class InsertSoftMasks:
         method = ctx.plan.method
         if not isinstance(method.rule, KeepLargest):
             return 0
-        names = [name for name, decision in ctx.decisions.items() if decision.storage == "masked"]
+        names = choosing(ctx)
+        if not names:
+            return 0
         groups = shared(method.rule, names)
         _register_numbers(ctx, len(groups))
         if ctx.program.tier == "walk" and isinstance(method.reparam, SoftMask | AveragedMask):
@@ -60,6 +62,11 @@ class InsertSoftMasks:
         return sum(rewrite(gm, ctx, group, own, start) for group, own in zip(groups, numbers, strict=True))
 
 
+def choosing(ctx: PassContext) -> list[str]:
+    """The weights whose entries compete: those that no override keeps dense."""
+    return [name for name, decision in ctx.decisions.items() if not decision.dense]
+
+
 def _average(gm: GraphModule, ctx: PassContext, names: Sequence[str], numbers: Node, start: Node) -> int:
     found = _effective(gm, names, averaged_mask)
     for node in found:
@@ -70,11 +77,6 @@ def _average(gm: GraphModule, ctx: PassContext, names: Sequence[str], numbers: N
 def _soften(gm: GraphModule, ctx: PassContext, names: Sequence[str], numbers: Node, start: Node) -> int:
     blocks = {name: block_of(ctx.decisions[name].pattern, ctx.weights[name].transposed) for name in names}
     costs = {name: ctx.decisions[name].cost * rows * columns for name, (rows, columns) in blocks.items()}
-    if len({rows * columns for rows, columns in blocks.values()}) > 1:
-        raise PlanError(
-            f"expected blocks of one size for weights that share a budget, got {sorted(set(blocks.values()))}: give "
-            "spartan scope='layer', or exclude the weights of the other size."
-        )
     with gm.graph.inserting_before(start):
         weights = [gm.graph.get_attr(name) for name in names]
         parts = (weights, [blocks[name] for name in names], [costs[name] for name in names])
@@ -85,7 +87,7 @@ def _soften(gm: GraphModule, ctx: PassContext, names: Sequence[str], numbers: No
         _register_soft(ctx, name)
         with gm.graph.inserting_before(node):
             soft = gm.graph.get_attr(f"{name}_soft")
-        node.args = (node.args[0], soft, numbers, shift, blocks[name], costs[name])
+        node.args = (*node.args[:2], soft, numbers, shift, blocks[name], costs[name])
     return len(found)
 
 

@@ -26,7 +26,7 @@ def spartan(
 
     Args:
         beta: 10 for the paper's ResNet-50, 20 for its ViT-B/16 and as its code's default; blocks of n entries take
-            ``beta * sqrt(n)``.
+            ``beta * sqrt(n)``, and so do all weights that share a budget with them.
         scope: "global" ranks all weights together, as the paper; "layer" keeps the count that the plan's allocation
             gives each ("uniform", "erk").
     """

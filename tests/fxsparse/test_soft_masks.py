@@ -56,7 +56,7 @@ def test_gradients_are_those_of_weight_times_soft_topk_over_both_weights(block):
     )
     shift = shared_shift(numbers, weights, [block] * 2, [cost] * 2)
     effective = [
-        soft_mask(w, s.detach() * k, numbers, shift, block, cost)
+        soft_mask(w, k > 0, s.detach(), numbers, shift, block, cost)
         for w, s, k in zip(weights, soft, keep, strict=True)
     ]
     for got, w, s, k in zip(effective, weights, soft, keep, strict=True):
@@ -70,7 +70,9 @@ def test_a_frozen_mask_lets_kept_weights_learn_and_nothing_else():
     numbers, cost = numbers_for(weights, (1, 1), frozen=1.0)
     soft = [(s * (s > 0.4)).detach() for s in masks_of(weights, (1, 1))]
     shift = shared_shift(numbers, weights, [(1, 1)] * 2, [cost] * 2)
-    effective = [soft_mask(w, s, numbers, shift, (1, 1), cost) for w, s in zip(weights, soft, strict=True)]
+    effective = [
+        soft_mask(w, s > 0, s, numbers, shift, (1, 1), cost) for w, s in zip(weights, soft, strict=True)
+    ]
     got = torch.autograd.grad(sum(e.sum() for e in effective), weights)
     for gradient, s in zip(got, soft, strict=True):
         assert torch.equal(gradient, s)
@@ -81,7 +83,7 @@ def test_a_weight_of_exactly_zero_gets_no_gradient_through_its_magnitude():
     numbers = torch.tensor([-1.0, 2.0, 0.0], dtype=torch.float64)
     shift = shared_shift(numbers, [weight], [(1, 1)], [1.0])
     (gradient,) = torch.autograd.grad(
-        (soft_mask(weight, torch.ones(1, 2, dtype=torch.float64), numbers, shift) * 3).sum(), weight
+        (soft_mask(weight, torch.ones(1, 2) > 0, torch.ones_like(weight), numbers, shift) * 3).sum(), weight
     )
     assert float(gradient[0, 0]) == pytest.approx(
         3 * float(torch.sigmoid(torch.tensor(-1.0, dtype=torch.float64)))
@@ -90,11 +92,18 @@ def test_a_weight_of_exactly_zero_gets_no_gradient_through_its_magnitude():
 
 def test_before_the_first_step_everything_is_kept_and_finite():
     weights = [w.float().detach().requires_grad_() for w in two_weights()]
-    numbers = torch.tensor([torch.inf, 1.0, 0.0], dtype=torch.float64)
-    shift = shared_shift(numbers, weights, [(1, 1)] * 2, [1.0] * 2)
-    effective = [soft_mask(w, torch.ones_like(w), numbers, shift) for w in weights]
-    for gradient in torch.autograd.grad(sum(e.sum() for e in effective), weights):
-        assert torch.equal(gradient, torch.ones_like(gradient))
+    for start in ([torch.inf, 1.0, 0.0], [0.0, 0.0, 0.0]):
+        numbers = torch.tensor(start, dtype=torch.float64)
+        shift = shared_shift(numbers, weights, [(1, 1)] * 2, [1.0] * 2)
+        effective = [soft_mask(w, w == w, torch.ones_like(w), numbers, shift) for w in weights]
+        for gradient in torch.autograd.grad(sum(e.sum() for e in effective), weights):
+            assert torch.equal(gradient, torch.ones_like(gradient))
+
+
+def test_a_soft_mask_counts_within_the_mask_alone():
+    weight, mask = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([True, False, True])
+    numbers, soft = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64), torch.full((3,), 0.5)
+    assert soft_mask(weight, mask, soft, numbers, torch.zeros(())).tolist() == [0.5, 0.0, 1.5]
 
 
 def test_dual_averaging_trains_dropped_entries_until_it_is_frozen():

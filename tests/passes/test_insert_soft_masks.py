@@ -6,10 +6,9 @@ from torch import nn
 
 import fxsparse
 from fxsparse import Override, Plan
-from fxsparse.errors import PlanError
 from fxsparse.methods import dual_averaging, imp, rigl, spartan
 from fxsparse.pattern import Block
-from fxsparse.soft_masks import averaged_mask, shared_shift, soft_mask
+from fxsparse.soft_masks import BETA, averaged_mask, shared_shift, soft_mask
 
 
 class Net(nn.Module):
@@ -41,10 +40,10 @@ def test_all_weights_share_one_shift_and_every_weight_has_one_soft_mask(train):
     (shift,) = calls(sparse, shared_shift)
     assert [str(node.target) for node in shift.args[1]] == ["conv.weight", "one.weight", "two.weight"]
     masked = calls(sparse, soft_mask)
-    assert sorted(str(node.args[1].target) for node in masked) == [
+    assert sorted(str(node.args[2].target) for node in masked) == [
         f"{name}.weight_soft" for name in ("conv", "one", "two")
     ]
-    assert all(node.args[3] is shift for node in masked)
+    assert all(node.args[4] is shift for node in masked)
     sparse.forward_graph.graph.lint()
 
 
@@ -65,11 +64,24 @@ def test_other_methods_have_no_budgets():
     assert "fxsparse_budgets" not in compiled(rigl(every=1, stop=9)).state_dict()
 
 
-def test_blocks_of_different_sizes_cannot_share_a_budget():
-    wishes = (Override("one", pattern=Block(4, 4)),)
-    with pytest.raises(PlanError, match=r"blocks of one size.*\(1, 1\), \(4, 4\)"):
-        compiled(spartan(steps=10), overrides=wishes)
-    assert compiled(spartan(steps=10, scope="layer"), overrides=wishes)(X).shape == (2, 16)
+def test_blocks_of_different_sizes_share_a_budget_at_the_sharpness_of_the_largest():
+    sparse = compiled(spartan(steps=10), overrides=(Override("one", pattern=Block(4, 4)),))
+    optimizer = torch.optim.SGD(sparse.parameters(), lr=0.1)
+    sparse.attach(optimizer)
+    for _ in range(3):
+        optimizer.zero_grad()
+        sparse(X).square().mean().backward()
+        optimizer.step()
+    masks = sparse.masks()
+    Block(4, 4).check(masks["one.weight"])
+    total = sum(mask.numel() for mask in masks.values())
+    assert total / 2 - 16 < sum(int(mask.sum()) for mask in masks.values()) <= total / 2
+    assert float(sparse.get_buffer("fxsparse_budgets")[0, BETA]) == pytest.approx(1 + (10 * 4 - 1) * 3 / 8)
+    singles = {n: sparse.get_parameter(n).detach().abs() for n in masks if n != "one.weight"}
+    kept = min(float(singles[n][masks[n]].min()) for n in singles)
+    blocks = sparse.get_parameter("one.weight").detach().abs().view(4, 4, 8, 4).mean((1, 3))
+    chosen = masks["one.weight"].view(4, 4, 8, 4)[:, 0, :, 0]
+    assert float(blocks[~chosen].max()) <= kept + 1e-6
 
 
 def test_pickling_keeps_soft_masks_and_budgets():

@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import pytest
 import torch
@@ -7,10 +8,10 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fxsparse
-from fxsparse import Budget, Plan
+from fxsparse import Budget, Override, Plan
 from fxsparse.errors import PlanError
 from fxsparse.methods import dual_averaging, imp, spartan
-from fxsparse.pattern import Block
+from fxsparse.pattern import NM, Block, ConstantFanIn
 from fxsparse.soft_masks import BETA, FROZEN, SHIFT
 from fxsparse.topk import soft_topk, top_mask
 
@@ -240,20 +241,102 @@ def test_compiled_training_is_the_same_in_one_graph():
     assert counter.frame_count == 1
 
 
-def test_weights_that_do_not_train_keep_their_masks():
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("halfway", [False, True])
+def test_weights_that_do_not_train_are_masked_as_any_other(method, halfway):
     model = mlp()
-    model[2].weight.requires_grad_(False)
-    sparse = fxsparse.compile(
-        model, Plan(sparsity=0.9, method=spartan(steps=20), allocation="uniform"), example_inputs=X
-    )
+    model[2].weight.requires_grad_(halfway)
+    plan = Plan(sparsity=0.9, method=method(steps=20), allocation="uniform")
+    sparse = fxsparse.compile(model, plan, example_inputs=X)
     optimizer = torch.optim.SGD([p for p in sparse.parameters() if p.requires_grad], lr=0.1)
     sparse.attach(optimizer)
+    for number in range(8):
+        if number == 4:
+            model[2].weight.requires_grad_(False)
+        step(sparse, optimizer)
+    expected = top_mask(magnitudes(sparse), 740)
+    assert torch.equal(torch.cat([mask.flatten() for mask in sparse.masks().values()]), expected)
+
+
+def test_the_gradient_beside_a_frozen_weight_is_exact():
+    sparse, optimizer = build(spartan(steps=20), 0.5)
+    sparse.get_parameter("2.weight").requires_grad_(False)
     for _ in range(6):
+        step(sparse, optimizer)
+    weights = [sparse.get_parameter(f"{i}.weight").detach() for i in (0, 2)]
+    trained = weights[0].clone().requires_grad_()
+    soft = soft_topk(
+        torch.cat([trained.abs().flatten(), weights[1].abs().flatten()]), 3700, beta=1 + 9 * 6 / 16
+    )
+    made = []
+    for part, w, name in zip(soft.split([6400, 1000]), (trained, weights[1]), ("0", "2"), strict=True):
+        mask = sparse.masks()[f"{name}.weight"]
+        whole = w * part.view(w.shape)
+        made.append(whole - (whole * ~mask).detach())  # the cut is straight through
+    reference = sparse.to_dense()
+    hidden = F.linear(X, made[0], reference[0].bias).relu()
+    F.cross_entropy(F.linear(hidden, made[1], reference[2].bias), Y).backward()
+    optimizer.zero_grad()
+    F.cross_entropy(sparse(X), Y).backward()
+    torch.testing.assert_close(sparse.get_parameter("0.weight").grad, trained.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_first_gradient_is_the_dense_one(method):
+    sparse, _ = build(method(steps=20))
+    dense = mlp()
+    for model in (sparse, dense):
+        F.cross_entropy(model(X), Y).backward()
+    for a, b in zip(sparse.parameters(), dense.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("pattern", [NM(2, 4), ConstantFanIn(8)])
+def test_patterns_that_a_choice_of_the_largest_cannot_give_are_refused(method, pattern):
+    with pytest.raises(PlanError, match=r"Plan.pattern: .*expected Unstructured\(\) or Block.*got"):
+        Plan(sparsity=0.5, method=method(steps=20), pattern=pattern)
+    with pytest.raises(PlanError, match=r"Override\('0'\).pattern: .*expected Unstructured"):
+        Plan(sparsity=0.5, method=method(steps=20), overrides=(Override("0", pattern=pattern),))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_a_weight_that_an_override_keeps_dense_stays_out_of_the_budget(method, scope):
+    sparse, optimizer = build(
+        method(steps=20, scope=scope), 0.9, overrides=(Override("2", sparsity=0),), pattern=Block(4, 4)
+    )
+    for _ in range(20):
         step(sparse, optimizer)
     assert {name: int(mask.sum()) for name, mask in sparse.masks().items()} == {
         "0.weight": 640,
         "2.weight": 1000,
     }
+    dense = sparse.to_dense()
+    assert torch.equal(dense[2].weight, sparse.get_parameter("2.weight"))
+    torch.testing.assert_close(dense(X), sparse(X))
+    again = pickle.loads(pickle.dumps(sparse))
+    assert torch.equal(again(X), sparse(X))
+
+
+def test_counts_of_one_weight_are_refused_where_all_share_a_budget():
+    for wish in ({"allocation": {"0": 0.5}}, {"overrides": (Override("0", sparsity=0.2),)}):
+        with pytest.raises(PlanError, match=r"share one budget: .*scope='layer'"):
+            Plan(sparsity=0.9, method=spartan(steps=20), **wish)
+        assert build(spartan(steps=20, scope="layer"), **wish)[0](X).shape == (32, 10)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("model", [mlp, lambda: nn.Sequential(nn.ReLU())])
+def test_a_model_with_nothing_to_prune_is_left_dense(method, model):
+    plan = Plan(budget=Budget(total=0.5), method=method(steps=5), exclude=("*",) if model is mlp else ())
+    built = model()
+    sparse = fxsparse.compile(built, plan, example_inputs=X)
+    torch.testing.assert_close(sparse(X), model()(X))
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1)), *sparse.parameters()], lr=0.1)
+    sparse.attach(optimizer)
+    optimizer.step()
+    assert sparse.report.totals["numel"] == 0
 
 
 @pytest.mark.parametrize(
