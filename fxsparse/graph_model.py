@@ -57,8 +57,7 @@ class GraphModel(nn.Module):
             if id(graph) not in made:
                 made[id(graph)] = bind(copy.deepcopy(graph), skeleton)
         graphs = {mode: made[id(graph)] for mode, graph in self.graphs.items()}
-        notes = [self.origin.balance.note()]
-        return Program(self.origin.tier, skeleton, graphs, notes, dense=dict(self.origin.dense))
+        return Program(self.origin.tier, skeleton, graphs, [], dense=dict(self.origin.dense))
 
     def _bound(self, mode: str) -> GraphModule:
         """The graph on this very tree; a structural copy has another tree, and binds anew."""

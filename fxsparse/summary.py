@@ -43,7 +43,7 @@ def summarize(ctx: PassContext) -> None:
 
 
 def add_balance(model: nn.Module, ctx: PassContext) -> None:
-    """Totals of a transformed model: FLOPs of its layers, and of all of it, beside those of the model as it came.
+    """Totals and first note of a transformed model: FLOPs of its layers, and of all of it, beside those it came with.
 
     They are two numbers, since what is outside of the transformed layers is not made up for.
     """
@@ -59,6 +59,11 @@ def add_balance(model: nn.Module, ctx: PassContext) -> None:
         "model_before": balance.model_before,
         "model_ratio": ctx.flops.total / balance.model_before,
     }
+    uneven = ctx.plan is not None and ctx.plan.overrides
+    note = balance.note(
+        ctx.report.totals, "overrides= give weights sparsities of their own" if uneven else ""
+    )
+    ctx.report.notes.insert(0, note)
 
 
 def stored_bytes(weights: Iterable[CompactWeight | MaskedWeight]) -> int:

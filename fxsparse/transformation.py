@@ -86,6 +86,7 @@ def transform_program(
     after = _counted(ctx, plan)
     _check_outputs(outputs, _output_shapes(program.graphs["eval"]), plan)
     balance = _balance(plan, before, after, found)
+    _check_zeros(program, plan, found, balance)
     for _, gm in program.distinct_graphs():
         _plain_meta(gm)
     origin = Origin(plan, program.tier, found.dense, (*found.sparse, *found.low_rank), balance)
@@ -134,6 +135,7 @@ def _counted(ctx: PassContext, plan: Plan) -> FlopCount:
 def _balance(plan: Plan, before: FlopCount, after: FlopCount, found: Transformed) -> Balance:
     assert plan.transform is not None
     assert plan.sparsity is not None
+    unsolved = _unsolved(plan)
     balance = Balance(
         name=plan.transform.name,
         nominal=plan.sparsity,
@@ -143,18 +145,34 @@ def _balance(plan: Plan, before: FlopCount, after: FlopCount, found: Transformed
         low_rank=_sum(after, found.low_rank),
         model_before=before.dense,
         model_after=after.dense,
+        match="nominal" if unsolved else plan.transform.match,
+        unsolved=unsolved,
     )
-    return replace(balance, sparsity=balance.solved(_match(plan)))
+    return replace(balance, sparsity=balance.solved())
 
 
-def _match(plan: Plan) -> str:
-    """What the sparsity is solved for; nothing where the plan says how sparse each weight is, or nothing can match."""
+def _check_zeros(program: Program, plan: Plan, found: Transformed, balance: Balance) -> None:
+    """Refuse a sparsity that gives no weight a zero, where nothing else in the plan does."""
+    largest = max(program.skeleton.get_parameter(name).numel() for name in found.sparse)
+    if largest * balance.sparsity < 0.5 and not plan.overrides and isinstance(plan.allocation, str):
+        raise PlanError(
+            f"{_name(plan)}: expected a sparsity that leaves zeros, got {plan.sparsity:.6g}, for which "
+            f"{balance.sparsity:.6g} is taken: {', '.join(found.sparse[:5])} would stay dense. Raise Plan.sparsity, "
+            "or leave the transform out."
+        )
+
+
+def _unsolved(plan: Plan) -> str:
+    """Why the nominal sparsity is taken: the plan says how sparse each weight is, or nothing can match; else ""."""
     transform = plan.transform
     assert transform is not None
-    all_sparse = isinstance(transform, SparseDoped) and transform.low_rank == "sparse"
-    if plan.allocation != "uniform" or isinstance(plan.pattern, NM) or all_sparse:
-        return "nominal"
-    return transform.match
+    if plan.allocation != "uniform":
+        return f"allocation={plan.allocation!r} shares nonzeros unevenly, and the nominal sparsity is taken"
+    if isinstance(plan.pattern, NM):
+        return f"{plan.pattern} fixes the counts"
+    if isinstance(transform, SparseDoped) and transform.low_rank == "sparse":
+        return "low_rank='sparse' masks the factors too"
+    return "match='nominal' takes the plan's sparsity" if transform.match == "nominal" else ""
 
 
 def _sum(count: FlopCount, names: list[str]) -> int:

@@ -64,7 +64,7 @@ class ReplaceLayers:
         graphs = [graph for _, graph in ctx.program.distinct_graphs()]
         rewrites = 0
         keep = () if isinstance(plan.transform, SparseWide) or plan.transform is None else plan.transform.keep
-        _check_globs(keep, found.layers)
+        _check_globs(keep, found.layers, type(plan.transform).__name__)
         for name in found.layers:
             if any(matches(glob, name) for glob in keep):
                 found.sparse.append(name)
@@ -295,11 +295,17 @@ def _drop(root: nn.Module, norm: nn.Module) -> None:
                 module._modules[name] = nn.Identity()
 
 
-def _check_globs(keep: Sequence[str], layers: Sequence[str]) -> None:
+def _check_globs(keep: Sequence[str], layers: Sequence[str], transform: str) -> None:
     lost = unmatched(keep, layers)
     if lost:
         raise PlanError(
-            f"keep={lost[0]!r}: expected a glob of layers to transform, it names none of {', '.join(layers[:3])}, ..."
+            f"{transform}: keep={lost[0]!r}: expected a glob of layers to transform, it names none of "
+            f"{', '.join(layers[:3])}, ..."
+        )
+    if keep and all(any(matches(glob, name) for glob in keep) for name in layers):
+        raise PlanError(
+            f"{transform}: keep={tuple(keep)!r} names every layer there is to transform ({', '.join(layers[:5])}): "
+            "expected to keep some of them; take a glob out, or compile without a transform."
         )
 
 

@@ -1,9 +1,16 @@
 """FLOPs of a model before and after its transformation, and the sparsity at which they are equal."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from fxsparse.errors import PlanError
 from fxsparse.transforms.iso_flop import exact_sparsity
+
+_OFF = 0.01
+"""Share of the dense FLOPs by which a cost is no longer equal, as the reference's tables round."""
+_FAR = 0.05
+"""Difference in sparsity that a report points out."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,10 @@ class Balance:
     """Of the whole model as it came, dense."""
     model_after: int
     """Of the whole transformed model, if it were dense."""
+    match: str = "layers"
+    """What the sparsity was solved for: the FLOPs of the "layers" or of the whole "model", or "nominal" for none."""
+    unsolved: str = ""
+    """Why none was."""
 
     @property
     def layers_sparsity(self) -> float:
@@ -48,21 +59,33 @@ class Balance:
         """FLOPs of the whole model over those of the model as it came, at a sparsity."""
         return (self.model_after - sparsity * self.sparsifiable) / self.model_before
 
-    def solved(self, match: str) -> float:
-        """The sparsity for what is to match: "layers", "model", or "nominal"."""
-        if match == "nominal":
+    def solved(self) -> float:
+        """The sparsity at which what is to match does."""
+        if self.match == "nominal":
             return self.nominal
-        return self.layers_sparsity if match == "layers" else self.model_sparsity
+        return self.layers_sparsity if self.match == "layers" else self.model_sparsity
 
-    def note(self) -> str:
-        """A line of the report."""
+    def note(self, totals: Mapping[str, Any], uneven: str = "") -> str:
+        """A line of the report, with the sparsity and the ratios of its totals.
+
+        `uneven`: why weights have other sparsities than the one that was solved for.
+        """
         try:
             whole = f"{self.model_sparsity:.4f}"
         except PlanError:
             whole = "none"
-        return (
-            f"{self.name}: nominal sparsity {self.nominal:.6g} gives the transformed layers "
+        taken, layers, model = (totals[name] for name in ("sparsity", "layers_ratio", "model_ratio"))
+        line = (
+            f"{self.name}: nominal sparsity {self.nominal:.6g} in every layer gives the transformed layers "
             f"x{self.layers_ratio(self.nominal):.4f} and the whole model x{self.model_ratio(self.nominal):.4f} of "
-            f"their dense FLOPs; the sparsity taken, {self.sparsity:.6f}, x{self.layers_ratio(self.sparsity):.4f} and "
-            f"x{self.model_ratio(self.sparsity):.4f} (equal for the whole model at: {whole})"
+            f"their dense FLOPs; the sparsity taken, {taken:.6f}, x{layers:.4f} and x{model:.4f} (equal for the whole "
+            f"model at: {whole})"
         )
+        if abs((model if self.match == "model" else layers) - 1) > _OFF:
+            line += f"; not iso-FLOP: {self.unsolved or uneven or 'counts of nonzeros are rounded'}"
+        if abs(taken - self.nominal) > _FAR and self.match != "nominal" and not uneven:
+            line += (
+                f"; that is far from the plan's {self.nominal:.6g}, since it makes up for what is dense, what keep= "
+                "leaves as large as it was and rounded sizes; match='nominal' takes the plan's"
+            )
+        return line

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 import fxsparse
 from benchmarks.models import CifarResNet18
 from benchmarks.models.transformer import Block
-from fxsparse import Plan
+from fxsparse import Override, Plan
 from fxsparse.errors import PlanError
 from fxsparse.methods import gse, rigl, set_, srigl, static
 from fxsparse.pattern import NM
@@ -176,7 +177,8 @@ def test_gpt3_small_is_iso_flop_in_its_linear_layers_alone(sparsity, width, laye
     b = made.origin.balance
     assert round(b.layers_before / 2 / 1024 / 1e6, 2) == 84.93  # multiply-adds of a token
     assert (round(b.layers_ratio(sparsity), 4), round(b.model_ratio(sparsity), 3)) == (layers, whole)
-    assert "iso" not in b.note().lower()
+    totals = {"sparsity": sparsity, "layers_ratio": layers, "model_ratio": whole}
+    assert ("; not iso-FLOP: match='nominal'" in b.note(totals)) == (abs(layers - 1) > 0.01)
 
 
 # -- what compile makes of it ------------------------------------------------------------------------------
@@ -214,6 +216,48 @@ def test_counts_that_a_plan_gives_are_left_alone():
         Plan(transform=SparseWide(), pattern=NM(2, 4)),
     ):
         assert transform(Net(), plan, IMAGES).origin.balance.sparsity == plan.sparsity
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({}, None),
+        ({"allocation": "erk"}, r"; not iso-FLOP: allocation='erk' shares nonzeros unevenly"),
+        ({"overrides": (Override("second", sparsity=0.5),)}, r"; not iso-FLOP: overrides= give"),
+        ({"transform": SparseDoped(low_rank="sparse")}, r"; not iso-FLOP: low_rank='sparse' masks"),
+    ],
+)
+def test_the_note_has_the_numbers_of_the_totals_and_says_when_they_are_not_equal(fields, why):
+    report = fxsparse.plan_report(
+        Net(), Plan(**{"transform": SparseWide(), "sparsity": 0.9} | fields), IMAGES
+    )
+    note, totals = report.notes[0], report.totals
+    taken = f"{totals['sparsity']:.6f}, x{totals['layers_ratio']:.4f} and x{totals['model_ratio']:.4f} "
+    assert f"the sparsity taken, {taken}" in note
+    assert re.search(why, note) if why else "iso" not in note
+
+
+def test_the_note_says_when_the_sparsity_is_far_from_the_plans():
+    kept = fxsparse.plan_report(Net(), Plan(transform=SparseDoped(keep=("first",)), sparsity=0.75), IMAGES)
+    assert kept.totals["sparsity"] < 0.7
+    assert "; that is far from the plan's 0.75: " in kept.notes[0]
+    whole = fxsparse.plan_report(Net(), Plan(transform=SparseParallel(), sparsity=0.75), IMAGES)
+    assert "far from" not in whole.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "sparsity"),
+    [
+        (SparseParallel(), 0),
+        (SparseParallel(adjust=True), 0.01),
+        (SparseFactorized(match="nominal"), 0),
+        (SparseDoped(), 0),
+        (SparseDoped(), 1e-3),
+    ],
+)
+def test_a_sparsity_without_any_zero_is_refused(wanted, sparsity):
+    with pytest.raises(PlanError, match=r"expected a sparsity that leaves zeros, got .* Raise Plan.sparsity"):
+        fxsparse.plan_report(Net(), Plan(transform=wanted, sparsity=sparsity), IMAGES)
 
 
 @pytest.mark.parametrize("storage", ["masked", "compact"])

@@ -83,7 +83,9 @@ def test_a_doped_layer_keeps_its_weight_and_gets_factors_beside_it():
 
 
 def test_a_rank_of_zero_leaves_the_layer_alone():
-    assert names(made(SparseDoped(), sparsity=0.001)) == names(Net())
+    model = made(SparseDoped(), sparsity=0.1)
+    assert set(names(model)) - set(names(Net())) == {"conv.u.weight", "conv.v.weight"}
+    assert model.origin.layers == ("conv.weight", "fc.weight", "conv.u.weight", "conv.v.weight")
 
 
 @pytest.mark.parametrize("sigma", ["none", "norm", "relu", "norm+relu"])
@@ -128,6 +130,10 @@ def test_layers_that_are_kept_become_sparse_as_they_are():
     assert model.origin.balance.layers_ratio(model.origin.balance.sparsity) == pytest.approx(1)
     with pytest.raises(PlanError, match=r"keep='nothing': expected a glob of layers to transform"):
         made(SparseParallel(keep=("nothing",)))
+    with pytest.raises(
+        PlanError, match=r"SparseParallel: keep=.* names every layer .*conv.weight, fc.weight"
+    ):
+        made(SparseParallel(keep=("conv", "fc")))
 
 
 def test_new_weights_are_drawn_from_the_old_ones_entries():
