@@ -19,7 +19,9 @@ def pack(weight: Tensor) -> Mapping[str, Tensor]:
     """The blocks of a `weight` [out, in] that hold anything, by block row, then column.
 
     ``values`` [blocks, columns of a block, rows of a block], ``crow`` int32 [block rows + 1], ``columns`` int32
-    [blocks], counted in blocks, and ``dense`` uint8 [0, out, in], which only says the shape.
+    [blocks], counted in blocks, and ``dense`` uint8 [0, out, in], which only says the shape.  In bfloat16 the values of
+    two columns lie together, [blocks, columns / 2, rows, 2], since processors multiply them so; not where a block has
+    an odd number of columns.
     """
     mask = weight != 0
     rows, columns = block_of(mask)
@@ -29,8 +31,11 @@ def pack(weight: Tensor) -> Mapping[str, Tensor]:
     kept = (tiles != 0).flatten(2).any(2)
     crow = torch.zeros(kept.shape[0] + 1, dtype=torch.int32, device=weight.device)
     crow[1:] = kept.sum(1).cumsum(0)
+    values = tiles[kept]
+    if weight.dtype == torch.bfloat16 and columns % 2 == 0:
+        values = values.unflatten(1, (columns // 2, 2)).transpose(2, 3)
     return {
-        "values": tiles[kept].contiguous(),
+        "values": values.contiguous(),
         "crow": crow,
         "columns": kept.nonzero()[:, 1].to(torch.int32),
         "dense": torch.empty(0, *weight.shape, dtype=torch.uint8, device=weight.device),
@@ -39,6 +44,8 @@ def pack(weight: Tensor) -> Mapping[str, Tensor]:
 
 def to_dense(values: Tensor, crow: Tensor, columns: Tensor, dense: Tensor) -> Tensor:
     """The weight [out, in] that `pack` took apart; differentiable in `values`."""
+    if values.dim() == 4:
+        values = values.transpose(2, 3).flatten(1, 2)
     _, width, height = values.shape
     rows = torch.repeat_interleave(torch.arange(len(crow) - 1, device=crow.device), crow.diff().long())
     tiles = values.new_zeros(dense.shape[1] // height, dense.shape[2] // width, width, height)

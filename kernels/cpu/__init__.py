@@ -1,6 +1,6 @@
 """The C++ kernels: built on first use, cached, and asked for what this CPU can do."""
 
-from fxsparse.kernels.cpu.build import availability, builds_for, instruction_set, load, refuses, version
+from fxsparse.kernels.cpu.build import availability, builds_for, has, instruction_set, load, refuses, version
 from fxsparse.kernels.cpu.roofs import bytes_per_second, flops_per_second
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "builds_for",
     "bytes_per_second",
     "flops_per_second",
+    "has",
     "instruction_set",
     "load",
     "refuses",

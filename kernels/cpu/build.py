@@ -15,7 +15,7 @@ import torch
 from fxsparse import machine
 from fxsparse.kernel import Problem
 
-INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512vbmi")
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512vbmi", "avx512bf16")
 """What the kernels are compiled for; the best one that the CPU has is used."""
 
 _OPS = ("csr_forward", "csr_backward", "csr_sample", "condensed_forward", "lookup_forward", "striped_forward")
@@ -48,6 +48,8 @@ _HEADERS = (
     "roof.h",
     "blocks.h",
     "lanes.h",
+    "panels.h",
+    "block_rows.h",
 )
 _SOURCES = (
     *_HEADERS,
@@ -60,7 +62,7 @@ _SOURCES = (
     "pool.cpp",
 )
 _SOURCES += ("tiles.cpp", "conv_inference.cpp", "attend.cpp", "attention.cpp", "depthwise.cpp")
-_SOURCES += ("lanes.cpp", "conv_lanes.cpp")
+_SOURCES += ("lanes.cpp", "conv_lanes.cpp", "bsr_pairs.cpp")
 _TORCH_UNITS = ("ops", "conv", "conv_inference", "topology", "soft_topk", "pool", "attention", "depthwise")
 _TORCH_UNITS += ("conv_lanes",)
 _FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
@@ -70,7 +72,11 @@ _TABLES = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma"],
 }
-_LOOKUP = ["lookup.cpp", *_TABLES["avx512"], "-mavx512vbmi"]
+_BEYOND = {
+    "lookup": ["lookup.cpp", *_TABLES["avx512"], "-mavx512vbmi"],
+    "bsr_pairs": ["bsr_pairs.cpp", *_TABLES["avx512"], "-mavx512bf16"],
+}
+"""Units of one instruction set alone."""
 
 
 class _NoKernelsError(Exception):
@@ -102,6 +108,11 @@ def instruction_set(name: str | None = None) -> str:
         return "reference"
     level = -1 if name is None else INSTRUCTION_SETS.index(name)
     return INSTRUCTION_SETS[torch.ops.fxsparse.cpu_level(level)]
+
+
+def has(name: str) -> bool:
+    """Whether the instruction set in use is `name`, one of INSTRUCTION_SETS, or one beyond it."""
+    return INSTRUCTION_SETS.index(name) <= (INSTRUCTION_SETS.index(instruction_set()) if load() else -1)
 
 
 def version() -> str:
@@ -141,7 +152,7 @@ def _built() -> Path:
     compiler = _compiler()
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
     sources = [(_FOLDER / name).read_bytes() for name in _SOURCES]
-    stamp = repr((compiler, version, _FLAGS, _TABLES, _LOOKUP, platform.machine(), sources)).encode()
+    stamp = repr((compiler, version, _FLAGS, _TABLES, _BEYOND, platform.machine(), sources)).encode()
     library = machine.cache_folder() / f"fxsparse_cpu_{hashlib.sha256(stamp).hexdigest()[:16]}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
@@ -179,7 +190,7 @@ def _compile(compiler: list[str], folder: Path) -> None:
             units[f"lanes_{name}"] = ["lanes.cpp", f"-DFXSPARSE_LANES=lanes_{name}", *flags]
             units[f"attend_{name}"] = ["attend.cpp", f"-DFXSPARSE_ATTEND=attend_{name}", *flags]
     if _X86:
-        units["lookup"] = _LOOKUP
+        units |= _BEYOND
     objects = [str(folder / f"{name}.o") for name in units]
     commands = [
         [*compiler, *_FLAGS, "-c", source, *flags, "-o", target]

@@ -325,7 +325,7 @@ const T* narrow(const Tensor& t, ScalarType type, int64_t count, const char* nam
 // y [..., out] of a product that goes by panels alone; `work` is what one token costs, in multiply-adds.
 template <class Multiply, class ShareBegin>
 Tensor in_panels(const Tensor& x_any, int64_t out, int64_t work, Added added, int64_t activation, const Multiply& multiply,
-                 const ShareBegin& share_begin) {
+                 const ShareBegin& share_begin, bool paired = false) {
   std::vector<Buffer> owned;
   const Tensor x = in_order(x_any);
   Epilogue epilogue;
@@ -334,6 +334,7 @@ Tensor in_panels(const Tensor& x_any, int64_t out, int64_t work, Added added, in
   Matrix from = matrix(x, "x");
   const Matrix to = matrix(y, "y");
   from.tokens = to.tokens;
+  if (paired) from = {from.data, Scalar::f32, from.tokens, from.features / 2};  // as many bits as a float
   multiply_all(
       from, to.tokens * (work + from.features + to.features),
       [&](const float* panel, int64_t vectors, int64_t begin, int64_t stop, int64_t first) {
@@ -366,12 +367,21 @@ Tensor striped_forward(const Tensor& x_any, const Tensor& values, const Tensor& 
       [&](int64_t part, int64_t parts) { return chunks * part / parts; });
 }
 
+// The product of blocks for a panel: by pairs of columns where the blocks have them and the CPU an instruction for them.
+auto multiply_blocks_by(bool by_pairs) {
+#if defined(FXSPARSE_X86)
+  if (by_pairs) return &multiply_block_pairs;
+#endif
+  return table().multiply_blocks;
+}
+
 Tensor bsr_forward(const Tensor& x_any, const Tensor& values, const Tensor& crow, const Tensor& columns,
                    const Tensor& dense, std::optional<Tensor> bias, int64_t activation, std::optional<Tensor> residual) {
-  STD_TORCH_CHECK(values.dim() == 3 && crow.numel() > 0 && dense.dim() == 3,
-                  "fxsparse: expected values [blocks, width, height], crow and dense [0, out, in]");
-  const int64_t blocks = values.size(0), width = values.size(1), height = values.size(2), count = crow.numel() - 1;
-  const int64_t out = dense.size(1), in = dense.size(2);
+  const bool paired = values.dim() == 4;
+  STD_TORCH_CHECK((values.dim() == 3 || (paired && values.size(3) == 2)) && crow.numel() > 0 && dense.dim() == 3,
+                  "fxsparse: expected values [blocks, width, height] or [blocks, width / 2, height, 2], crow and dense [0, out, in]");
+  const int64_t blocks = values.size(0), width = values.size(1) * (paired ? 2 : 1), height = values.size(2);
+  const int64_t count = crow.numel() - 1, out = dense.size(1), in = dense.size(2);
   check_input(x_any, values, in);
   STD_TORCH_CHECK(count * height == out && width > 0 && in % width == 0, "fxsparse: expected blocks that divide ", out,
                   " x ", in, ", got ", height, " x ", width);
@@ -380,16 +390,21 @@ Tensor bsr_forward(const Tensor& x_any, const Tensor& values, const Tensor& crow
                  index32(crow, count + 1, "crow"),
                  index32(columns, blocks, "columns"),
                  height,
-                 width};
+                 width,
+                 paired};
   STD_TORCH_CHECK(s.start[count] == blocks, "fxsparse: expected crow to end with ", blocks);
+  STD_TORCH_CHECK(!paired || s.scalar == Scalar::bf16, "fxsparse: expected pairs of columns in bfloat16 alone");
+  const bool by_pairs = paired && chosen_level >= kBf16;
+  const auto multiply = multiply_blocks_by(by_pairs);
   return in_panels(
       x_any, out, values.numel() / 2, {bias, residual, {}}, activation,
       [&](const float* panel, int64_t vectors, int64_t begin, int64_t stop, const Epilogue& epilogue, const Matrix& to,
-          int64_t first) { table().multiply_blocks(panel, vectors, s, begin, stop, epilogue, to, first); },
+          int64_t first) { multiply(panel, vectors, s, begin, stop, epilogue, to, first); },
       [&](int64_t part, int64_t parts) {
         const int64_t target = blocks * part / parts;
         return part >= parts ? count : part ? std::lower_bound(s.start, s.start + count, target) - s.start : int64_t(0);
-      });
+      },
+      by_pairs);
 }
 
 struct Needs {

@@ -2,6 +2,8 @@
 //
 // Tokens are the vector dimension: activations are transposed into panels [features, vectors * W] that fit the L2
 // cache, every nonzero is one broadcast against a panel row, and results are transposed back W rows at a time.
+#include "block_rows.h"
+#include "panels.h"
 #include "planes.h"
 #include "roof.h"
 #include "rows.h"
@@ -83,53 +85,6 @@ inline void accumulate(const float* panel, const Value* values, const Index* ind
     for (int j = 0; j < NV; j++) sum[0][j] += sum[s][j];
 #pragma GCC unroll 8
   for (int j = 0; j < NV; j++) store(sums + j * W, sum[0][j]);
-}
-
-// A result of this many bytes leaves the caches before anything reads it: streamed, a training step of 768 -> 3,072 at
-// 99 % zeros took 0.8 of the time, 0.9 with the reading of its results after it.
-constexpr int64_t kStreamedBytes = 1 << 20;
-
-inline bool is_streamed(const Matrix& dst, const int32_t* rows) {
-  return kStreams && !rows && dst.scalar == Scalar::f32 && dst.features % W == 0 && (uintptr_t)dst.data % sizeof(V) == 0 &&
-         dst.tokens * dst.features * 4 >= kStreamedBytes;
-}
-
-// dst[token + i, column of row r + j] = m[i][j] for i < height, j < count.
-inline void write_block(const V* m, const Matrix& dst, int64_t token, int64_t r, int64_t height, int64_t count,
-                        const int32_t* rows, bool streamed) {
-  const int64_t at = token * dst.features + r;
-  if (rows || height < W || count < W || dst.scalar != Scalar::f32) {
-    for (int i = 0; i < height; i++) write_rows(dst, token + i, r, m[i], count, rows);
-  } else if (streamed) {
-#pragma GCC unroll 16
-    for (int i = 0; i < W; i++) stream((float*)dst.data + at + i * dst.features, m[i]);
-  } else {
-#pragma GCC unroll 16
-    for (int i = 0; i < W; i++) store((float*)dst.data + at + i * dst.features, m[i]);
-  }
-}
-
-// Rows base <= r < stop of the product from `block` [rows, NV * W] to dst, transposed, with the epilogue.
-template <int NV>
-inline void finish_rows(const float* block, int64_t base, int64_t stop, const Epilogue& epilogue, const Matrix& dst,
-                        int64_t first, bool streamed) {
-  const int64_t tokens = least(NV * W, dst.tokens - first);
-  for (int64_t t = 0; t < tokens; t += W) {
-    for (int64_t r = base; r < stop; r += W) {
-      const int64_t count = least(W, stop - r);
-      const V bias = bias_of(epilogue, r, count), scale = scale_of(epilogue, r, count);
-      V m[W];
-#pragma GCC unroll 16
-      for (int i = 0; i < W; i++) m[i] = load<V>(block + (r - base + i) * NV * W + t);
-      transpose_block(m);
-#pragma GCC unroll 16
-      for (int i = 0; i < W; i++) m[i] = m[i] * scale + bias;
-      const int64_t height = least(W, tokens - t);
-      if (epilogue.activation || epilogue.residual)
-        for (int i = 0; i < height; i++) m[i] = finish(m[i], epilogue, dst, first + t + i, r, count);
-      write_block(m, dst, first + t, r, height, count, epilogue.rows, streamed);
-    }
-  }
 }
 
 template <int NV, class Index, class Value>
@@ -439,71 +394,36 @@ void multiply_striped(const float* panel, int64_t vectors, const Striped& s, int
   }
 }
 
-// sums [ROWS, NV * W] of the rows `row` onwards of a block row.
-template <int NV, int ROWS, class Value>
-inline void add_blocks(const float* panel, const Blocks& s, int64_t block_row, int64_t row, float* sums) {
-  V sum[ROWS][NV] = {};
-  for (int64_t e = s.start[block_row]; e < s.start[block_row + 1]; e++) {
-    const Value* values = (const Value*)s.values + e * s.height * s.width + row;
+// Values of fp32 or bfloat16, and inputs of fp32.
+template <class Value>
+struct Multiply {
+  static constexpr int64_t kColumns = 1;  // of a row of the panel
+  // sum [ROWS, NV] += the rows `row` onwards of block e.
+  template <int NV, int ROWS>
+  static inline void add(const float* panel, const Blocks& s, int64_t e, int64_t row, V (*sum)[NV]) {
+    const int64_t paired = s.paired ? 2 : 1;
+    const Value* values = (const Value*)s.values + e * s.height * s.width + row * paired;
     const float* inputs = panel + s.columns[e] * s.width * (NV * W);
-    for (int64_t c = 0; c < s.width; c++, values += s.height, inputs += NV * W) {
+    for (int64_t c = 0; c < s.width; c++, inputs += NV * W) {
+      const Value* column = values + c / paired * paired * s.height + c % paired;
       V x[NV];
 #pragma GCC unroll 8
       for (int j = 0; j < NV; j++) x[j] = load<V>(inputs + j * W);
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; r++) {
-        const V value = splat_at(values + r);
+        const V value = splat_at(column + r * paired);
 #pragma GCC unroll 8
         for (int j = 0; j < NV; j++) sum[r][j] += value * x[j];
       }
     }
   }
-#pragma GCC unroll 4
-  for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 8
-    for (int j = 0; j < NV; j++) store(sums + (r * NV + j) * W, sum[r][j]);
-}
-
-template <int NV, class Value>
-void multiply_block_rows(const float* panel, const Blocks& s, int64_t begin, int64_t end, const Epilogue& epilogue,
-                         const Matrix& dst, int64_t first) {
-  constexpr int kTogether = NV * 4 <= W ? 4 : 1;  // rows whose sums stay in registers, of which there are 2 W
-  constexpr int64_t kRows = 4 * W;
-  alignas(64) float sums[kRows * NV * W];
-  const bool streamed = is_streamed(dst, epilogue.rows);
-  for (int64_t base = begin * s.height, stop = end * s.height; base < stop; base += kRows) {
-    const int64_t last = least(base + kRows, stop);
-    for (int64_t r = base; r < last;) {
-      float* to = sums + (r - base) * NV * W;
-      const int64_t row = r % s.height;
-      if (row + kTogether <= s.height && r + kTogether <= last) {
-        add_blocks<NV, kTogether, Value>(panel, s, r / s.height, row, to);
-        r += kTogether;
-      } else {
-        add_blocks<NV, 1, Value>(panel, s, r / s.height, row, to);
-        r++;
-      }
-    }
-    finish_rows<NV>(sums, base, last, epilogue, dst, first, streamed);
-  }
-  if (streamed) stream_end();
-}
-
-template <int NV>
-void multiply_blocks_panel(const float* panel, const Blocks& s, int64_t begin, int64_t end, const Epilogue& epilogue,
-                           const Matrix& dst, int64_t first) {
-  if (s.scalar == Scalar::f32) return multiply_block_rows<NV, float>(panel, s, begin, end, epilogue, dst, first);
-  multiply_block_rows<NV, uint16_t>(panel, s, begin, end, epilogue, dst, first);
-}
+};
 
 void multiply_blocks(const float* panel, int64_t vectors, const Blocks& s, int64_t begin, int64_t end,
                      const Epilogue& epilogue, const Matrix& dst, int64_t first) {
-  switch (vectors) {
-    case 1: return multiply_blocks_panel<1>(panel, s, begin, end, epilogue, dst, first);
-    case 2: return multiply_blocks_panel<2>(panel, s, begin, end, epilogue, dst, first);
-    case 4: return multiply_blocks_panel<4>(panel, s, begin, end, epilogue, dst, first);
-    default: return multiply_blocks_panel<8>(panel, s, begin, end, epilogue, dst, first);
-  }
+  if (s.scalar == Scalar::f32)
+    return multiply_block_rows<Multiply<float>>(panel, vectors, s, begin, end, epilogue, dst, first);
+  multiply_block_rows<Multiply<uint16_t>>(panel, vectors, s, begin, end, epilogue, dst, first);
 }
 
 void fill(const Epilogue& epilogue, const int32_t* rows, int64_t count, const Matrix& dst) {

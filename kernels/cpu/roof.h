@@ -9,7 +9,8 @@ namespace {
 int64_t multiply_adds(int64_t steps, float* numbers) {
   constexpr int kSums = W == 16 ? 16 : 12;  // none waits for another; AVX-512 has 32 registers, others 16
   const V factor = splat(numbers[0]), term = splat(numbers[1]);
-  V sum[kSums] = {};
+  V sum[kSums];
+  for (int i = 0; i < kSums; i++) sum[i] = splat(float(i));  // a compiler computes equal sums but once
   for (int64_t step = 0; step < steps; step++)
 #pragma GCC unroll 16
     for (int i = 0; i < kSums; i++) sum[i] = sum[i] * factor + term;

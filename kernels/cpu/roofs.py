@@ -5,7 +5,7 @@ from functools import partial
 import torch
 
 from fxsparse import machine
-from fxsparse.kernels.cpu.build import instruction_set, load
+from fxsparse.kernels.cpu.build import load, version
 
 _STEPS = 20_000
 _BYTES = 1 << 21
@@ -30,4 +30,4 @@ def bytes_per_second(size: int) -> float:
 
 
 def _key(name: str, size: int) -> tuple[object, ...]:
-    return "roof", name, size, instruction_set(), torch.get_num_threads()
+    return "roof", name, size, version(), torch.get_num_threads()

@@ -60,13 +60,15 @@ struct Striped {
 };
 
 // Blocks of height x width entries: block row b has the blocks start[b] .. start[b + 1], each from column
-// columns[block] * width on; the entries of a block lie column by column.
+// columns[block] * width on; the entries of a block lie column by column, or pair of columns by pair where paired: then
+// those of a row and pair are next to each other.
 struct Blocks {
   const void* values;
   Scalar scalar;
   const int32_t* start;
   const int32_t* columns;
   int64_t height, width;
+  bool paired;
 };
 
 // Added to and applied to the rows of a product; bias may be null.  Row r of the product goes to column rows[r] of the
@@ -136,6 +138,10 @@ constexpr int64_t plane_bytes(int64_t windows) { return (windows + 2) * kWindow;
 void split(const Matrix& x, int64_t token, int64_t windows, uint8_t* planes);
 // dst = activation(product + bias) for groups begin <= g < end; `planes` are those of every token of dst in turn.
 void look_up(const uint8_t* planes, const Lookup&, int64_t begin, int64_t end, const Epilogue&, const Matrix& dst);
+
+// Table::multiply_blocks with AVX-512 BF16, for blocks that are paired; an element of the panel is two columns of x.
+void multiply_block_pairs(const float* panel, int64_t vectors, const Blocks&, int64_t begin, int64_t end,
+                          const Epilogue&, const Matrix& dst, int64_t first);
 
 const Table& table_portable();
 const Table& table_avx2();

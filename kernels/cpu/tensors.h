@@ -29,13 +29,13 @@ namespace fxsparse {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-enum Level : int64_t { kPortable, kAvx2, kAvx512, kVbmi };
+enum Level : int64_t { kPortable, kAvx2, kAvx512, kVbmi, kBf16 };
 
 inline int64_t best_level() {
 #if defined(FXSPARSE_X86)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq"))
-    return __builtin_cpu_supports("avx512vbmi") ? kVbmi : kAvx512;
+    return !__builtin_cpu_supports("avx512vbmi") ? kAvx512 : __builtin_cpu_supports("avx512bf16") ? kBf16 : kVbmi;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
 #endif
   return kPortable;

@@ -138,7 +138,7 @@ def _refuses(problem: Problem) -> list[str]:
     reasons = cpu.refuses(problem)
     if problem.training:
         reasons.append("it has no gradient")
-    if not reasons and cpu.instruction_set() != "avx512vbmi":
+    if not reasons and not cpu.has("avx512vbmi"):
         reasons.append("it needs AVX-512 VBMI")
     return reasons
 

@@ -8,6 +8,7 @@ from fxsparse import Plan
 from fxsparse.formats import bsr
 from fxsparse.kernel import Problem, registered
 from fxsparse.kernels import bsr_linear, cpu
+from fxsparse.kernels.cpu.build import INSTRUCTION_SETS
 from fxsparse.pattern import Block
 
 
@@ -37,6 +38,31 @@ def test_wrong_widths_and_broken_pointers_are_refused():
         bsr_linear(torch.randn(2, 31), **packed)
     with pytest.raises(RuntimeError, match="crow"):
         bsr_linear(torch.randn(2, 32), **packed | {"crow": packed["crow"] + 1})
+
+
+@pytest.mark.parametrize("level", INSTRUCTION_SETS)
+@pytest.mark.parametrize("block", [(16, 16), (32, 32), (4, 4), (1, 16), (8, 1)])
+@pytest.mark.parametrize("batch", [1, 17, 64, 130])
+def test_every_instruction_set_multiplies_bfloat16(level, block, batch, instruction_set):
+    if instruction_set(level) != level:
+        pytest.skip(f"this CPU has no {level}")
+    torch.manual_seed(0)
+    kept = (torch.rand(96 // block[0], 64 // block[1]) < 0.4).repeat_interleave(block[0], 0)
+    weight = (torch.randn(96, 64) * kept.repeat_interleave(block[1], 1)).bfloat16()
+    x, bias = torch.randn(batch, 64).bfloat16(), torch.randn(96).bfloat16()
+    y = bsr_linear(x, **bsr.pack(weight), bias=bias)
+    exact = x.double() @ weight.double().T + bias.double()
+    assert (y.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
+
+
+def test_pairs_are_of_bfloat16_and_of_two():
+    if (reason := cpu.availability()) is not None:
+        pytest.skip(reason)
+    packed = bsr.pack(torch.eye(8).repeat_interleave(4, 0).repeat_interleave(4, 1).bfloat16())
+    with pytest.raises(RuntimeError, match="pairs of columns in bfloat16 alone"):
+        bsr_linear(torch.randn(2, 32), **packed | {"values": packed["values"].float()})
+    with pytest.raises(RuntimeError, match="width / 2"):
+        bsr_linear(torch.randn(2, 32).bfloat16(), **packed | {"values": packed["values"].repeat(1, 1, 1, 2)})
 
 
 def test_two_threads_give_the_same():

@@ -16,14 +16,6 @@ COMPILED = ("cpu-csr", "cpu-csr-train", "cpu-condensed", "cpu-striped", "cpu-bsr
 COMPILED += ("cpu-csr-conv", "cpu-csr-conv-train", "cpu-depthwise")
 
 
-@pytest.fixture
-def instruction_set():
-    before = cpu.instruction_set()
-    yield cpu.instruction_set
-    if before != "reference":
-        cpu.instruction_set(before)
-
-
 @pytest.mark.parametrize(
     "name", ["dense", "dense-masked", "dense-conv", "dense-conv-masked", "onednn", "onednn-conv"]
 )

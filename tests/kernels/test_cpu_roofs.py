@@ -6,7 +6,7 @@ from fxsparse.kernels import cpu
 from fxsparse.kernels.cpu.build import INSTRUCTION_SETS
 
 COMPILED = pytest.mark.skipif(cpu.availability() is not None, reason=str(cpu.availability()))
-LANES = {"portable": 4, "avx2": 8, "avx512": 16, "avx512vbmi": 16}
+LANES = {"portable": 4, "avx2": 8, "avx512": 16, "avx512vbmi": 16, "avx512bf16": 16}
 
 
 @COMPILED
@@ -51,7 +51,7 @@ def test_rates_are_of_all_that_was_done(monkeypatch):
     assert cpu.flops_per_second() == 2 * torch.ops.fxsparse.cpu_multiply_adds(20_000)
     assert cpu.bytes_per_second(1 << 14) == 2 * (1 << 21)
     assert cpu.bytes_per_second(1 << 22) == 2 * (1 << 22)
-    assert all(cpu.instruction_set() in key and torch.get_num_threads() in key for key in keys)
+    assert all(cpu.version() in key and torch.get_num_threads() in key for key in keys)
 
 
 def test_without_the_kernels_there_is_no_rate(monkeypatch):

@@ -42,3 +42,17 @@ def test_a_zero_inside_a_kept_block_is_stored():
     weight[weight.nonzero()[0][0], weight.nonzero()[0][1]] = 0
     assert bsr.block_of(weight != 0) != (8, 8)
     assert torch.equal(bsr.to_dense(**bsr.pack(weight)), weight)
+
+
+@pytest.mark.parametrize("block", bsr.BLOCKS)
+def test_bfloat16_lies_in_pairs_of_columns(block):
+    weight = blocked(block).bfloat16()
+    packed = bsr.pack(weight)
+    height, width = bsr.block_of(weight != 0)
+    pairs = (width // 2, height, 2)
+    assert packed["values"].shape[1:] == ((width, height) if width % 2 else pairs)
+    assert torch.equal(bsr.to_dense(**packed), weight)
+    if width % 2 == 0:
+        first = int(packed["columns"][0]) * width
+        row = int((packed["crow"] > 0).nonzero()[0]) - 1
+        assert packed["values"][0, 0, 0].tolist() == weight[row * height, first : first + 2].tolist()
