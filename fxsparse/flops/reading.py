@@ -9,6 +9,7 @@ import torch
 from sympy import Expr, Integer, Symbol, sympify
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from fxsparse.flops.site import BATCH, SEQUENCE, CallSite, Shape, with_sizes
 from fxsparse.graph import argument, canonical_names, fetch, weight_source
@@ -34,7 +35,8 @@ class Reading:
     @classmethod
     def of(cls, gm: GraphModule) -> "Reading":
         """Look through a graph once."""
-        inputs = [node.meta.get("val") for node in gm.graph.nodes if node.op == "placeholder"]
+        given = [node.meta.get("val") for node in gm.graph.nodes if node.op == "placeholder"]
+        inputs = pytree.tree_leaves(given)
         inputs = [value for value in inputs if isinstance(value, Tensor) and value.dim()]
         named = {"batch": BATCH, "sequence": SEQUENCE}
         known = gm.meta.get("symbols")

@@ -4,10 +4,13 @@ from sympy import Add, Integer, symbols
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import fxsparse
+from fxsparse import Plan
 from fxsparse.errors import PlanError
 from fxsparse.flops import Stored, count_program
 from fxsparse.flops.site import BATCH
 from fxsparse.methods import static
+from fxsparse.transforms import SparseWide
 
 
 class Tokens(nn.Module):
@@ -120,3 +123,29 @@ def test_a_model_without_products_counts_nothing(shape_graph):
 def test_an_unknown_convention_lists_the_known_ones(shape_graph):
     with pytest.raises(PlanError, match="expected one of mac2, rigl, cerebras, got 'macs'"):
         count_program(shape_graph(nn.Linear(3, 3), torch.zeros(2, 3)), convention="macs")
+
+
+class Nested(nn.Module):
+    """Its sequence comes inside of what it is called with."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.at, self.first, self.inner, self.head = at, nn.Linear(8, 16), nn.Linear(16, 32), nn.Linear(32, 3)
+
+    def forward(self, given):
+        return {"y": self.head(self.inner(self.first(given[self.at])).relu())}
+
+
+@pytest.mark.parametrize(("at", "given"), [("x", lambda x: ({"x": x}, {})), (0, lambda x: ([x],))])
+@pytest.mark.parametrize("transform", [None, SparseWide()])
+def test_a_tensor_inside_a_dict_or_list_has_its_symbols(transform, at, given):
+    inputs = given(torch.randn(2, 5, 8))
+    dense = 2 * 5 * (8 * 16 + 16 * 32 + 32 * 3)
+    count = fxsparse.count_flops(Nested(at), inputs)
+    assert (count.dense, str(count.symbolic)) == (dense, f"{dense // 5}*batch*sequence")
+    plan = Plan(sparsity=0.75, transform=transform)
+    sparse = fxsparse.compile(Nested(at), plan, example_inputs=inputs)
+    assert sparse(inputs[0])["y"].shape == (2, 5, 3)
+    assert sparse.report.totals["flops_dense"] == (
+        dense if transform is None else 2 * 5 * (8 * 32 + 32 * 64 + 64 * 3)
+    )
