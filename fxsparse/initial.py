@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fxsparse.creation import AT_CREATION
+from fxsparse.errors import NumericsError
 from fxsparse.formats import csr
 from fxsparse.graph import fetch
 from fxsparse.pattern import Unstructured
@@ -31,6 +32,8 @@ def target_of(ctx: PassContext, name: str) -> Target:
         spec.transposed,
         decision.ablates,
         decision.cost,
+        decision.price,
+        decision.limit,
     )
 
 
@@ -45,7 +48,10 @@ def initial_mask(ctx: PassContext, name: str) -> Tensor:
     score = method.init(
         weight.t() if target.transposed else weight, generator_for(ctx.plan.seed, name, BEFORE_TRAINING)
     )
-    mask = target.pattern.project(score, target.nnz_at(BEFORE_TRAINING, method))
+    try:
+        mask = target.pattern.project(score, target.nnz_at(BEFORE_TRAINING, method))
+    except NumericsError as error:
+        raise NumericsError(f"weight {name!r}: {error}") from error
     return (mask.t() if target.transposed else mask).contiguous()
 
 

@@ -1,7 +1,8 @@
 """The rule of Spartan and its baselines: after every step, keep the largest magnitudes that a budget pays for."""
 
 import math
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,9 @@ from fxsparse.pattern import Block, Pattern
 from fxsparse.rules import LargestMagnitude
 from fxsparse.soft_masks import gather
 from fxsparse.topk import top_mask
+
+SHORT = 65_536
+"""Values that are sorted rather than halved."""
 
 
 @dataclass(frozen=True)
@@ -62,40 +66,59 @@ def utilities(weight: Tensor, block: tuple[int, int], cost: float) -> Tensor:
 
 
 def keep(utility: Sequence[Tensor], costs: Sequence[float], budget: float) -> list[Tensor]:
-    """Bool masks of the largest utilities, ties to the first: the fewest whose costs reach `budget`.
-
-    The cost that is kept lies in ``[budget, budget + cost of the last one)``.
-    """
-    sizes, joined = [u.numel() for u in utility], torch.cat([u.flatten() for u in utility])
+    """Bool masks of the largest utilities, ties to the first: as many as cost at most `budget` together."""
     if len(set(costs)) == 1:
-        mask = top_mask(joined, min(len(joined), math.ceil(budget / costs[0] - 1e-9)))
-    else:
-        mask = _keep_costed(
-            joined, torch.repeat_interleave(_like(joined, costs), _like(joined, sizes).long()), budget
-        )
-    return [part.view(u.shape) for part, u in zip(mask.split(sizes), utility, strict=True)]
+        sizes, joined = [u.numel() for u in utility], torch.cat([u.flatten() for u in utility])
+        mask = top_mask(joined, min(len(joined), math.floor(budget / costs[0] * (1 + 1e-12) + 1e-9)))
+        return [part.view(u.shape) for part, u in zip(mask.split(sizes), utility, strict=True)]
+
+    def spent(counts: Sequence[int]) -> float:
+        return sum(count * cost for count, cost in zip(counts, costs, strict=True))
+
+    return afford(utility, spent, budget * (1 + 1e-12))
 
 
-def _keep_costed(utility: Tensor, costs: Tensor, budget: float) -> Tensor:
-    """Halve the range that holds the last one kept until it is short, and sort that alone."""
-    low, high = float(utility.min()), float(utility.max())
-    while True:
-        middle = (low + high) / 2
-        between = (utility >= low) & (utility <= high)
-        if int(between.sum()) <= 65_536 or not low < middle < high:
-            break
-        if float(costs[utility > middle].sum(dtype=torch.float64)) >= budget:
-            low = math.nextafter(middle, math.inf)
+def afford(utility: Sequence[Tensor], price: Callable[[Sequence[int]], float], limit: float) -> list[Tensor]:
+    """Bool masks of the largest utilities, ties to the first: the most whose counts have a price of at most `limit`.
+
+    `price` says what so many of each of the tensors cost together, and never falls as counts rise.  The range that
+    holds the last one kept is halved until it is short, and that alone is sorted.
+    """
+    between, kept = [u.flatten() for u in utility], [0] * len(utility)
+    low, high = min(float(u.min()) for u in between), max(float(u.max()) for u in between)
+    while sum(map(len, between)) > SHORT and low < (middle := (low + high) / 2) < high:
+        above = [u > middle for u in between]
+        counts = _sums(kept, (int(part.sum()) for part in above))
+        if price(counts) > limit:
+            low, between = middle, [u[part] for u, part in zip(between, above, strict=True)]
         else:
-            high = middle
-    mask = utility > high
-    missing = budget - float(costs[mask].sum(dtype=torch.float64))
-    places = between.nonzero().squeeze(1)
-    places = places[utility[places].argsort(descending=True, stable=True)]
-    reached = costs[places].double().cumsum(0) - costs[places].double()
-    mask[places[reached < missing * (1 - 1e-12)]] = True
+            high, kept = middle, counts
+            between = [u[~part] for u, part in zip(between, above, strict=True)]
+    values, owners = _ranked(between)
+
+    def counts_with(more: int) -> list[int]:
+        return _sums(kept, torch.bincount(owners[:more], minlength=len(kept)).tolist())
+
+    more = bisect_right(range(1, len(values) + 1), limit, key=lambda n: price(counts_with(n)))
+    least = float(values[more - 1]) if more else high
+    return [_first_of(u, least, count) for u, count in zip(utility, counts_with(more), strict=True)]
+
+
+def _ranked(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """All values from the largest on, ties to the first, and which of the parts each is of."""
+    values, order = torch.cat(list(parts)).sort(descending=True, stable=True)
+    sizes = torch.tensor([len(part) for part in parts], device=order.device)
+    return values, torch.repeat_interleave(torch.arange(len(parts), device=order.device), sizes)[order]
+
+
+def _first_of(utility: Tensor, least: float, count: int) -> Tensor:
+    """Bool mask of what is above `least`, and of the first that equal it up to `count` in all."""
+    mask = utility > least
+    if missing := count - int(mask.sum()):
+        ties = (utility == least).flatten()
+        mask |= (ties & (ties.cumsum(0) <= missing)).view(mask.shape)
     return mask
 
 
-def _like(tensor: Tensor, numbers: Sequence[float]) -> Tensor:
-    return torch.tensor(list(numbers), dtype=torch.float64, device=tensor.device)
+def _sums(some: Sequence[int], others: Iterable[int]) -> list[int]:
+    return [a + b for a, b in zip(some, others, strict=True)]

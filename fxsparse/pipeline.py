@@ -20,7 +20,7 @@ from fxsparse.kernel import Entries
 from fxsparse.observed import ProbeSwitch
 from fxsparse.pattern import Pattern
 from fxsparse.plans import Plan
-from fxsparse.prices import Prices
+from fxsparse.prices import Price, Prices
 from fxsparse.report import Report
 from fxsparse.verify import Observation, compare, observe
 
@@ -91,6 +91,10 @@ class Decision:
     """What the allocation gave the weight, before the pattern rounded it down."""
     cost: float = 1.0
     """Of an entry, where the plan has a budget: relative to the mean of all entries."""
+    price: Price | None = None
+    """Of the whole weight by its nonzeros, where the plan has a budget."""
+    limit: float = 0.0
+    """What all weights that may be pruned may cost together by their prices."""
     dense: bool = False
     """An override keeps the weight dense, outside of what others share."""
     ablates: bool = False

@@ -42,6 +42,11 @@ class Prices:
     share: float
     """Of the whole, that may be spent."""
 
+    @property
+    def allowed(self) -> float:
+        """What may be spent on the whole model."""
+        return self.share * self.dense
+
     def cost(self, counts: Counts) -> float:
         """Of the whole model with so many nonzeros."""
         return self.rest + sum(price(counts[name]) for name, price in self.of.items())
@@ -60,7 +65,7 @@ class Prices:
         Raises:
             PlanError: even `most` costs more; the message has the numbers.
         """
-        allowed = self.share * self.dense
+        allowed = self.allowed
         if self.cost(dense := counts_at(0.0)) <= allowed:
             return 0.0, dense
         counts = counts_at(most)

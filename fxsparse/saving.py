@@ -19,6 +19,7 @@ from fxsparse.inputs import from_json, to_json
 from fxsparse.module import Recipe, SparseModule
 from fxsparse.pipeline import Decision
 from fxsparse.plans import Plan
+from fxsparse.prices import Price
 from fxsparse.skeleton import copy_structure
 from fxsparse.storage import CompactWeight
 from fxsparse.transformation import transform
@@ -157,11 +158,14 @@ def _recipe(header: Mapping[str, Any], shell: nn.Module, example_inputs: Any) ->
 
 def _decision_row(decision: Decision) -> dict[str, Any]:
     row = {field.name: getattr(decision, field.name) for field in dataclasses.fields(decision)}
-    return row | {"pattern": patterns.to_dict(decision.pattern)}
+    price = None if decision.price is None else decision.price.points
+    return row | {"pattern": patterns.to_dict(decision.pattern), "price": price}
 
 
 def _decision(row: Mapping[str, Any]) -> Decision:
-    return Decision(**{**row, "pattern": patterns.from_dict(row["pattern"])})
+    points = row.get("price")
+    price = None if points is None else Price(tuple((nnz, cost) for nnz, cost in points))
+    return Decision(**{**row, "pattern": patterns.from_dict(row["pattern"]), "price": price})
 
 
 def _without_values(model: nn.Module) -> nn.Module:

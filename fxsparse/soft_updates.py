@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxsparse.knapsack import KeepLargest, block_of, keep, utilities
+from fxsparse.errors import NumericsError
+from fxsparse.knapsack import KeepLargest, afford, block_of, keep, utilities
 from fxsparse.soft_masks import BETA, FROZEN, SHIFT, spread
 from fxsparse.storage import MaskedWeight
 from fxsparse.update_mask import Target, UpdateStep
@@ -36,14 +37,15 @@ def shared(rule: KeepLargest, weights: Sequence[Any]) -> list[Sequence[Any]]:
 def _spend(step: UpdateStep, rule: KeepLargest, numbers: Tensor, members: Sequence[Stored]) -> bool:
     """One budget.  Masks are a matter of values, so that weights without a gradient take part as any other."""
     targets = [step.targets[name] for *_, name in members]
-    budget = budget_at(step, targets)
     blocks = [block_of(target.pattern, target.transposed) for target in targets]
     costs = [target.cost * rows * columns for target, (rows, columns) in zip(targets, blocks, strict=True)]
     each = [
         utilities(weight, block, cost)
         for (weight, *_), block, cost in zip(members, blocks, costs, strict=True)
     ]
-    masks = keep(each, costs, budget)
+    for (weight, *_, name), utility in zip(members, each, strict=True):
+        _refuse_diverged(weight, utility, name, step.number)
+    masks, budget = _chosen(step, targets, each, costs, [math.prod(block) for block in blocks])
     moved = [
         _move(step, member, spread(mask, block, member[0].shape))
         for member, mask, block in zip(members, masks, blocks, strict=True)
@@ -66,13 +68,57 @@ def _spend(step: UpdateStep, rule: KeepLargest, numbers: Tensor, members: Sequen
     return any(moved)
 
 
-def budget_at(step: UpdateStep, targets: Sequence[Target]) -> float:
-    """What the weights of one budget may keep after this update, in entries of cost 1."""
-    final = sum(target.nnz * target.cost for target in targets)
-    dense = sum(torch.Size(target.shape).numel() * target.cost for target in targets)
+def _refuse_diverged(weight: Tensor, utility: Tensor, name: str, step: int) -> None:
+    if utility.amax().isfinite():  # hands a NaN through
+        return
+    bad = {"NaN": int(weight.isnan().sum()), "inf": int(weight.isinf().sum())}
+    got = " and ".join(f"{count} {kind}" for kind, count in bad.items() if count) or "a sum that overflows"
+    raise NumericsError(
+        f"weight {name!r}: expected finite values to rank after step {step}, got {got} among {weight.numel()} entries. "
+        "Training has diverged: look at the loss and the learning rate before this step, and clip the gradients' norm."
+    )
+
+
+def _chosen(
+    step: UpdateStep,
+    targets: Sequence[Target],
+    each: Sequence[Tensor],
+    costs: Sequence[float],
+    sizes: Sequence[int],
+) -> tuple[list[Tensor], float]:
+    """Masks of the largest utilities, and what they may cost by `costs`, of an entry of the mask.
+
+    Where the plan has a budget, its true prices decide how many of them stay in the end.
+    """
+    final, dense = (
+        sum(count * t.cost for t, count in zip(targets, counts, strict=True))
+        for counts in ([t.nnz for t in targets], [torch.Size(t.shape).numel() for t in targets])
+    )
+    rule = step.method.rule
+    assert isinstance(rule, KeepLargest)
+    masks = _paid_for(targets, each, sizes) if rule.together else None
+    if masks is not None:
+        final = sum(int(mask.sum()) * cost for mask, cost in zip(masks, costs, strict=True))
+        if step.method.nnz(step.number, 0, 2**40) == 0:
+            return masks, final
     if all(target.cost == 1 for target in targets):
-        return float(step.method.nnz(step.number, int(final), int(dense)))
-    return final + (dense - final) * step.method.nnz(step.number, 0, 2**40) / 2**40
+        budget = float(step.method.nnz(step.number, round(final), round(dense)))
+    else:
+        budget = final + (dense - final) * step.method.nnz(step.number, 0, 2**40) / 2**40
+    return keep(each, costs, budget), budget
+
+
+def _paid_for(targets: Sequence[Target], each: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor] | None:
+    """Masks of the largest utilities that the plan's budget pays for; None where it has a sparsity instead."""
+    prices = [target.price for target in targets if target.price is not None]
+    if len(prices) < len(targets):
+        return None
+
+    def price(counts: Sequence[int]) -> float:
+        return sum(of(count * size) for of, count, size in zip(prices, counts, sizes, strict=True))
+
+    dense = sum(of(torch.Size(t.shape).numel()) for of, t in zip(prices, targets, strict=True))
+    return afford(each, price, targets[0].limit + 1e-12 * dense)
 
 
 def _move(step: UpdateStep, member: Stored, mask: Tensor) -> bool:

@@ -15,6 +15,7 @@ from fxsparse.kernels.csr.sampled import gradient_at
 from fxsparse.method import JointRule, Method, Probe, Proposal, WeightView, WholeRule
 from fxsparse.observed import Evidence, Observed, marginals, sum_over_ranks
 from fxsparse.pattern import Pattern
+from fxsparse.prices import Price
 from fxsparse.rng import generator_for
 from fxsparse.selection import MaskChange
 from fxsparse.storage import CompactWeight, MaskedWeight
@@ -37,6 +38,10 @@ class Target:
     """Whether whole neurons may go."""
     cost: float = 1.0
     """Of an entry, in the unit of the plan's budget, where all weights share one."""
+    price: Price | None = None
+    """Of the whole weight by its nonzeros, where the plan has a budget."""
+    limit: float = 0.0
+    """What all weights may cost together by their prices."""
 
     def nnz_at(self, step: int, method: Method) -> int:
         """Entries after the update of this step; -1 asks for the initial mask."""

@@ -40,8 +40,6 @@ class AllocateNnz:
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         if ctx.plan is not None and not ctx.decisions:
             ctx.decisions.update(decide(ctx.plan, ctx))
-            for name, wish in _overrides(ctx.plan, ctx.weights).items():
-                ctx.decisions[name].dense = wish.sparsity == 0
         return 0
 
 
@@ -60,12 +58,18 @@ def decide(plan: Plan, ctx: PassContext) -> dict[str, Decision]:
     )
     specs = list(ctx.weights.values())
     if ctx.prices is not None:
-        return _within(ctx.prices, plan, ctx, patterns, target)
+        return _marked(_within(ctx.prices, plan, ctx, patterns, target), wishes)
     budgets = resolve(plan.allocation)(specs, target)
     densities = target_densities(plan.allocation, specs, target)
     made = {s.name: _decision(s, patterns[s.name], budgets[s.name], densities[s.name]) for s in specs}
     if isinstance(plan.allocation, str):
         ctx.notes += _difference(plan.allocation, specs, target, made)
+    return _marked(made, wishes)
+
+
+def _marked(made: dict[str, Decision], wishes: Mapping[str, Override]) -> dict[str, Decision]:
+    for name, wish in wishes.items():
+        made[name].dense = wish.sparsity == 0
     return made
 
 
@@ -90,8 +94,12 @@ def _difference(
 def _within(
     prices: Prices, plan: Plan, ctx: PassContext, patterns: Mapping[str, Pattern], target: Target
 ) -> dict[str, Decision]:
-    """What the allocation gives at the least sparsity that the budget pays for."""
+    """What the allocation gives at the least sparsity that the budget pays for.
+
+    That sparsity is of the weights which the allocation decides: what stays dense is in the budget by its price.
+    """
     specs, costs = list(ctx.weights.values()), prices.per_entry()
+    target = replace(target, keep_dense_counts=False)
     free = target.free(specs)
     most = min(MOST_SPARSE, 1 - (len(free) + 1) / max(1, sum(s.numel for s in free)))
     if plan.allocation == "global_magnitude":
@@ -100,14 +108,24 @@ def _within(
         policy = resolve(plan.allocation)
         counts_at = lambda sparsity: policy(specs, replace(target, sparsity=sparsity))  # noqa: E731
     sparsity, counts = prices.sparsest(counts_at, most)
-    ctx.notes.append(
-        f"budget: {prices.share:g} of {prices.dense:.6g} {prices.unit} is met with {prices.cost(counts):.6g}, "
-        f"{prices.rest:.6g} of them outside of the selected weights, at sparsity {sparsity:.4f}"
-    )
+    ctx.notes.append(_spent(prices, counts, sparsity, shared=getattr(plan.method.rule, "together", False)))
+    fixed = sum(prices.of[s.name](s.numel) for s in specs if target.forced.get(s.name) == 0)
     made = {s.name: _decision(s, patterns[s.name], counts[s.name], counts[s.name] / s.numel) for s in specs}
     for name, decision in made.items():
-        decision.cost = costs[name]
+        decision.cost, decision.price = costs[name], prices.of[name]
+        decision.limit = prices.allowed - prices.rest - fixed
     return made
+
+
+def _spent(prices: Prices, counts: Mapping[str, int], sparsity: float, shared: bool) -> str:
+    asked = f"budget: {prices.share:g} of {prices.dense:.6g} {prices.unit}"
+    outside = f"{prices.rest:.6g} of them outside of the selected weights"
+    if shared:
+        return (
+            f"{asked} are {prices.allowed:.6g}, {outside}: from the end of the warm-up on masks keep what that pays "
+            "for, at every step, and magnitudes decide how much of it goes to each weight"
+        )
+    return f"{asked} is met with {prices.cost(counts):.6g}, {outside}, at sparsity {sparsity:.4f}"
 
 
 def _overrides(plan: Plan, weights: Mapping[str, WeightSpec]) -> dict[str, Override]:

@@ -21,7 +21,8 @@ class PriceWeights:
     """Fill ``ctx.prices`` in the unit of the plan's budget; a plan with a sparsity needs none.
 
     Raises:
-        PlanError: FLOPs or time without example inputs, or a glob of the budget's costs that names no weight.
+        PlanError: FLOPs or time without example inputs, time of a model on meta, or a glob of the budget's costs that
+            names no weight.
     """
 
     name: ClassVar[str] = "price-weights"
@@ -30,9 +31,11 @@ class PriceWeights:
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         """Changes no graph, so it returns 0."""
-        if ctx.plan is None or ctx.plan.budget is None or ctx.prices is not None:
+        if ctx.plan is None or ctx.plan.budget is None or ctx.prices is not None or ctx.decisions:
             return 0
         budget = ctx.plan.budget
+        if budget.kind == "latency":
+            _refuse_meta(ctx)
         if budget.kind in ("flops", "latency") and not any("val" in node.meta for node in gm.graph.nodes):
             raise PlanError(
                 f"Budget({budget.kind}=): expected example inputs, whose shapes decide what a weight costs, got none: "
@@ -41,6 +44,15 @@ class PriceWeights:
         made = _PRICES[budget.kind]
         ctx.prices = made(gm, ctx, budget)
         return 0
+
+
+def _refuse_meta(ctx: PassContext) -> None:
+    for name, tensor in ctx.program.skeleton.state_dict().items():
+        if tensor.is_meta:
+            raise PlanError(
+                f"Budget(latency=): expected a model with values, whose kernels can be timed, and {name!r} is on meta: "
+                "load the weights first, or give a budget of flops, parameters or bytes."
+            )
 
 
 def _parameters(gm: GraphModule, ctx: PassContext, budget: Budget) -> Prices:
@@ -64,8 +76,11 @@ def _bytes(gm: GraphModule, ctx: PassContext, budget: Budget) -> Prices:
         size, rows = spec.dtype.itemsize, spec.shape[0]
         entry = size + (2 if prod(spec.shape[1:]) <= 32767 else 4)
         dense, pointers = spec.numel * size, 4 * (rows + 1)
-        turn = min(spec.numel, max(1, (dense - pointers) // entry))  # beyond it dense storage is smaller
-        ends = {0: float(pointers), turn: float(pointers + turn * entry), spec.numel: float(dense)}
+        turn = max(0, min(spec.numel, (dense - pointers) // entry))  # beyond it dense storage is smaller
+        ends = {
+            n: float(min(dense, pointers + n * entry))
+            for n in (0, turn, min(spec.numel, turn + 1), spec.numel)
+        }
         prices[name] = Price(tuple(ends.items()))
     selected = sum(fetch(ctx.program.skeleton, name).nbytes for name in ctx.weights)
     return Prices(prices, "byte", whole, whole - selected, budget.share)

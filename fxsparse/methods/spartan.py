@@ -85,7 +85,16 @@ def _freeze(steps: int, warmup: float, finetune: float) -> int:
         if not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share < 1:
             raise PlanError(f"expected {name} as a share of the steps between 0 and 1, got {share!r}.")
     freeze = steps - round(steps * finetune)
-    if not 0 < round(steps * warmup) <= freeze:
+    if freeze < 1:
+        raise PlanError(
+            f"expected a step before the finetune, got a share of {finetune}, which is all {steps} steps. Lower it."
+        )
+    if not round(steps * warmup):
+        raise PlanError(
+            f"expected a warmup of at least one of the {steps} steps, got a share of {warmup}, which is 0 of them. "
+            f"Use {1 / steps:.3g} or more."
+        )
+    if round(steps * warmup) > freeze:
         raise PlanError(f"expected warmup + finetune of at most 1, got {warmup} + {finetune}.")
     return freeze
 

@@ -1,12 +1,15 @@
+import pickle
+
 import pytest
 import torch
 import torchvision
 from torch import nn
 
 import fxsparse
-from fxsparse import Budget, Plan
+from fxsparse import Budget, Override, Plan
 from fxsparse.errors import PlanError
-from fxsparse.methods import rigl, spartan
+from fxsparse.methods import dual_averaging, imp, rigl, spartan
+from fxsparse.passes import price_weights
 from fxsparse.pattern import NM, Block
 
 
@@ -165,3 +168,93 @@ def test_latency_is_priced_by_the_kernels_of_this_machine(monkeypatch):
     # Dense: 64 + 10 us, and 26 for the rest; CSR needs 2 us for every hundred entries and wins below half.
     counts = fxsparse.allocate(mlp(), Plan(budget=Budget(latency=0.5), allocation="uniform"), X)
     assert 26 + 2 * sum(counts.values()) / 100 == pytest.approx(50, abs=0.1)
+
+
+class Bottleneck(nn.Module):
+    """Weights of very different sizes and magnitudes: 256, 8,000 and 20,000 entries."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(64, 4, bias=False), nn.Linear(4, 2000, bias=False)
+        self.c = nn.Linear(2000, 10, bias=False)
+        self.b.weight.data *= factor
+
+    def forward(self, x):
+        return self.c(self.b(self.a(x)).relu())
+
+
+def trained(plan: Plan, factor: float, frozen_at: int = 10):
+    sparse = fxsparse.compile(Bottleneck(factor), plan, example_inputs=X)
+    optimizer = torch.optim.SGD(sparse.parameters(), lr=1e-4)
+    sparse.attach(optimizer)
+    for _ in range(frozen_at):
+        optimizer.zero_grad()
+        sparse(X).tanh().mean().backward()
+        optimizer.step()
+    return sparse
+
+
+@pytest.mark.parametrize("method", [spartan, dual_averaging, imp])
+@pytest.mark.parametrize(("factor", "share"), [(0.001, 0.7), (100.0, 0.4), (1.0, 0.2)])
+def test_masks_that_share_bytes_meet_them_wherever_they_drift(method, factor, share):
+    sparse = trained(Plan(budget=Budget(bytes=share), method=method(steps=10)), factor)
+    stored = sum(
+        min(4 * mask.numel(), 4 * (len(mask) + 1) + 6 * int(mask.sum())) for mask in sparse.masks().values()
+    )
+    dense = sum(4 * mask.numel() for mask in sparse.masks().values())
+    assert share * dense - 6 < stored <= share * dense
+
+
+@pytest.mark.parametrize("factor", [0.001, 1.0, 100.0])
+def test_masks_that_share_costs_of_the_user_never_exceed_them(factor):
+    budget = Budget(total=0.3, cost={"a": 50.0, "b": 7.0})
+    sparse = trained(Plan(budget=budget, method=spartan(steps=10)), factor)
+    each = {"a.weight": 50, "b.weight": 7, "c.weight": 1}
+    spent = sum(each[name] * int(mask.sum()) for name, mask in sparse.masks().items())
+    dense = sum(each[name] * mask.numel() for name, mask in sparse.masks().items())
+    assert 0.3 * dense - 50 < spent <= 0.3 * dense
+
+
+def test_a_weight_kept_dense_is_paid_for_before_the_others_share_the_rest():
+    plan = Plan(budget=Budget(flops=0.5), method=imp(steps=10), overrides=(Override("b", sparsity=0),))
+    masks = trained(plan, 1.0).masks()
+    assert int(masks["b.weight"].sum()) == 8000
+    # Every entry takes part in one multiplication: 14,128 of 28,256 stay, 8,000 of them in b.
+    assert sum(int(mask.sum()) for mask in masks.values()) == 14_128
+
+
+def test_a_saved_module_goes_on_within_its_budget_without_pricing_it_again(tmp_path, monkeypatch):
+    plan = Plan(budget=Budget(bytes=0.4), method=spartan(steps=10))
+    sparse = trained(plan, 100.0, frozen_at=5)
+    fxsparse.save(sparse, tmp_path / "model.safetensors")
+    monkeypatch.setattr(price_weights, "_PRICES", {})
+    for again in (
+        fxsparse.load(tmp_path / "model.safetensors", Bottleneck(1.0)),
+        pickle.loads(pickle.dumps(sparse)),
+    ):
+        for each in (sparse, again):
+            assert each._emitted.targets == sparse._emitted.targets
+        assert all(torch.equal(mask, sparse.masks()[name]) for name, mask in again.masks().items())
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "erk", "global_magnitude"])
+def test_dense_weights_that_count_in_the_sparsity_change_no_budget(allocation):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    wishes = {"budget": Budget(flops=0.5), "exclude": ("0",), "allocation": allocation}
+    counts = [
+        fxsparse.allocate(model, Plan(keep_dense_counts=kept, **wishes), torch.randn(4, 32))
+        for kept in (True, False)
+    ]
+    assert counts[0] == counts[1]
+    assert sum(counts[0].values()) + 2048 == pytest.approx((2048 + 4096 + 640) / 2, abs=2)
+
+
+def test_time_is_not_measured_on_meta():
+    with torch.device("meta"):
+        model = mlp()
+    with pytest.raises(
+        PlanError, match=r"Budget\(latency=\): expected a model with values.*'0.weight' is on meta"
+    ):
+        fxsparse.plan_report(model, Plan(budget=Budget(latency=0.5)), X)

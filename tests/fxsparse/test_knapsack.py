@@ -5,14 +5,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxsparse.knapsack import Sharpness, block_of, keep, utilities
+from fxsparse import knapsack
+from fxsparse.knapsack import Sharpness, afford, block_of, keep, utilities
 from fxsparse.pattern import Block, Unstructured
 
 SIZES = st.lists(st.integers(1, 400), min_size=1, max_size=4)
 
 
 @given(SIZES, st.floats(0.01, 1.0), st.booleans(), st.booleans(), st.integers(0, 99))
-def test_the_fewest_largest_are_kept_that_reach_the_budget(sizes, share, costed, tied, seed):
+def test_the_most_of_the_largest_are_kept_that_the_budget_pays_for(sizes, share, costed, tied, seed):
     generator = torch.Generator().manual_seed(seed)
     utility = [torch.rand(size, generator=generator) for size in sizes]
     if tied:
@@ -23,11 +24,38 @@ def test_the_fewest_largest_are_kept_that_reach_the_budget(sizes, share, costed,
     each = [cost for size, cost in zip(sizes, costs, strict=True) for _ in range(size)]
     expected, spent = set(), 0.0
     for place in torch.cat(utility).sort(descending=True, stable=True).indices.tolist():
-        if spent >= budget * (1 - 1e-9):
+        spent += each[place]
+        if spent > budget * (1 + 1e-9):
             break
         expected.add(place)
-        spent += each[place]
     assert set(torch.cat(masks).nonzero().flatten().tolist()) == expected
+
+
+@given(SIZES, st.floats(0.05, 1.0), st.booleans(), st.integers(0, 99), st.sampled_from([10, 65_536]))
+def test_what_a_price_with_bends_pays_for_is_kept_and_no_more(sizes, share, tied, seed, short):
+    """Prices as of bytes: from a start on up a slope, and flat from half of the entries on."""
+    generator = torch.Generator().manual_seed(seed)
+    utility = [torch.rand(size, generator=generator) for size in sizes]
+    if tied:
+        utility = [(3 * u).round() for u in utility]
+
+    def price(counts):
+        return sum(5 + (2 + i) * min(n, sizes[i] // 2) for i, n in enumerate(counts))
+
+    limit = 5 * len(sizes) + share * (price(sizes) - 5 * len(sizes))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(knapsack, "SHORT", short)
+        masks = afford(utility, price, limit)
+    order = torch.cat(utility).sort(descending=True, stable=True).indices
+    owners = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))[order]
+    most = max(
+        n
+        for n in range(len(order) + 1)
+        if price(torch.bincount(owners[:n], minlength=len(sizes)).tolist()) <= limit
+    )
+    kept = torch.cat(masks)
+    assert int(kept.sum()) == most
+    assert bool(kept[order[:most]].all())
 
 
 def test_long_ranges_are_halved_before_anything_is_sorted():
@@ -35,7 +63,7 @@ def test_long_ranges_are_halved_before_anything_is_sorted():
     utility, costs = [torch.rand(300_000), torch.rand(200_000)], [1.0, 7.0]
     masks = keep(utility, costs, 400_000.0)
     spent = int(masks[0].sum()) + 7 * int(masks[1].sum())
-    assert 400_000 <= spent < 400_007
+    assert 399_993 < spent <= 400_000
     dropped = max(float(u[~m].max()) for u, m in zip(utility, masks, strict=True))
     assert dropped <= min(float(u[m].min()) for u, m in zip(utility, masks, strict=True))
 

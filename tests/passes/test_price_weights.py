@@ -46,7 +46,24 @@ def test_bytes_never_exceed_those_of_dense_storage():
     assert prices.rest == whole - 4 * (72 + 36)
     assert prices.of["conv.weight"](10) == 4 * 5 + 10 * 6
     assert prices.of["conv.weight"](72) == 4 * 72
-    assert all(prices.of["conv.weight"](n) <= 4 * 72 for n in range(73))
+    assert [prices.of["conv.weight"](n) for n in range(73)] == [min(4 * 72, 4 * 5 + 6 * n) for n in range(73)]
+
+
+def test_bytes_of_a_weight_too_small_to_be_worth_storing_sparse_are_those_of_dense():
+    class Narrow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(1, 20)
+
+        def forward(self, x):
+            return self.fc(x)
+
+    ctx = PassContext(
+        Plan(budget=Budget(bytes=0.9)), "train", capture(Narrow(), X[..., :1]), Report(), X[..., :1]
+    )
+    run_passes((Functionalize(), InferShapes(), CollectWeights(), PriceWeights()), ctx)
+    assert ctx.prices is not None
+    assert {ctx.prices.of["fc.weight"](n) for n in range(21)} == {80.0}
 
 
 def test_the_first_glob_decides_and_other_weights_cost_one():

@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fxsparse
 from fxsparse import Budget, Override, Plan
-from fxsparse.errors import PlanError
+from fxsparse.errors import NumericsError, PlanError
 from fxsparse.methods import dual_averaging, imp, spartan
 from fxsparse.pattern import NM, Block, ConstantFanIn
 from fxsparse.soft_masks import BETA, FROZEN, SHIFT
@@ -339,6 +339,30 @@ def test_a_model_with_nothing_to_prune_is_left_dense(method, model):
     assert sparse.report.totals["numel"] == 0
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("budget", [{"sparsity": 0.9}, {"budget": Budget(bytes=0.5)}])
+@pytest.mark.parametrize(("value", "said"), [(float("nan"), "2 NaN"), (float("-inf"), "2 inf")])
+def test_a_weight_that_has_diverged_is_named(method, budget, value, said):
+    plan = Plan(method=method(steps=20), **budget)
+    sparse = fxsparse.compile(mlp(), plan, example_inputs=X)
+    optimizer = torch.optim.SGD(sparse.parameters(), lr=0.1)
+    sparse.attach(optimizer)
+    step(sparse, optimizer)
+    with torch.no_grad():
+        sparse.get_parameter("2.weight")[1, 2:4] = value
+    optimizer.zero_grad()
+    with pytest.raises(NumericsError, match=f"'2.weight': .*after step 2, got {said} among 1000 entries"):
+        optimizer.step()
+
+
+def test_a_weight_without_numbers_is_named_when_it_is_compiled():
+    model = mlp()
+    with torch.no_grad():
+        model[2].weight[0, 0] = float("nan")
+    with pytest.raises(NumericsError, match=r"weight '2.weight': .*1 NaN among 1000"):
+        fxsparse.compile(model, Plan(sparsity=0.9, method=spartan(steps=20)), example_inputs=X)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -348,6 +372,11 @@ def test_a_model_with_nothing_to_prune_is_left_dense(method, model):
         ({"scope": "all"}, "scope as global or layer"),
         ({"warmup": 0}, "warmup as a share"),
         ({"warmup": 0.6, "finetune": 0.5}, "at most 1"),
+        (
+            {"steps": 5, "warmup": 0.01},
+            "a warmup of at least one of the 5 steps, got a share of 0.01, which is 0",
+        ),
+        ({"steps": 5, "finetune": 0.99}, "a step before the finetune"),
     ],
 )
 def test_options_are_checked(options, message):
