@@ -122,14 +122,24 @@ def _counted(ctx: PassContext, plan: Plan) -> FlopCount:
     for _, gm in ctx.program.distinct_graphs():
         for node in gm.graph.nodes:
             node.meta.pop("val", None)
-    again = PassContext(plan, "train", ctx.program, Report(), ctx.example_inputs, device=ctx.device)
+    # On meta: a run of a graph whose sizes do not fit any more would raise where nobody catches it.
+    inputs = pytree.tree_map_only(torch.Tensor, lambda x: x.to("meta"), ctx.example_inputs)
+    again = PassContext(plan, "train", ctx.program, Report(), inputs, device=ctx.device)
     run_passes((Functionalize(), InferShapes(), CountFlops()), again)
-    if again.flops is None:
+    notes = again.report.passes[1]["notes"]
+    ends = [gm.graph.output_node() for _, gm in ctx.program.distinct_graphs()]
+    if again.flops is None or any("val" not in end.meta for end in ends):
         raise PlanError(
             f"{_name(plan)}: the model's code fixes sizes that changed: "
-            f"{'; '.join(again.report.passes[1]['notes'])}"
+            f"{'; '.join(note for note in notes if note.startswith('shapes are'))}.{_unruled(ctx)} The other three "
+            "transformations keep widths."
         )
     return again.flops
+
+
+def _unruled(ctx: PassContext) -> str:
+    notes = next((row["notes"] for row in ctx.report.passes if row["name"] == "widen-channels"), [])
+    return f" What these read keeps its width: {'; '.join(notes)}." if notes else ""
 
 
 def _balance(plan: Plan, before: FlopCount, after: FlopCount, found: Transformed) -> Balance:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxsparse.channels.dependency import Axis
+from fxsparse.channels.resizing import UNKNOWN
 from fxsparse.channels.widening import Widths, widen
 from fxsparse.channels.written_sizes import rewrite_sizes
 from fxsparse.errors import InvariantError, PlanError
@@ -53,6 +54,7 @@ class WidenChannels:
         widths = widen(graphs, lambda width: widened(width, sparsity), plan.transform.heads)
         rewrites = sum(rewrite_sizes(graph, widths) for graph in graphs)
         rewrites += _resize(ctx, graphs[0], widths, plan.seed)
+        ctx.notes += [reason for reason in dict.fromkeys(widths.kept.values()) if reason.endswith(UNKNOWN)]
         _sort(ctx, graphs, found, widths)
         for graph in graphs:
             graph.recompile()

@@ -14,13 +14,18 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from fxsparse.batch_norm import read_batch_norm
 from fxsparse.channels.dependency import Axis, Contraction, Tie
+from fxsparse.channels.einsums import einsum_step
 from fxsparse.channels.reading import Reader, is_pointwise
 from fxsparse.channels.rules import RULES, Step, _is_piece, _piece, _pointwise, _same, _title, split_input
 from fxsparse.channels.shapes import coordinates, matched
 from fxsparse.graph import argument
 
+UNKNOWN = "is not known to let sizes through"
+"""Ends the reason of an op without a rule."""
+
 _MODULES: dict[type[nn.Module], str] = {
     nn.Embedding: "embedding",
+    nn.GLU: "glu",
     nn.PixelShuffle: "pixel_shuffle",
     nn.PixelUnshuffle: "pixel_unshuffle",
     nn.Upsample: "upsample",
@@ -33,7 +38,7 @@ def resizing_step(reader: Reader, node: Node, heads: str = "fixed") -> Step:
 
     With "fixed" it is the innermost part (the width of a head), with "grow" the one before (the number of heads).
     """
-    unknown = Step(reason=f"{_title(reader, node)} is not known to let sizes through")
+    unknown = Step(reason=f"{_title(reader, node)} {UNKNOWN}")
     if node.op in ("placeholder", "output"):
         return Step(reason=f"it is an {'input' if node.op == 'placeholder' else 'output'} of the model")
     if node.op == "get_attr":
@@ -161,6 +166,18 @@ def _matmul(reader: Reader, node: Node) -> Step | None:
     return Step(ties, reason=f"{_title(reader, node)} broadcasts it")
 
 
+def _glu(reader: Reader, node: Node) -> Step:
+    """A channel of the result is one of either half."""
+    x = argument(node, 0, "input")
+    dim = reader.setting(node, 1, "dim", -1) % reader.rank(x)
+    ties = [tie for k in range(reader.rank(x)) if k != dim for tie in reader.tie(x, k, node, k)]
+    size = reader.size(x, dim)
+    if size is not None:
+        every = np.arange(size)
+        ties.append(Tie(reader.axis(x, dim), reader.axis(node, dim), every, every % (size // 2)))
+    return Step(ties)
+
+
 def _attention(reader: Reader, node: Node) -> Step | None:
     q, k, v = (argument(node, place, name) for place, name in enumerate(("query", "key", "value")))
     ties = [*reader.tie(q, -1, k, -1), *reader.tie(v, -1, node, -1), *reader.tie(q, -2, node, -2)]
@@ -220,7 +237,10 @@ def _split(reader: Reader, node: Node) -> Step | None:
     dim = argument(node, 2, "dim") or 0
     pieces = [piece.shape[dim] for piece in node.meta["val"]]
     ties: list[Tie] = []
-    if not isinstance(size, tuple | list) and _are_numbers(pieces) and len(set(pieces)) == 1:
+    equal = not isinstance(size, tuple | list) and _are_numbers(pieces) and len(set(pieces)) == 1
+    if reader.operation(node) == "tensor_split" and not equal:
+        return None
+    if equal:
         axis, every = reader.axis(x, dim), np.arange(pieces[0])
         ties = [Tie(axis, axis, every, every + k * pieces[0]) for k in range(1, len(pieces))]
     return Step(ties, silent=True)
@@ -254,7 +274,7 @@ def _without(reader: Reader, x: Node, dim: int, node: Node) -> Step:
 
 def _getitem(reader: Reader, node: Node) -> Step | None:
     source = node.args[0]
-    if isinstance(source, Node) and reader.operation(source) in ("split", "chunk"):
+    if isinstance(source, Node) and reader.operation(source) in ("split", "chunk", "tensor_split"):
         return _piece(reader, node, source)
     if isinstance(source, Node) and reader.operation(source) == "unbind":
         x = split_input(source)
@@ -302,11 +322,13 @@ _RESIZING: dict[str, Callable[[Reader, Node], Step | None]] = {
     **dict.fromkeys(("layer_norm", "rms_norm", "group_norm"), _norm),
     **dict.fromkeys(("mean", "sum", "amax", "amin", "var", "std", "prod", "argmax"), _reduction),
     **dict.fromkeys(("matmul", "bmm", "mm"), _matmul),
+    "einsum": einsum_step,
+    "glu": _glu,
     "scaled_dot_product_attention": _attention,
     "embedding": _embedding,
     **dict.fromkeys((f"conv_transpose{n}d" for n in (1, 2, 3)), _transposed_convolution),
     "cat": _cat,
-    **dict.fromkeys(("split", "chunk", "unbind"), _split),
+    **dict.fromkeys(("split", "chunk", "tensor_split", "unbind"), _split),
     "slice": _slice,
     "select": _select,
     "getitem": _getitem,

@@ -1,6 +1,6 @@
 """The sizes that the calls of a graph spell out, written anew for new widths."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from math import isclose
 from typing import Any
@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from torch.fx import GraphModule, Node
 
+from fxsparse.channels.dependency import Axis
+from fxsparse.channels.einsums import einsum_labels
 from fxsparse.channels.reading import Reader
 from fxsparse.channels.rules import split_input
 from fxsparse.channels.widening import Widths
@@ -38,11 +40,38 @@ def _set(node: Node, position: int, name: str, value: Any) -> None:
 
 
 def _of_output(reader: Reader, node: Node, widths: Widths, given: Any, first: int = 0) -> list[Any]:
-    """Sizes as a call asks for them, from dimension `first` of its output on; -1 and computed ones stay."""
+    """Sizes as a call asks for them, from dimension `first` of its output on; -1 and computed ones stay.
+
+    A size that is computed from one that grows is written as a number, since it may be that of something that does not.
+    """
     return [
-        widths.new(reader.axis(node, first + k), size) if isinstance(size, int) and size >= 0 else size
+        widths.new(reader.axis(node, first + k), size) if _is_written(reader, widths, size) else size
         for k, size in enumerate(given)
     ]
+
+
+def _is_written(reader: Reader, widths: Widths, size: Any) -> bool:
+    """Whether a size stands for the width of an axis: as a number, or computed from a width that grows."""
+    if not isinstance(size, Node):
+        return isinstance(size, int) and size >= 0
+    return isinstance(size.meta.get("val"), int) and any(
+        widths.grows(axis) for axis in _sizes_read(reader, size)
+    )
+
+
+def _sizes_read(reader: Reader, number: Node) -> Iterator[Axis]:
+    """The axes whose sizes a number is computed from."""
+    name, x = reader.operation(number), number.args[0] if number.args else None
+    if not isinstance(x, Node):
+        return
+    if name in ("size", "getattr") and reader.shape(x) is not None:
+        dim = argument(number, 1, "dim") if name == "size" else None
+        yield from (reader.axis(x, k) for k in ([dim] if isinstance(dim, int) else range(reader.rank(x))))
+    elif name == "getitem" and reader.operation(x) in ("size", "getattr") and isinstance(number.args[1], int):
+        yield reader.axis(argument(x, 0, "input"), number.args[1])
+    elif reader.shape(number) is None:
+        for part in number.all_input_nodes:
+            yield from _sizes_read(reader, part)
 
 
 def _view(reader: Reader, node: Node, widths: Widths) -> None:
@@ -76,24 +105,20 @@ def _groups(reader: Reader, node: Node, widths: Widths) -> None:
 
 
 def _pieces(reader: Reader, node: Node, widths: Widths) -> None:
-    """How large pieces are is said by their number, which stays, or by sizes."""
-    x, given = split_input(node), argument(node, 1, "split_size")
-    dim = (argument(node, 2, "dim") or 0) if reader.operation(node) == "split" else 0
-    axis = reader.axis(x, dim)
-    if reader.operation(node) != "split" or not widths.grows(axis):
+    """Pieces of which the call says how large they are; a chunk says how many there are, which stays."""
+    x, dim = split_input(node), argument(node, 2, "dim") or 0
+    name = next((n for n in ("split_size_or_sections", "split_sizes") if n in node.kwargs), "split_size")
+    given, axis = argument(node, 1, name), reader.axis(x, dim)
+    if not widths.grows(axis):
         return
-    sizes = [given] if isinstance(given, int) else given
-    ends = np.cumsum([0, *sizes])
+    several = isinstance(given, tuple | list)
+    sizes = [n.meta.get("val") if isinstance(n, Node) else n for n in (given if several else [given])]
+    known = [size for size in sizes if isinstance(size, int)]
+    if len(known) != len(sizes):
+        return
+    ends = np.cumsum([0, *known])
     new = [widths.before(axis, int(b)) - widths.before(axis, int(a)) for a, b in pairwise(ends)]
-    value = new[0] if isinstance(given, int) else new
-    _set(
-        node,
-        1,
-        next(
-            (name for name in ("split_size_or_sections", "split_sizes") if name in node.kwargs), "split_size"
-        ),
-        value,
-    )
+    _set(node, 1, name, new if several else new[0])
 
 
 def _part(reader: Reader, node: Node, widths: Widths) -> None:
@@ -122,29 +147,39 @@ def _pads(reader: Reader, node: Node, widths: Widths) -> None:
 def _attention_scale(reader: Reader, node: Node, widths: Widths) -> None:
     """A scale that was one over the root of the heads' width goes with it."""
     scale, query = node.kwargs.get("scale"), argument(node, 0, "query")
-    new = _root(reader, widths, query, scale)
+    new = _root(reader, widths, query, -1, scale)
     if new is not None:
         node.update_kwarg("scale", new)
 
 
 def _scale(reader: Reader, node: Node, widths: Widths) -> None:
-    """``x * d ** -0.5`` or ``x / d ** 0.5``, where d is the last size of x, or what the product x was summed over."""
+    """``x * d ** -0.5`` or ``x / d ** 0.5``, where d is the last size of x, or what a product x was summed over."""
     x, number = (*node.args, None)[:2]
     if not isinstance(x, Node) or not isinstance(number, float) or number <= 0:
         return
     inverse = reader.operation(node) == "div"
-    product = reader.operation(x) in ("matmul", "bmm")
-    new = _root(reader, widths, x.args[0] if product else x, 1 / number if inverse else number)
+    new = _root(reader, widths, *_summed(reader, x), 1 / number if inverse else number)
     if new is not None:
         node.update_arg(1, 1 / new if inverse else new)
 
 
-def _root(reader: Reader, widths: Widths, x: Any, scale: Any) -> float | None:
-    """The new scale, where the given one is one over the root of the last size of x, and that grows."""
-    size = reader.size(x, -1) if isinstance(x, Node) else None
+def _summed(reader: Reader, x: Node) -> tuple[Any, int]:
+    """(operand, dimension) that a product is summed over; the last one of anything else."""
+    if reader.operation(x) in ("matmul", "bmm"):
+        return x.args[0], -1
+    if reader.operation(x) == "einsum" and (found := einsum_labels(reader, x)) is not None:
+        operands, read, made = found
+        gone = [dim for dim, label in enumerate(read[0]) if label not in made]
+        return (operands[0], gone[0]) if len(gone) == 1 else (None, -1)
+    return x, -1
+
+
+def _root(reader: Reader, widths: Widths, x: Any, dim: int, scale: Any) -> float | None:
+    """The new scale, where the given one is one over the root of a size of x, and that grows."""
+    size = reader.size(x, dim) if isinstance(x, Node) else None
     if size is None or not isinstance(scale, float) or not isclose(scale, size**-0.5, rel_tol=1e-6):
         return None
-    axis = reader.axis(x, -1)
+    axis = reader.axis(x, dim)
     return widths.size(axis) ** -0.5 if widths.grows(axis) else None
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from fxsparse.einsum import Label, labels
 from fxsparse.flops.site import BATCH, SEQUENCE, CallSite, Shape, with_sizes
 from fxsparse.graph import argument, canonical_names, fetch, weight_source
 
@@ -170,9 +171,13 @@ def _multiply_adds(op: str, node: Node, shapes: tuple[Shape, ...], output: Shape
         query, key, value = shapes
         return prod(query[:-1], start=Integer(1)) * key[-2] * (query[-1] + value[-1])
     if op == "einsum":
-        terms = str(node.args[0]).replace(" ", "").partition("->")[0].split(",")
-        pairs = [zip(term, shape, strict=True) for term, shape in zip(terms, shapes, strict=True)]
-        return prod(dict(pair for term in pairs for pair in term).values(), start=Integer(1))
+        sizes: dict[Label, Expr] = {}
+        for of, shape in zip(labels(str(node.args[0]), [*map(len, shapes)])[0], shapes, strict=True):
+            # A dimension of 1 is broadcast along those of the others.
+            sizes |= {
+                label: size for label, size in zip(of, shape, strict=True) if size != 1 or label not in sizes
+            }
+        return prod(sizes.values(), start=Integer(1))
     return prod(output, start=Integer(1)) * shapes[0][-1]
 
 

@@ -1,3 +1,5 @@
+from operator import mul
+
 import pytest
 import torch
 import torchvision
@@ -148,6 +150,97 @@ def test_an_op_without_a_rule_keeps_its_width_with_the_reason():
     assert shapes(model)["b.weight"] == (6, 12)
     assert shapes(model)["c.weight"] == (12, 6)
     assert shapes(model)["d.weight"] == (12, 12)
+
+
+class ByHand(nn.Module):
+    """Attention as most write it, with sizes read from what goes in."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.q, self.k, self.v = nn.Embedding(5, 16), *(nn.Linear(16, 16) for _ in range(3))
+        self.out, self.head = nn.Linear(16, 16), nn.Linear(16, 5)
+
+    def scores(self, q, k):
+        return torch.einsum("bhqd, bhkd -> bhqk", q, k) * 0.5
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        batch, length, width = x.shape
+        q, k, v = (f(x).view(batch, length, 4, width // 4).transpose(1, 2) for f in (self.q, self.k, self.v))
+        out = torch.einsum("bhqk,bhkd->bhqd", self.scores(q, k).softmax(-1), v)
+        return self.head(self.out(out.transpose(1, 2).reshape(batch, length, width)))
+
+
+@pytest.mark.parametrize("heads", ["fixed", "grow"])
+def test_attention_by_einsum_grows_as_that_by_products(heads):
+    class Products(ByHand):
+        def scores(self, q, k):
+            return q @ k.transpose(-2, -1) * 0.5
+
+    tokens = torch.zeros(2, 3, dtype=torch.long)
+    model = wide(ByHand(), tokens, heads=heads)
+    assert shapes(model) == shapes(wide(Products(), tokens, heads=heads))
+    assert shapes(model)["q.weight"] == (32, 32)
+    [scale] = [node.args[1] for node in model.graphs["eval"].find_nodes(op="call_function", target=mul)]
+    assert scale == pytest.approx(0.5 if heads == "grow" else 8**-0.5)
+    assert runs(model, torch.zeros(4, 7, dtype=torch.long)).shape == (4, 7, 5)
+
+
+def test_a_size_computed_from_a_width_that_grows_is_that_of_its_own_axis():
+    class Sorted(ByHand):
+        def scores(self, q, k):
+            return torch.sort(q)[0] @ k.transpose(-2, -1)
+
+    model = wide(Sorted(), torch.zeros(2, 3, dtype=torch.long))
+    assert shapes(model)["q.weight"] == (16, 32)
+    assert shapes(model)["v.weight"] == (32, 32)
+    assert runs(model, torch.zeros(4, 7, dtype=torch.long)).shape == (4, 7, 5)
+
+
+def test_code_whose_sizes_do_not_fit_any_more_is_refused_with_the_op_that_has_no_rule():
+    class Adds(ByHand):
+        def forward(self, tokens):
+            x = self.embed(tokens)
+            return self.head(torch.sort(self.q(x))[0] + torch.zeros(x.shape))
+
+    with pytest.raises(
+        PlanError, match=r"The size of|broadcast.* What these read keeps its width: sort \(sort\)"
+    ):
+        wide(Adds(), torch.zeros(2, 3, dtype=torch.long))
+
+
+class Halves(nn.Module):
+    def __init__(self, cut, gate):
+        super().__init__()
+        self.cut, self.gate = cut, gate
+        self.first, self.up, self.back, self.head = (
+            nn.Linear(*n) for n in ((3, 8), (8, 32), (16, 8), (8, 3))
+        )
+
+    def forward(self, x):
+        y = self.up(self.first(x))
+        halves = self.cut(y)
+        return self.head(self.back(self.gate(y) if halves is None else halves[0] * halves[1]))
+
+
+@pytest.mark.parametrize(
+    ("cut", "gate"),
+    [
+        (lambda y: None, nn.GLU()),
+        (lambda y: None, nn.functional.glu),
+        (lambda y: y.chunk(2, -1), None),
+        (lambda y: torch.split(y, 16, -1), None),
+        (lambda y: torch.split(y, [16, 16], -1), None),
+        (lambda y: torch.split(y, y.shape[-1] // 2, -1), None),
+        (lambda y: torch.split(y, [y.shape[-1] // 2, y.shape[-1] // 2], -1), None),
+        (lambda y: torch.tensor_split(y, 2, dim=-1), None),
+    ],
+)
+def test_halves_grow_together(cut, gate):
+    model = wide(Halves(cut, gate), torch.randn(2, 3))
+    assert shapes(model)["up.weight"] == (64, 16)
+    assert shapes(model)["back.weight"] == (16, 32)
+    assert runs(model, torch.randn(5, 3)).shape == (5, 3)
 
 
 def test_a_scale_of_the_width_of_heads_goes_with_it():

@@ -149,3 +149,12 @@ def test_a_tensor_inside_a_dict_or_list_has_its_symbols(transform, at, given):
     assert sparse.report.totals["flops_dense"] == (
         dense if transform is None else 2 * 5 * (8 * 32 + 32 * 64 + 64 * 3)
     )
+
+
+def test_products_under_an_ellipsis_and_of_broadcast_sizes_are_counted():
+    class Dots(nn.Module):
+        def forward(self, x, w):
+            return torch.einsum("...d,de->...e", x, w), torch.einsum("bld,bmd->blm", x, x[:1])
+
+    count = fxsparse.count_flops(Dots(), (torch.randn(2, 5, 8), torch.randn(8, 6)))
+    assert [layer.dense for layer in count.layers] == [2 * 5 * 8 * 6, 2 * 5 * 5 * 8]

@@ -1,0 +1,25 @@
+import pytest
+import torch
+
+from fxsparse.einsum import labels
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes"),
+    [
+        ("bhqd, bhkd -> bhqk", [(2, 3, 4, 5), (2, 3, 6, 5)]),
+        ("...d,de->...e", [(2, 3, 4), (4, 5)]),
+        ("a...b,...bc->...ac", [(2, 7, 8, 3), (8, 3, 4)]),
+        ("ba,cb", [(2, 3), (4, 2)]),
+        ("...i,...i", [(2, 3), (2, 3)]),
+        ("ii", [(3, 3)]),
+        ("ii->i", [(3, 3)]),
+    ],
+)
+def test_labels_give_the_sizes_of_the_result(equation, shapes):
+    read, made = labels(equation, [len(shape) for shape in shapes])
+    sizes = {
+        label: n for of, shape in zip(read, shapes, strict=True) for label, n in zip(of, shape, strict=True)
+    }
+    want = torch.einsum(equation, *(torch.zeros(shape) for shape in shapes)).shape
+    assert tuple(sizes[label] for label in made) == want
