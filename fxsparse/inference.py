@@ -116,6 +116,8 @@ def _check(model: nn.Module) -> None:
         raise PlanError(
             "compile: this model is compiled for inference already; compile the model it was made from."
         )
+    if isinstance(model, SparseModule):
+        model.check_masks()
 
 
 def _capture(model: nn.Module, example_inputs: Any, strict: bool) -> tuple[Program, Plan | None]:

@@ -20,6 +20,7 @@ from fxsparse.probe_variant import PROBES, probe_graphs
 from fxsparse.report import Report
 from fxsparse.selection import to_mask
 from fxsparse.skeleton import SHARED_DICTS, bind
+from fxsparse.soft_updates import refuse_averaged
 from fxsparse.state_dicts import after_loading, before_loading
 from fxsparse.storage import CompactWeight, MaskedWeight, read_weights
 from fxsparse.update_mask import Target
@@ -201,7 +202,7 @@ class SparseModule(nn.Module):
         self, names: Iterable[str] | None = None, max_bytes: int = MAX_DENSE_BYTES
     ) -> dict[str, Tensor]:
         """The user's keys with the masks folded in and zeros filled in; `names` limits it to some keys."""
-        self._training()
+        self.check_masks()
         keys = self._emitted.user_keys if names is None else tuple(names)
         unknown = [key for key in keys if key not in self._emitted.user_keys]
         if unknown:
@@ -218,7 +219,7 @@ class SparseModule(nn.Module):
 
         With `names` only these sparse weights are filled in; the other compact ones stay on the meta device.
         """
-        self._training()
+        self.check_masks()
         weights = dict(self.weights())
         chosen = self._chosen(names)
         _check_bytes(sum(self._dense_bytes(key, weights) for key in chosen), max_bytes, "to_dense")
@@ -279,6 +280,12 @@ class SparseModule(nn.Module):
         if self._emitted.updates is not None:
             arguments = (*arguments, self._emitted.updates.history.state_dict())
         return self._emitted.rebuild, arguments
+
+    def check_masks(self) -> None:
+        """Raise CheckpointError where masks that share a budget keep more than it, as averaged masks do."""
+        method = self._training().method
+        masks = {name: weight.mask for name, weight in self.weights() if isinstance(weight, MaskedWeight)}
+        refuse_averaged(method, int(self.get_buffer("fxsparse_step")), self._emitted.targets, masks)
 
     def _active(self) -> Callable[..., Any]:
         program = self._emitted.program

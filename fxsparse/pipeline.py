@@ -92,7 +92,7 @@ class Decision:
     cost: float = 1.0
     """Of an entry, where the plan has a budget: relative to the mean of all entries."""
     price: Price | None = None
-    """Of the whole weight by its nonzeros, where the plan has a budget."""
+    """Of the whole weight by its nonzeros, where the plan has a budget and the weight may be pruned."""
     limit: float = 0.0
     """What all weights that may be pruned may cost together by their prices."""
     dense: bool = False

@@ -1,14 +1,15 @@
 """The one node of the update graph where all weights choose within budgets: Spartan, and its baselines."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fxsparse.errors import NumericsError
+from fxsparse.errors import CheckpointError, NumericsError
 from fxsparse.knapsack import KeepLargest, afford, block_of, keep, utilities
+from fxsparse.method import Method
 from fxsparse.soft_masks import BETA, FROZEN, SHIFT, spread
 from fxsparse.storage import MaskedWeight
 from fxsparse.update_mask import Target, UpdateStep
@@ -77,6 +78,36 @@ def _refuse_diverged(weight: Tensor, utility: Tensor, name: str, step: int) -> N
         f"weight {name!r}: expected finite values to rank after step {step}, got {got} among {weight.numel()} entries. "
         "Training has diverged: look at the loss and the learning rate before this step, and clip the gradients' norm."
     )
+
+
+def refuse_averaged(
+    method: Method, step: int, targets: Mapping[str, Target], masks: Mapping[str, Tensor]
+) -> None:
+    """Raise CheckpointError where masks keep more than their budget pays for after so many optimizer steps, as the
+    average of masks of several steps does.  Other methods than those of `KeepLargest` are let through.
+    """
+    rule = method.rule
+    if not isinstance(rule, KeepLargest) or not targets:
+        return
+    for names in shared(rule, list(targets)):
+        counts = {name: int(masks[name].sum()) for name in names}
+        prices = {n: of for n in names if (of := targets[n].price) is not None}
+        if rule.together and prices:
+            if method.nnz(step, 0, 2**40):
+                continue  # on the way there masks go by the mean cost of an entry
+            got, most = sum(of(counts[n]) for n, of in prices.items()), targets[names[0]].limit
+            most += 1e-9 * abs(most)
+        else:
+            kept, size = (
+                sum(each) for each in zip(*((targets[n].nnz, masks[n].numel()) for n in names), strict=True)
+            )
+            got, most = sum(counts.values()), method.nnz(step, kept, size) + 1
+        if got > most:
+            raise CheckpointError(
+                f"the masks of {', '.join(names[:3])}{', ...' * (len(names) > 3)} keep {got:,.7g} where the budget "
+                f"after {step} steps is {most:,.7g}: expected masks of one step of this plan. Masks cannot be "
+                "averaged: average parameters alone (AveragedModel(module, use_buffers=False), which copies the masks)."
+            )
 
 
 def _chosen(

@@ -39,7 +39,7 @@ class Target:
     cost: float = 1.0
     """Of an entry, in the unit of the plan's budget, where all weights share one."""
     price: Price | None = None
-    """Of the whole weight by its nonzeros, where the plan has a budget."""
+    """Of the whole weight by its nonzeros, where the plan has a budget and the weight may be pruned."""
     limit: float = 0.0
     """What all weights may cost together by their prices."""
 

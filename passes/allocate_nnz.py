@@ -112,7 +112,8 @@ def _within(
     fixed = sum(prices.of[s.name](s.numel) for s in specs if target.forced.get(s.name) == 0)
     made = {s.name: _decision(s, patterns[s.name], counts[s.name], counts[s.name] / s.numel) for s in specs}
     for name, decision in made.items():
-        decision.cost, decision.price = costs[name], prices.of[name]
+        decision.cost = costs[name]
+        decision.price = None if target.forced.get(name) == 0 else prices.of[name]
         decision.limit = prices.allowed - prices.rest - fixed
     return made
 

@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fxsparse
 from fxsparse import Budget, Override, Plan
-from fxsparse.errors import NumericsError, PlanError
+from fxsparse.errors import CheckpointError, NumericsError, PlanError
 from fxsparse.methods import dual_averaging, imp, spartan
 from fxsparse.pattern import NM, Block, ConstantFanIn
 from fxsparse.soft_masks import BETA, FROZEN, SHIFT
@@ -200,7 +201,7 @@ def test_the_soft_topk_is_computed_in_float32_under_autocast():
 
 def test_averaged_weights_are_those_of_the_steps():
     sparse, optimizer = build(spartan(steps=20))
-    average = torch.optim.swa_utils.AveragedModel(sparse)
+    average = AveragedModel(sparse)
     seen = []
     for _ in range(6):
         step(sparse, optimizer)
@@ -208,6 +209,52 @@ def test_averaged_weights_are_those_of_the_steps():
         seen.append(sparse.get_parameter("0.weight").detach().clone())
     torch.testing.assert_close(average.module.get_parameter("0.weight"), torch.stack(seen).mean(0))
     assert bool(average(X).isfinite().all())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("budget", [{"sparsity": 0.9}, {"budget": Budget(bytes=0.3)}])
+def test_averaged_masks_are_refused_where_the_weights_are_folded(method, budget):
+    sparse = fxsparse.compile(mlp(), Plan(method=method(steps=40), **budget), example_inputs=X)
+    optimizer = torch.optim.AdamW(sparse.parameters(), lr=0.05)
+    sparse.attach(optimizer)
+    averages = [
+        AveragedModel(sparse, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=used)
+        for used in (True, False)
+    ]
+    for _ in range(24):
+        step(sparse, optimizer)
+        for average in averages:
+            average.update_parameters(sparse)
+    union, copied = (average.module for average in averages)
+    for fold in (
+        lambda: union.to_dense(),
+        lambda: union.dense_state_dict(),
+        lambda: fxsparse.compile(union, mode="infer"),
+    ):
+        with pytest.raises(CheckpointError, match=r"Masks cannot be averaged: .*use_buffers=False"):
+            fold()
+    masks = sparse.masks()
+    for name, weight in copied.dense_state_dict().items():
+        assert not name.endswith("weight") or not bool(weight[~masks[name]].any())
+
+
+def test_an_average_of_the_floats_of_a_state_dict_keeps_the_zeros():
+    """As timm's EMA does: soft masks and budgets are averaged, masks are copied."""
+    sparse, optimizer = build(spartan(steps=20))
+    average = copy.deepcopy(sparse)
+    for _ in range(20):
+        step(sparse, optimizer)
+        for mine, theirs in zip(average.state_dict().values(), sparse.state_dict().values(), strict=True):
+            if mine.is_floating_point():
+                mine.lerp_(theirs, 0.5)
+            else:
+                mine.copy_(theirs)
+    assert bool(((average.get_buffer("0.weight_soft") != 0) & ~sparse.masks()["0.weight"]).any())
+    folded = average.to_dense()
+    assert sum(int((folded[i].weight != 0).sum()) for i in (0, 2)) == 740
+    torch.testing.assert_close(average.eval()(X), folded(X))
+    fast = fxsparse.compile(average, mode="infer", example_inputs=X)
+    torch.testing.assert_close(fast(X), folded(X), rtol=1e-4, atol=1e-5)
 
 
 def test_blocks_are_kept_whole_and_as_many_as_the_budget_pays_for():
@@ -337,6 +384,7 @@ def test_a_model_with_nothing_to_prune_is_left_dense(method, model):
     sparse.attach(optimizer)
     optimizer.step()
     assert sparse.report.totals["numel"] == 0
+    torch.testing.assert_close(sparse.to_dense()(X), sparse(X))
 
 
 @pytest.mark.parametrize("method", METHODS)
