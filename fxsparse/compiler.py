@@ -232,8 +232,8 @@ def _train(
 ) -> SparseModule:
     if plan.transform is not None and optimizer is not None and not isinstance(model, GraphModel):
         raise PlanError(
-            f"compile: {plan.transform.name} makes parameters that no optimizer can hold yet; make the optimizer from "
-            "sparse.parameters() afterwards and call sparse.attach(optimizer)."
+            f"compile: {type(plan.transform).__name__} makes parameters that no optimizer can hold yet; make the "
+            "optimizer from sparse.parameters() afterwards and call sparse.attach(optimizer)."
         )
     model, plan = _transformed(model, plan, example_inputs, strict=strict, device=device)
     program = capture(model, example_inputs, strict=strict, device=device)

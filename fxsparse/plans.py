@@ -207,9 +207,8 @@ def _check_types(plan: Plan) -> None:
         if not isinstance(override, Override):
             raise PlanError(f"Plan.overrides: expected Override values, got {override!r}.")
     if plan.transform is not None and not isinstance(plan.transform, Transform):
-        raise PlanError(
-            f"Plan.transform: expected one of {', '.join(transforms.TRANSFORMS)}, got {plan.transform!r}."
-        )
+        known = ", ".join(f"{kind.__name__}()" for kind in transforms.TRANSFORMS.values())
+        raise PlanError(f"Plan.transform: expected an instance, one of {known}, got {plan.transform!r}.")
     _check_method_pattern(plan)
     if isinstance(plan.method.rule, KeepLargest):
         _check_largest(plan, plan.method.rule)

@@ -1,7 +1,6 @@
 """Carry out a plan's transformation: a model in, one of other shapes and the sparsity that fits it out."""
 
 import copy
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +21,7 @@ from fxsparse.report import Report
 from fxsparse.trace import capture
 from fxsparse.transforms import SparseDoped, SparseParallel
 from fxsparse.transforms.balance import Balance
+from fxsparse.transforms.choices import no_layers
 
 
 def transform(
@@ -55,9 +55,7 @@ def transform(
             "transform: expected a plan with a transform, such as Plan(transform=SparseWide(), sparsity=0.75)."
         )
     if example_inputs is None:
-        raise PlanError(
-            f"Plan.transform={plan.transform.name!r} needs example_inputs=: FLOPs depend on shapes."
-        )
+        raise PlanError(f"{_name(plan)}: expected example_inputs=, got none: FLOPs depend on shapes.")
     program = capture(model, example_inputs, strict=strict, device=device, tier=tier)
     return transform_program(program, plan, example_inputs, device).train(model.training)
 
@@ -70,18 +68,16 @@ def transform_program(
     assert wanted is not None
     if program.tier == "walk":
         raise PlanError(
-            f"Plan.transform={wanted.name!r} needs a graph, and this model has none: {'; '.join(program.notes)}"
+            f"{_name(plan)}: expected a model with a graph, and this one has none: {'; '.join(program.notes)}"
         )
     _own_tensors(program.skeleton)
     ctx = PassContext(replace(plan, overrides=()), "train", program, Report(), example_inputs, device=device)
     run_passes(transforming_pipeline(wanted), ctx)
     before, found = ctx.flops, ctx.transformed
     if before is None or found is None:
-        raise PlanError(
-            f"Plan.transform: no shapes to count with: {'; '.join(ctx.report.passes[1]['notes'])}"
-        )
+        raise PlanError(f"{_name(plan)}: no shapes to count with: {'; '.join(ctx.report.passes[1]['notes'])}")
     if not found.sparse:
-        raise PlanError(f"{wanted.name}: expected layers to transform, found none: {_listed(found.dense)}.")
+        raise no_layers(wanted, found.dense, ctx.excluded)
     outputs = _output_shapes(program.graphs["eval"])
     after = _counted(ctx, plan)
     _check_outputs(outputs, _output_shapes(program.graphs["eval"]), plan)
@@ -189,10 +185,6 @@ def _sum(count: FlopCount, names: list[str]) -> int:
     return sum(count.of_weight(name)[0] or 0 for name in names)
 
 
-def _listed(dense: Mapping[str, str]) -> str:
-    return "; ".join(f"{name}: {why}" for name, why in list(dense.items())[:5]) or "it has none"
-
-
 def _output_shapes(gm: GraphModule) -> list[str]:
     [output] = gm.graph.find_nodes(op="output")
     return [
@@ -214,4 +206,4 @@ def _plain_meta(gm: GraphModule) -> None:
 
 def _name(plan: Plan) -> str:
     assert plan.transform is not None
-    return plan.transform.name
+    return type(plan.transform).__name__

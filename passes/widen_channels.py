@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -12,13 +13,14 @@ from fxsparse.channels.dependency import Axis
 from fxsparse.channels.resizing import UNKNOWN
 from fxsparse.channels.widening import Widths, widen
 from fxsparse.channels.written_sizes import rewrite_sizes
-from fxsparse.errors import InvariantError, PlanError
+from fxsparse.errors import InvariantError
 from fxsparse.fresh_values import drawn_like
 from fxsparse.graph import canonical_names, sites
 from fxsparse.pipeline import PassContext, Transformed
 from fxsparse.trace.modules import is_transposed_linear
 from fxsparse.transforms import SparseWide
-from fxsparse.transforms.iso_flop import widened
+from fxsparse.transforms.choices import no_layers
+from fxsparse.transforms.iso_flop import density, widened, widening_sparsity
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,9 @@ class WidenChannels:
         if found.sparse:
             return 0
         graphs, sparsity = [graph for _, graph in ctx.program.distinct_graphs()], plan.sparsity
-        widths = widen(graphs, lambda width: widened(width, sparsity), plan.transform.heads)
+        widths = widen(
+            graphs, lambda width: widened(width, sparsity), plan.transform.heads, partial(_rounded, sparsity)
+        )
         rewrites = sum(rewrite_sizes(graph, widths) for graph in graphs)
         rewrites += _resize(ctx, graphs[0], widths, plan.seed)
         ctx.notes += [reason for reason in dict.fromkeys(widths.kept.values()) if reason.endswith(UNKNOWN)]
@@ -71,10 +75,14 @@ def _sort(ctx: PassContext, graphs: Sequence[GraphModule], found: Transformed, w
             found.layers.remove(name)
             found.dense[name] = f"its widths stay: {reasons[0]}"
     if not found.sparse:
-        reasons = (
-            "; ".join(dict.fromkeys(found.dense.values())) or "it has no layers between input and output"
-        )
-        raise PlanError(f"SparseWide: expected layers whose widths may change, found none: {reasons}.")
+        raise no_layers(SparseWide(), found.dense, ctx.excluded)
+
+
+def _rounded(sparsity: float, width: int) -> str:
+    return (
+        f"{width} times k = {float(density(sparsity)) ** -0.5:.6g} is rounded down to {width}, and the smallest "
+        f"sparsity that widens it is {widening_sparsity(width):g}"
+    )
 
 
 def _resize(ctx: PassContext, gm: GraphModule, widths: Widths, seed: int) -> int:

@@ -53,7 +53,9 @@ class Widths:
         return next((reason for reason in found if reason is not None), "no layer makes it")
 
 
-def widen(graphs: Sequence[GraphModule], widened: Callable[[int], int], heads: str) -> Widths:
+def widen(
+    graphs: Sequence[GraphModule], widened: Callable[[int], int], heads: str, rounded: Callable[[int], str]
+) -> Widths:
     """Widen everything that may be, and keep the rest.
 
     Args:
@@ -61,6 +63,7 @@ def widen(graphs: Sequence[GraphModule], widened: Callable[[int], int], heads: s
         widened: the new width for a width alone, which rounds down; what an axis is cut into (heads, groups of a
             grouped convolution) then rounds up, and multiples of the first width of the network stay multiples of it.
         heads: see `fxsparse.channels.resizing.resizing_step`.
+        rounded: why a width alone stays as it is where it is rounded down to itself.
     """
     graph, sources = _trace(graphs, heads)
     labels = graph.channels()
@@ -84,7 +87,12 @@ def widen(graphs: Sequence[GraphModule], widened: Callable[[int], int], heads: s
                 )
     target = _targets(widened, _multiples(labels), [len(labels[axis]) for axis in free])
     for axis in free:
-        _repeat(widths.times, labels[axis], target(len(labels[axis])))
+        size = len(labels[axis])
+        _repeat(widths.times, labels[axis], target(size))
+        if not widths.grows(axis):
+            first = len(labels[free[0]])
+            reason = rounded(first if size % first == 0 else size)
+            widths.kept.update((int(channel), reason) for channel in labels[axis])
     return widths
 
 

@@ -1,6 +1,6 @@
 """The names that the fields of a transformation may hold."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fxsparse.errors import PlanError
@@ -21,10 +21,28 @@ def check_match(value: object, where: str) -> None:
     check_choice(value, MATCHES, f"{where}.match")
 
 
+def check_flag(value: object, where: str) -> None:
+    """Raise PlanError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise PlanError(f"{where}: expected True or False, got {value!r}.")
+
+
 def check_choice(value: object, known: Sequence[str], where: str) -> None:
     """Raise PlanError unless `value` is one of the `known` names."""
     if value not in known:
         raise PlanError(f"{where}: expected one of {', '.join(known)}, got {value!r}.")
+
+
+def no_layers(transform: object, dense: Mapping[str, str], excluded: Iterable[str]) -> PlanError:
+    """The refusal of a plan that finds nothing to transform; `dense`: {weight: why it stays as it is}."""
+    reasons = [f"{name}: {why}" for name, why in dense.items()]
+    reasons += [f"{name}: the plan excludes it" for name in excluded]
+    more = f"; and {len(reasons) - 5} more" if len(reasons) > 5 else ""
+    return PlanError(
+        f"{type(transform).__name__}: expected layers to transform, found none: "
+        f"{'; '.join(reasons[:5]) or 'the model has no linear layer or convolution'}{more}. It takes those between "
+        "others, which neither read the model's input nor make its output; leave the transform out for this model."
+    )
 
 
 def globs(value: Any, where: str) -> tuple[str, ...]:

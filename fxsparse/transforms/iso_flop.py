@@ -19,6 +19,11 @@ def widened(width: int, sparsity: float) -> int:
     return isqrt(floor(width**2 / density(sparsity)))
 
 
+def widening_sparsity(width: int) -> float:
+    """The smallest sparsity of four decimals at which `widened` gives more than the width."""
+    return ceil(10**4 * (1 - Fraction(width, width + 1) ** 2)) / 10**4
+
+
 def branches(sparsity: float) -> int:
     """Give k = 1 / (1 - s), the number of branches of Sparse Parallel.
 

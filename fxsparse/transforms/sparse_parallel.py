@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fxsparse.transforms.choices import check_match, check_sigma, globs
+from fxsparse.transforms.choices import check_flag, check_match, check_sigma, globs
 from fxsparse.transforms.iso_flop import branches, nearest_branches
 
 
@@ -28,6 +28,7 @@ class SparseParallel:
 
     def __post_init__(self) -> None:
         check_sigma(self.sigma, "SparseParallel")
+        check_flag(self.adjust, "SparseParallel.adjust")
         object.__setattr__(self, "keep", globs(self.keep, "SparseParallel.keep"))
         check_match(self.match, "SparseParallel")
 

@@ -133,8 +133,25 @@ def test_outputs_that_show_the_hidden_state_keep_its_width():
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 32), nn.Linear(32, 8), nn.LayerNorm(8))
     found = shapes(wide(model, torch.randn(2, 4)))
     assert found["2.weight"] == (8, 64)
-    with pytest.raises(PlanError, match=r"expected layers whose widths may change, found none: .*input"):
+    with pytest.raises(
+        PlanError, match=r"SparseWide: expected layers to transform, found none: 0.weight: .*input; 1"
+    ):
         wide(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8)), torch.randn(2, 4))
+    plan = Plan(transform=SparseWide(), sparsity=0.5, exclude=("1",))
+    with pytest.raises(
+        PlanError, match=r"found none: .*; 1.weight: the plan excludes it\. It takes those between"
+    ):
+        transform(nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))), plan, torch.randn(2, 4))
+
+
+def test_a_sparsity_too_small_to_widen_anything_is_refused_with_the_smallest_that_does():
+    model = nn.Sequential(nn.Linear(4, 32), nn.Linear(32, 64), nn.Linear(64, 4))
+    why = (
+        r"1.weight: its widths stay: 32 times k = 1.00504 is rounded down to 32, .* that widens it is 0.0597"
+    )
+    with pytest.raises(PlanError, match=why):
+        wide(model, torch.randn(2, 4), 0.01)
+    assert shapes(wide(model, torch.randn(2, 4), 0.0597))["1.weight"] == (66, 33)
 
 
 def test_an_op_without_a_rule_keeps_its_width_with_the_reason():

@@ -15,6 +15,7 @@ from fxsparse.transforms.iso_flop import (
     exact_sparsity,
     factorized_rank,
     widened,
+    widening_sparsity,
 )
 
 CHANGED = (
@@ -71,8 +72,26 @@ def test_bad_fields_are_refused_by_name(row, message):
 def test_a_budget_says_nothing_of_how_wide_a_model_becomes():
     with pytest.raises(PlanError, match="a transform sizes the model by its sparsity"):
         Plan(transform=SparseWide(), budget=Budget(flops=0.5))
-    with pytest.raises(PlanError, match="expected one of sparse-wide"):
-        Plan(transform="sparse-wide", sparsity=0.5)
+
+
+@pytest.mark.parametrize("wrong", ["sparse-wide", SparseWide])
+def test_a_plan_takes_an_instance(wrong):
+    with pytest.raises(
+        PlanError, match=r"expected an instance, one of SparseWide\(\), SparseParallel\(\), .* got "
+    ):
+        Plan(transform=wrong, sparsity=0.5)
+
+
+def test_adjust_is_true_or_false():
+    with pytest.raises(PlanError, match=r"SparseParallel\.adjust: expected True or False, got 'no'"):
+        SparseParallel(adjust="no")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("width", [1, 7, 32, 64, 768, 4096])
+def test_the_smallest_sparsity_that_widens(width):
+    least = widening_sparsity(width)
+    assert widened(width, least) > width
+    assert widened(width, round(least - 1e-4, 4)) == width
 
 
 # -- closed forms ------------------------------------------------------------------------------------------
