@@ -203,7 +203,7 @@ class SparseModule(nn.Module):
     ) -> dict[str, Tensor]:
         """The user's keys with the masks folded in and zeros filled in; `names` limits it to some keys."""
         self.check_masks()
-        keys = self._emitted.user_keys if names is None else tuple(names)
+        keys = self._emitted.user_keys if names is None else _listed(names)
         unknown = [key for key in keys if key not in self._emitted.user_keys]
         if unknown:
             raise PlanError(
@@ -309,7 +309,7 @@ class SparseModule(nn.Module):
         weights = dict(self.weights())
         if names is None:
             return weights
-        names = tuple(names)
+        names = _listed(names)
         unknown = [name for name in names if name not in weights]
         if unknown:
             raise PlanError(
@@ -375,3 +375,8 @@ def _check_bytes(needed: int, max_bytes: int, call: str) -> None:
             f"{call}() would make {needed:,} bytes of dense tensors, more than max_bytes={max_bytes:,}: "
             "pass names= of some weights, or a larger max_bytes=."
         )
+
+
+def _listed(names: Iterable[str]) -> tuple[str, ...]:
+    """One name alone stands for itself, not for its letters."""
+    return (names,) if isinstance(names, str) else tuple(names)

@@ -36,7 +36,9 @@ class Bipartite:
         Raises:
             NumericsError: a value is inf or NaN.
         """
-        values = None if values is None else values.detach().to("cpu", torch.float64).abs()
+        if values is not None:
+            exact = torch.complex128 if values.is_complex() else torch.float64
+            values = values.detach().to("cpu", exact).abs()
         if values is not None and not bool(values.isfinite().all()):
             raise NumericsError(
                 "spectral: expected finite weights at the mask's entries, got inf or NaN: training has diverged."
@@ -95,7 +97,13 @@ def one_thread() -> Iterator[None]:
 
 
 def check_mask(mask: Tensor, weight: Tensor | None) -> None:
-    """Raise PatternError unless the mask has at least two dimensions, holds 0 and 1, and the weight its shape."""
+    """Raise PatternError unless the mask has at least two dimensions, holds 0 and 1, and the weight its shape.
+
+    Both have to be tensors with a value in memory for every entry.
+    """
+    _check_tensor(mask, "mask")
+    if weight is not None:
+        _check_tensor(weight, "weight")
     if mask.dim() < 2:
         raise PatternError(
             f"spectral: expected a mask [outputs, inputs, ...], got the shape {tuple(mask.shape)}. Pass the mask of a "
@@ -110,6 +118,20 @@ def check_mask(mask: Tensor, weight: Tensor | None) -> None:
         raise PatternError(
             f"spectral: expected a weight of the mask's shape {tuple(mask.shape)}, got {tuple(weight.shape)}."
         )
+
+
+def _check_tensor(value: object, what: str) -> None:
+    if not isinstance(value, Tensor):
+        got = f"{type(value).__name__}: torch.as_tensor makes one of arrays and lists"
+    elif value.is_meta:
+        got = "one on the meta device, which has no values"
+    elif value.is_nested or value.layout != torch.strided:
+        got = f"one of layout {'nested' if value.is_nested else value.layout}: pass value.to_dense()"
+    elif value.is_quantized:
+        got = f"one of {value.dtype}: pass value.dequantize()"
+    else:
+        return
+    raise PatternError(f"spectral: expected the {what} as a dense tensor with values, got {got}.")
 
 
 def _renumbered(nodes: Tensor) -> tuple[Tensor, int]:

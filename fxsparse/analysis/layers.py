@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fxsparse.analysis.bipartite import Bipartite
 from fxsparse.analysis.spectral import Spectral, spectral_of
+from fxsparse.errors import PlanError
 from fxsparse.module import SparseModule
 from fxsparse.report import cell
 from fxsparse.storage import CompactWeight, MaskedWeight
@@ -29,9 +30,14 @@ def spectral_layers(sparse: SparseModule, names: Iterable[str] | None = None) ->
     Reads nonzeros only: no dense copy of a compact weight is made.
 
     Raises:
-        PlanError: a module compiled for inference, or a name that is no sparse weight.
+        PlanError: no compiled module, or one for inference, or a name that is no sparse weight.
         NumericsError, UnsupportedError: as `spectral`.
     """
+    if not isinstance(sparse, SparseModule):
+        raise PlanError(
+            f"spectral_layers: expected what fxsparse.compile returned, got {type(sparse).__name__}; compile it with a "
+            "plan, or give single masks to spectral(mask, weight)."
+        )
     found = {}
     for name, (outputs, inputs) in sparse.coordinates(names).items():
         stored = dict(sparse.weights())[name]

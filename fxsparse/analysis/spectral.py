@@ -78,11 +78,12 @@ class Spectral:
 def spectral(mask: Tensor, weight: Tensor | None = None) -> Spectral:
     """The spectral quantities of a mask [outputs, inputs, ...] of bools, or of numbers that are 0 or 1.
 
-    Those that need weights are None without `weight`, of the same shape; it is read at the mask's entries only.
+    Those that need weights are None without `weight`, of the same shape; its absolute values are read at the mask's
+    entries only.
     Grouped convolutions are taken as their weight is stored, [outputs, inputs / groups, ...].
 
     Raises:
-        PatternError: no such mask, or a weight of another shape.
+        PatternError: no such mask, a weight of another shape, or what is no dense tensor with values.
         NumericsError: inf or NaN among the weights.
         UnsupportedError: more than 512 nodes on both sides, and scipy is not installed.
     """

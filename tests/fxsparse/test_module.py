@@ -247,6 +247,8 @@ def test_large_dense_copies_are_refused_with_a_way_out():
             call(max_bytes=10)
     assert list(sparse.masks(names=["head.weight"])) == ["head.weight"]
     assert list(sparse.dense_state_dict(names=["head.weight"])) == ["head.weight"]
+    assert list(sparse.masks(names="head.weight")) == ["head.weight"]
+    assert list(sparse.dense_state_dict(names="head.weight")) == ["head.weight"]
     partial = sparse.to_dense(names=["head.weight"])
     assert partial.fc.weight.is_meta
     assert not partial.head.weight.is_meta

@@ -6,7 +6,7 @@ from torch import nn
 
 import fxsparse
 from fxsparse import Plan
-from fxsparse.analysis import spectral, spectral_layers, spectral_table
+from fxsparse.analysis import SpectralHistory, spectral, spectral_layers, spectral_table
 from fxsparse.errors import PlanError
 from fxsparse.methods import rigl, spartan, static
 
@@ -52,6 +52,15 @@ def test_names_limit_what_is_measured():
     assert list(spectral_layers(sparse, ["5.weight"])) == ["5.weight"]
     with pytest.raises(PlanError, match="no sparse weight 'x'"):
         spectral_layers(sparse, ["x"])
+    assert list(spectral_layers(sparse, "5.weight")) == ["5.weight"]
+
+
+def test_a_model_that_was_not_compiled_is_refused():
+    for other in (nn.Linear(4, 4), torch.ones(4, 4)):
+        with pytest.raises(
+            PlanError, match=f"expected what fxsparse.compile returned, got {type(other).__name__};"
+        ):
+            SpectralHistory().record(other)  # pyright: ignore[reportArgumentType]
 
 
 def test_outputs_of_a_transposed_weight_are_its_columns():

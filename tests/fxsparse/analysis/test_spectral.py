@@ -147,6 +147,13 @@ def test_weights_count_by_magnitude_and_only_at_the_mask():
     assert spectral(mask).full_spectrum_distance is None
 
 
+def test_complex_weights_count_by_magnitude():
+    mask = random_mask(16, 40, sparsity=0.5)
+    weight = torch.randn(16, 40, dtype=torch.complex64, generator=torch.Generator().manual_seed(1))
+    assert spectral(mask, weight) == spectral(mask, weight.to(torch.complex128).abs())
+    assert spectral(mask, weight) != spectral(mask, weight.real)
+
+
 def test_isolated_nodes_are_left_out():
     mask = random_mask(12, 30, sparsity=0.5)
     padded = torch.zeros(15, 41, dtype=torch.bool)
@@ -231,6 +238,19 @@ def test_a_missing_scipy_is_named_where_it_is_needed(monkeypatch):
         ((torch.randn(4, 4),), PatternError, "expected a mask of 0 and 1"),
         ((torch.ones(4, 4), torch.ones(4, 5)), PatternError, r"shape \(4, 4\), got \(4, 5\)"),
         ((torch.ones(4, 4), torch.full((4, 4), math.inf)), NumericsError, "got inf or NaN"),
+        (
+            ([[1, 0]],),
+            PatternError,
+            r"expected the mask as a dense tensor with values, got list: torch\.as_tensor",
+        ),
+        ((torch.ones(4, 4).numpy(),), PatternError, "the mask as .*, got ndarray: "),
+        ((torch.ones(4, 4), 3), PatternError, "the weight as .*, got int: "),
+        ((torch.ones(4, 4, device="meta"),), PatternError, "the mask as .*, got one on the meta device"),
+        (
+            (torch.ones(4, 4), torch.ones(4, 4).to_sparse()),
+            PatternError,
+            r"layout torch\.sparse_coo: .*to_dense",
+        ),
     ],
 )
 def test_bad_input_is_named(arguments, error, message):
