@@ -101,7 +101,7 @@ class Report:
             "untouched": [_with_keys(row, ("name", "reason")) for row in self.untouched],
             "totals": _with_keys(self.totals, TOTALS),
             "environment": _with_keys(self.environment, ENVIRONMENT),
-            "notes": list(self.notes),
+            "notes": self.notes + self.topology.emptied(),
             "topology": self.topology.rows(),
         }
 
@@ -137,7 +137,7 @@ class Report:
         """(title, headers, cells as text) of every table that has a row, in reading order."""
         shown = [c for c in LAYERS if c not in OPTIONAL or any(row.get(c) is not None for row in self.layers)]
         tables = [
-            ("Notes", ["note"], [[note] for note in self.notes]),
+            ("Notes", ["note"], [[note] for note in self.notes + self.topology.emptied()]),
             _table("Passes", PASSES, self.passes),
             _table("Layers", shown, self.layers),
             _table("Untouched", ("name", "reason"), self.untouched),

@@ -77,8 +77,10 @@ def soft_topk(
         costs: above 0, broadcast to the values; 1 by default.
 
     Raises:
-        NumericsError: values that are not finite, or costs that are not above 0.
+        NumericsError: values that are not finite, costs that are not above 0 or of another shape, a budget below 0 or
+            a beta that is negative or not finite.
     """
+    _check_topk(values, k, costs, beta)
     with torch.autocast(values.device.type, enabled=False):
         precise = values if values.dtype == torch.float64 else values.float()
         price = torch.as_tensor(1.0 if costs is None else costs, dtype=precise.dtype, device=precise.device)
@@ -90,6 +92,41 @@ def soft_topk(
         # kernels/soft_topk/shift.py
         shift = torch.ops.fxsparse.soft_topk_shift([precise], [price], budget, sharpness)
         return torch.sigmoid(precise * (sharpness.to(precise.dtype) / price) + shift.to(precise.dtype))
+
+
+def _check_topk(
+    values: Tensor, k: float | Tensor, costs: Tensor | float | None, beta: float | Tensor
+) -> None:
+    """Raise NumericsError for arguments out of range; a compiled graph, which looks at no numbers, goes unchecked."""
+    if torch.compiler.is_compiling():
+        return
+    ends = values.detach().aminmax() if values.numel() else ()
+    if not all(end.isfinite() for end in ends):
+        low, high = ends
+        raise NumericsError(f"soft_topk: expected finite values, got some from {low:g} to {high:g}.")
+    _check_scalar("k", k, math.inf)
+    _check_scalar("beta", beta, torch.finfo(torch.float64).max)
+    price = torch.as_tensor(1.0 if costs is None else costs).detach()
+    shape, whole = list(price.shape), list(values.shape)
+    if len(shape) > len(whole) or any(
+        a not in (1, b) for a, b in zip(shape[::-1], whole[::-1], strict=False)
+    ):
+        raise NumericsError(f"soft_topk: expected costs that broadcast to {whole}, got shape {shape}.")
+    if not bool(((price > 0) & price.isfinite()).all()):
+        low, high = price.aminmax()
+        raise NumericsError(
+            f"soft_topk: expected finite costs above 0, got some from {low:g} to {high:g}. Leave out what is free."
+        )
+
+
+def _check_scalar(name: str, number: float | Tensor, most: float) -> None:
+    scalar = not isinstance(number, Tensor) or number.numel() == 1
+    value = float(number.detach() if isinstance(number, Tensor) else number) if scalar else math.nan
+    if not 0 <= value <= most:
+        got = f"a tensor of shape {list(torch.as_tensor(number).shape)}" if not scalar else value
+        raise NumericsError(
+            f"soft_topk: expected {name} as one number >= 0{', finite' * (most < math.inf)}, got {got}."
+        )
 
 
 def sinkhorn_topk(

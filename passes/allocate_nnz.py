@@ -48,6 +48,7 @@ def decide(plan: Plan, ctx: PassContext) -> dict[str, Decision]:
     wishes = _overrides(plan, ctx.weights)
     patterns = {name: _pattern(plan, wishes.get(name)) for name in ctx.weights}
     wished = {name: float(w.sparsity) for name, w in wishes.items() if w.sparsity is not None}
+    _check_fit(ctx.weights, patterns)
     only = {name: _only_count(spec, patterns[name]) for name, spec in ctx.weights.items()}
     target = Target(
         sparsity=plan.sparsity or 0.0,
@@ -145,6 +146,25 @@ def _pattern(plan: Plan, wish: Override | None) -> Pattern:
         return plan.pattern
     # A weight kept dense has no constraint to satisfy; 2:4 would not let it be dense.
     return wish.pattern or Unstructured()
+
+
+def _check_fit(weights: Mapping[str, WeightSpec], patterns: Mapping[str, Pattern]) -> None:
+    """Refuse all weights at once whose shapes their patterns do not fit."""
+    refused = {}
+    for name, spec in weights.items():
+        try:
+            _feasible(spec, patterns[name], spec.numel)
+        except PatternError as error:
+            refused[name] = error
+    if len(refused) < 2:
+        for error in refused.values():
+            raise error
+        return
+    listed = ", ".join(f"{name} {list(weights[name].shape)}" for name in refused)
+    first = next(iter(refused.values()))
+    raise PatternError(
+        f"{len(refused)} weights do not fit their pattern: {listed}. Of the first: {first}"
+    ) from first
 
 
 def _only_count(spec: WeightSpec, pattern: Pattern) -> int | None:

@@ -146,6 +146,17 @@ class TopologyHistory:
         """The last row of every weight."""
         return list({row["name"]: row for row in self.rows()}.values())
 
+    def emptied(self) -> list[str]:
+        """A sentence for every weight whose mask kept no entry at an update."""
+        found = {row["name"]: row["step"] for row in reversed(self.rows()) if row["nnz"] == 0}
+        now = {row["name"]: row["nnz"] for row in self.latest()}
+        return [
+            f"{name}: its mask kept no entry at step {step}, and keeps {now[name]:,} now. Nothing passes through an "
+            "empty weight, and gradients grow without bound where a norm divides by what is left of its outputs: keep "
+            "it dense by Override(sparsity=0), or give each weight its own count (scope='layer' of Spartan)."
+            for name, step in found.items()
+        ]
+
     def state_dict(self) -> dict[str, Any]:
         """Everything as numbers and, under "tensors", tensors: to save beside the module's own state dict."""
         self._settle()

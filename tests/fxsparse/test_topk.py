@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxsparse.errors import NumericsError
-from fxsparse.topk import top_mask, top_of_tiles, top_positions
+from fxsparse.topk import soft_topk, top_mask, top_of_tiles, top_positions
 
 
 def by_sorting(scores, n):
@@ -91,3 +91,44 @@ def test_a_large_selection_equals_a_stable_sort():
     scores = torch.rand(300_000).mul(1000).floor()
     expected = scores.sort(descending=True, stable=True).indices[:30_000].sort().values
     assert torch.equal(top_positions(scores, 30_000), expected)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"costs": 0.0}, "finite costs above 0, got some from 0 to 0"),
+        ({"costs": torch.tensor([1.0, -2.0, 1.0, 1.0])}, "finite costs above 0, got some from -2 to 1"),
+        ({"costs": float("nan")}, "finite costs above 0, got some from nan"),
+        ({"costs": torch.ones(3)}, r"costs that broadcast to \[4\], got shape \[3\]"),
+        ({"costs": torch.ones(2, 4)}, r"costs that broadcast to \[4\], got shape \[2, 4\]"),
+        ({"k": float("nan")}, "k as one number >= 0, got nan"),
+        ({"k": -1.0}, "k as one number >= 0, got -1"),
+        ({"k": torch.ones(2)}, r"k as one number >= 0, got a tensor of shape \[2\]"),
+        ({"beta": -3.0}, "beta as one number >= 0, finite, got -3"),
+        ({"beta": float("inf")}, "beta as one number >= 0, finite, got inf"),
+        ({"values": torch.tensor([1.0, torch.nan, 0.0, 2.0]), "k": 0.0}, "finite values, got some from nan"),
+        ({"values": torch.tensor([1.0, torch.inf, 0.0, 2.0])}, "finite values, got some from 0 to inf"),
+    ],
+)
+def test_arguments_of_the_soft_topk_are_checked(wrong, message):
+    right = {"values": torch.tensor([1.0, 3.0, 0.0, 2.0]), "k": 2.0}
+    assert float(soft_topk(**right).sum()) == pytest.approx(2)
+    with pytest.raises(NumericsError, match=message):
+        soft_topk(**(right | wrong))
+
+
+def test_the_soft_topk_takes_costs_of_any_shape_that_broadcasts_and_ends_of_the_budget():
+    values = torch.rand(3, 4)
+    for costs in (
+        None,
+        2.0,
+        torch.tensor(2.0),
+        torch.rand(4) + 1,
+        torch.rand(3, 1) + 1,
+        torch.rand(1, 3, 4)[0] + 1,
+    ):
+        each = torch.as_tensor(1.0 if costs is None else costs).expand(3, 4)
+        assert float((each * soft_topk(values, 5.0, costs)).sum()) == pytest.approx(5, rel=1e-5)
+        assert not bool(soft_topk(values, 0, costs).any())
+        assert bool((soft_topk(values, torch.inf, costs) == 1).all())
+    assert torch.allclose(soft_topk(values, 3, beta=0.0), torch.full((3, 4), 0.25))

@@ -158,8 +158,9 @@ def test_costs_to_ten_thousand_and_many_values_stay_exact():
     ],
 )
 def test_what_is_not_finite_or_costs_nothing_is_refused(values, costs):
+    numbers = (torch.tensor(n, dtype=torch.float64) for n in (0.5, 20.0))
     with pytest.raises(NumericsError, match="finite values and finite costs above 0"):
-        soft_topk(torch.tensor(values), 0.5, torch.tensor(costs))
+        torch.ops.fxsparse.soft_topk_shift([torch.tensor(values)], [torch.tensor(costs)], *numbers)
 
 
 def test_it_compiles_in_one_graph_with_its_gradient():

@@ -8,7 +8,7 @@ from torch.fx import symbolic_trace
 from fxsparse.errors import PatternError, PlanError
 from fxsparse.method import Method
 from fxsparse.passes import AllocateNnz
-from fxsparse.pattern import NM, ConstantFanIn, Unstructured
+from fxsparse.pattern import NM, Block, ConstantFanIn, Unstructured
 from fxsparse.pipeline import PassContext, Program, WeightSpec
 from fxsparse.plans import Override, Plan
 from fxsparse.report import Report
@@ -111,6 +111,19 @@ def test_a_weight_that_would_keep_nothing_names_its_smallest_density():
     # A tenth of 200 over 20 rows is a fan-in of 1; of 80 over 4 rows it is 2; one in 200 is no fan-in at all.
     with pytest.raises(PlanError, match=r"'0.weight' .* cannot hold 10 .*smallest feasible density is 0.1\."):
         decided(plan(0.95, pattern=ConstantFanIn()))
+
+
+def test_all_shapes_that_do_not_fit_are_named_at_once():
+    other = spec("2.weight", (16, 16))
+    with pytest.raises(
+        PatternError, match=r"2 weights .*: 0.weight \[20, 10\], 1.weight \[4, 20\]. Of the first: "
+    ):
+        decided(plan(pattern=Block(8, 8)), FC1, FC2, other)
+    wishes = tuple(Override(name, pattern=Unstructured()) for name in ("0", "1"))
+    assert (
+        decided(plan(0.5, pattern=Block(8, 8), overrides=wishes), FC1, FC2, other).decisions["2.weight"].nnz
+        == 128
+    )
 
 
 def test_a_shape_that_does_not_fit_names_the_weight():

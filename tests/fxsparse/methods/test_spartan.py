@@ -446,6 +446,22 @@ def test_a_model_without_a_graph_is_refused_with_the_reason():
         fxsparse.compile(Walked(), Plan(sparsity=0.9, method=spartan(steps=20)), example_inputs=X)
 
 
+def test_a_weight_without_an_entry_left_is_a_note_of_the_report():
+    plan = Plan(budget=Budget(total=0.1, cost={"2": 5.0}), method=spartan(steps=20))
+    sparse = fxsparse.compile(mlp(), plan, example_inputs=X)
+    optimizer = torch.optim.SGD(sparse.parameters(), lr=0.001)
+    sparse.attach(optimizer)
+    assert sparse.report.to_dict()["notes"] == []
+    for _ in range(20):
+        step(sparse, optimizer)
+    emptied = next(
+        row["step"] for row in sparse.report.topology.rows() if row["name"] == "2.weight" and not row["nnz"]
+    )
+    (note,) = (note for note in sparse.report.to_dict()["notes"] if "2.weight" in note)
+    assert f"2.weight: its mask kept no entry at step {emptied}, and keeps 0 now" in note
+    assert note in str(sparse.report).replace("\n", " ")
+
+
 def test_the_shift_solves_the_budget_of_the_step():
     sparse, optimizer = build(spartan(steps=20))
     for _ in range(6):
