@@ -5,6 +5,7 @@ import inspect
 import os
 import re
 import sys
+import tomllib
 from argparse import Namespace
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ from fxsparse import methods, transforms
 from fxsparse.errors import FxSparseError
 from fxsparse.pattern import NM, Block, ConstantFanIn, Pattern, Unstructured
 from fxsparse.plans import Plan
+from fxsparse.transforms import Transform
 from fxsparse.verify import RUN_FAILURES
 
 MODEL_FAILURES = (
@@ -139,13 +141,41 @@ def pattern(text: str) -> Pattern:
     return NM(first, second) if kind == ":" else Block(first, second)
 
 
+def transform(text: str) -> Transform:
+    """``sparse-wide``, or with options as a plan file has them: ``sparse-parallel(adjust=true, sigma="norm")``.
+
+    Raises:
+        UsageError: not of this form.
+        PlanError: no such transformation or option, or a value out of range.
+    """
+    name, _, options = text.removesuffix(")").partition("(")
+    try:
+        fields = tomllib.loads(f"given = {{{options}}}")["given"]
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(
+            f"transform {text!r}: expected a name, or a name with options as in a plan file, such as "
+            f"'sparse-parallel(adjust=true, sigma=\"norm\")': {error}."
+        ) from error
+    return transforms.from_dict(fields | {"name": name})
+
+
 def plan(words: Namespace) -> Plan:
     """The plan in ``--plan`` (a TOML file or a preset's name), with the other options in its place.
 
     Raises:
         PlanError: a plan that contradicts itself or names what does not exist.
-        UsageError: an unknown pattern, or nothing that says how sparse.
+        UsageError: an unknown pattern, nothing that says how sparse, or a transformation without an example input.
     """
+    made = _plan(words)
+    if made.transform is not None and not words.input:
+        raise UsageError(
+            f"transform {made.transform.name!r}: expected example inputs, since FLOPs depend on shapes; name them with "
+            "--input 8x3x64x64."
+        )
+    return made
+
+
+def _plan(words: Namespace) -> Plan:
     fields: dict[str, Any] = {}
     if words.sparsity is not None:
         fields["sparsity"] = words.sparsity
@@ -156,9 +186,14 @@ def plan(words: Namespace) -> Plan:
     if words.method is not None:
         fields["method"] = methods.from_dict({"name": words.method})
     if words.transform is not None:
-        fields["transform"] = transforms.from_dict({"name": words.transform})
+        fields["transform"] = transform(words.transform)
     if words.exclude:
         fields["exclude"] = tuple(words.exclude)
+    if words.plan is None and words.sparsity is None and not isinstance(fields.get("pattern"), NM):
+        raise UsageError(
+            "no plan: expected --sparsity 0.9, an n:m --pattern such as 2:4, or --plan with a TOML file or a preset "
+            "such as rigl-90."
+        )
     if words.plan is None:
         return Plan(**fields)
     return replace(

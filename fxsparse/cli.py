@@ -172,7 +172,9 @@ def _plan(command: ArgumentParser) -> None:
     command.add_argument("--sparsity", type=float, help="fraction of zeros, such as 0.9")
     command.add_argument("--method", help=f"one of {METHODS}, with the defaults of its paper")
     command.add_argument(
-        "--transform", help=f"first make the model one of Sparse-IFT's: {', '.join(TRANSFORMS)}"
+        "--transform",
+        help=f"first make the model one of Sparse-IFT's: {', '.join(TRANSFORMS)}; with options as in a plan file: "
+        "'sparse-parallel(adjust=true)'",
     )
     command.add_argument("--allocation", help=f"how weights share the budget: {', '.join(POLICIES)}")
     command.add_argument(

@@ -11,6 +11,7 @@ from fxsparse.errors import PlanError
 from fxsparse.methods import rigl, static
 from fxsparse.pattern import NM, Block, ConstantFanIn, Unstructured
 from fxsparse.plans import Plan
+from fxsparse.transforms import SparseParallel, SparseWide
 
 
 @pytest.fixture
@@ -128,7 +129,32 @@ def test_plan_from_a_preset():
     assert plan_of("--plan", "rigl-90") == Plan.preset("rigl-90")
 
 
-@pytest.mark.parametrize("words", [(), ("--sparsity", "1.5"), ("--sparsity", "0.9", "--method", "absent")])
+def test_a_transformation_has_its_options_as_in_a_plan_file():
+    inputs = ("--sparsity", "0.5", "--input", "1x3x64x64", "--transform")
+    assert plan_of(*inputs, "sparse-wide").transform == SparseWide()
+    words = 'sparse-parallel(adjust=true, sigma="norm", keep=["*.shortcut.*"])'
+    expected = SparseParallel(adjust=True, sigma="norm", keep=("*.shortcut.*",))
+    assert plan_of(*inputs, words).transform == expected
+    with pytest.raises(
+        UsageError, match=r"transform 'sparse-parallel\(sigma=norm\)': expected a name, or a name with"
+    ):
+        plan_of(*inputs, "sparse-parallel(sigma=norm)")
+    with pytest.raises(PlanError, match="has no field 'adust'; its fields: sigma, adjust"):
+        plan_of(*inputs, "sparse-parallel(adust=true)")
+
+
+def test_what_is_missing_is_named_by_its_option(tmp_path):
+    with pytest.raises(UsageError, match=r"expected --sparsity 0.9, an n:m --pattern such as 2:4, or --plan"):
+        plan_of("--method", "rigl")
+    assert plan_of("--pattern", "2:4").sparsity == 0.5
+    path = tmp_path / "plan.toml"
+    Plan(sparsity=0.5, transform=SparseWide()).save(path)
+    for words in (("--sparsity", "0.5", "--transform", "sparse-wide"), ("--plan", str(path))):
+        with pytest.raises(UsageError, match=r"transform 'sparse-wide': .* name them with --input"):
+            plan_of(*words)
+
+
+@pytest.mark.parametrize("words", [("--sparsity", "1.5"), ("--sparsity", "0.9", "--method", "absent")])
 def test_plan_that_cannot_be(words):
     with pytest.raises(PlanError):
         plan_of(*words)

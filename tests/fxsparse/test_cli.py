@@ -85,7 +85,7 @@ def test_output_goes_to_a_file(capsys, tmp_path):
     ("words", "line"),
     [
         (["trace", "absent_module:f"], "fxsparse: UsageError: model 'absent_module:f': "),
-        (["plan", *SMALL], "fxsparse: PlanError: Plan.sparsity is missing"),
+        (["plan", *SMALL], "fxsparse: UsageError: no plan: expected --sparsity 0.9, "),
         (["plan", *SMALL, "--sparsity", "0.9", "--exclude", "absent"], "fxsparse: PlanError: "),
         (["plan", *SMALL, "--plan", "absent.toml"], "fxsparse: PlanError: absent.toml: "),
         (["report", *SMALL, "--sparsity", "0.9", "--pattern", "3:7"], "fxsparse: PlanError: "),
