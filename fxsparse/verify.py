@@ -51,21 +51,26 @@ def observe(
 ) -> Observation:
     """Run `call` on copies of the inputs with the tree `root` in a mode, seeded; nothing of `root` changes.
 
-    In training also the gradients of a fixed random projection of the float outputs (their plain sum is constant for
-    a softmax), and the buffers after the call.  Where a tensor is on meta only shapes are seen, of fake tensors that
-    stand on `device` for those on meta.
+    Also the buffers that the call wrote, or assigned.  In training also the gradients of a fixed random projection of
+    the float outputs (their plain sum is constant for a softmax), and all buffers after the call.  Where a tensor is on
+    meta only shapes are seen, of fake tensors that stand on `device` for those on meta.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True) if has_meta(root) or has_meta(example_inputs) else None
     device = on_device(root, device)
     with frozen_state(root, training=training, fake=fake, device=device):
         args, kwargs = copied_inputs(example_inputs, fake=fake, device=device)
+        before = {name: (buffer, _version(buffer)) for name, buffer in root.named_buffers()}
         with torch.set_grad_enabled(training):
             output = call(*args, **kwargs)
         leaves, structure = pytree.tree_flatten(output)
         seen = {f"output {k}": _as_tensor(leaf) for k, leaf in enumerate(leaves) if _is_number(leaf)}
         if training:
             seen |= _gradients(root, list(seen.values()))
-            seen |= {f"buffer {name}": buffer.detach().clone() for name, buffer in root.named_buffers()}
+        seen |= {
+            f"buffer {name}": buffer.detach().clone()
+            for name, buffer in root.named_buffers()
+            if training or _is_written(buffer, *before.get(name, (None, 0)))
+        }
     return Observation(structure, {name: tensor.detach() for name, tensor in seen.items()})
 
 
@@ -140,6 +145,20 @@ def copied_inputs(
         return leaf.detach().clone() if fake is None else stand_in(leaf, fake, device)
 
     return pytree.tree_map(copy, split_inputs(example_inputs))
+
+
+def _is_written(buffer: Tensor, before: Tensor | None, version: int) -> bool:
+    """Whether a call changed a buffer that was there before; the values are looked at where another took its place."""
+    if before is None or isinstance(buffer, FakeTensor):
+        return False
+    if buffer is before:
+        return _version(buffer) != version
+    return buffer.shape != before.shape or buffer.dtype != before.dtype or not torch.equal(buffer, before)
+
+
+def _version(buffer: Tensor) -> int:
+    """Grows with every write in place; tensors made in inference mode do not count them."""
+    return 0 if buffer.is_inference() else buffer._version
 
 
 def _gradients(root: nn.Module, outputs: list[Tensor]) -> dict[str, Tensor]:

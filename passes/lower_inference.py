@@ -51,7 +51,8 @@ class LowerInference:
             put_packed(ctx.program.skeleton, name, packed)
             for site in found:
                 _lower(gm, site, name, packed, entry)
-        eliminate_dead_code(gm.graph)
+        if lowered:
+            eliminate_dead_code(gm.graph)
         return lowered
 
 

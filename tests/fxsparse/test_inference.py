@@ -100,6 +100,60 @@ def test_the_model_is_untouched_and_shares_no_tensor() -> None:
     assert not any(parameter.requires_grad for parameter in fast.parameters())
 
 
+class Counting(nn.Module):
+    """A linear layer that counts its calls in a buffer, in place or by assignment, and adds the count."""
+
+    def __init__(self, assigns: bool) -> None:
+        super().__init__()
+        self.fc, self.assigns = nn.Linear(8, 8), assigns
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.assigns:
+            self.calls = self.calls + 1
+        else:
+            self.calls += 1
+        return self.fc(x) + self.calls
+
+
+@pytest.mark.parametrize("assigns", [True, False])
+@pytest.mark.parametrize("ratio", [2.0, 0.5])
+def test_a_buffer_that_the_forward_writes_counts_its_own_calls_alone(
+    monkeypatch: pytest.MonkeyPatch, assigns: bool, ratio: float
+) -> None:
+    def call_both(dense: Any, sparse: Any, x: Tensor, *pairs: int) -> Speed:
+        for _ in range(3):
+            dense(x)
+            sparse(x)
+        return Speed(100.0, 100.0 / ratio, ratio)
+
+    monkeypatch.setattr(inference, "speed_of", call_both)
+    model, x = pruned(Counting(assigns)).eval(), torch.randn(3, 8)
+    fast = infer(model, x)
+    assert (model.calls, fast.calls) == (0, 0)
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(fast(x), model(x))
+    assert (model.calls, fast.calls) == (3, 3)
+
+
+def test_a_layer_whose_weight_alone_is_read_stays_as_it_is() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x)[:, :2] + self.b.weight[0, 0] * x.mean()  # its bias is read by nobody
+
+    model, x = Net().eval(), torch.randn(3, 8)
+    fast = infer(model, x)
+    check_equal(fast, model, x)
+    reasons = {row["name"]: row["reason"] for row in (*fast.report.layers, *fast.report.untouched)}
+    assert reasons["a.weight"] == "it has no zeros"
+    assert reasons["b.weight"] == "its op is neither a linear nor a convolution (select.int)"
+
+
 def test_runs_in_evaluation_mode_and_train_changes_no_number() -> None:
     fast = infer(pruned(Net()).train())
     assert not fast.training

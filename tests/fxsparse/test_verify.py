@@ -61,6 +61,26 @@ def test_each_kind_of_difference_is_named(wrong: Any, message: str) -> None:
     assert difference.startswith(message)
 
 
+@pytest.mark.parametrize("assigned", [True, False])
+def test_a_buffer_that_evaluation_writes_is_seen_and_others_are_not(assigned: bool) -> None:
+    model, x = Model().eval(), torch.randn(8, 4)
+
+    def counting(x: Tensor) -> Tensor:
+        if assigned:
+            model.norm.num_batches_tracked = model.norm.num_batches_tracked + 1
+        else:
+            model.norm.num_batches_tracked.add_(1)
+        model.norm.running_mean = model.norm.running_mean.clone()  # another tensor of the same values
+        return model(x)
+
+    wanted = observe(model, counting, x, training=False)
+    assert wanted.tensors.keys() == {"output 0", "buffer norm.num_batches_tracked"}
+    assert compare(wanted, observe(model, model, x, training=False)) == (
+        "buffer norm.num_batches_tracked is missing"
+    )
+    assert model.norm.num_batches_tracked == 0
+
+
 def test_a_softmax_still_shows_wrong_gradients() -> None:
     # The plain sum of a softmax is constant, so its gradient would be zero whatever the model does.
     model, x = nn.Sequential(nn.Linear(4, 4), nn.Softmax(-1)), torch.randn(8, 4)
