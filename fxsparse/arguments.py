@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fxsparse import methods, transforms
+from fxsparse.budget import KINDS, Budget
 from fxsparse.errors import FxSparseError
 from fxsparse.pattern import NM, Block, ConstantFanIn, Pattern, Unstructured
 from fxsparse.plans import Plan
@@ -159,12 +160,28 @@ def transform(text: str) -> Transform:
     return transforms.from_dict(fields | {"name": name})
 
 
+def budget(text: str) -> Budget:
+    """``flops=0.3`` and the like: a kind and its share of the dense model.
+
+    Raises:
+        UsageError: no such kind, or no number.
+        PlanError: a share out of range.
+    """
+    kind, _, share = text.partition("=")
+    if kind not in KINDS or not re.fullmatch(r"\d*\.?\d+", share):
+        raise UsageError(
+            f"budget {text!r}: expected one of {', '.join(KINDS)} and a share, such as flops=0.3."
+        )
+    return Budget(**{kind: float(share)})
+
+
 def plan(words: Namespace) -> Plan:
     """The plan in ``--plan`` (a TOML file or a preset's name), with the other options in its place.
 
     Raises:
         PlanError: a plan that contradicts itself or names what does not exist.
-        UsageError: an unknown pattern, nothing that says how sparse, or a transformation without an example input.
+        UsageError: an unknown pattern or budget, nothing that says how sparse, or a transformation without an example
+            input.
     """
     made = _plan(words)
     if made.transform is not None and not words.input:
@@ -179,6 +196,9 @@ def _plan(words: Namespace) -> Plan:
     fields: dict[str, Any] = {}
     if words.sparsity is not None:
         fields["sparsity"] = words.sparsity
+        fields["budget"] = None
+    if words.budget is not None:
+        fields |= {"budget": budget(words.budget), "sparsity": words.sparsity}
     if words.allocation is not None:
         fields["allocation"] = words.allocation
     if words.pattern is not None:
@@ -189,10 +209,14 @@ def _plan(words: Namespace) -> Plan:
         fields["transform"] = transform(words.transform)
     if words.exclude:
         fields["exclude"] = tuple(words.exclude)
-    if words.plan is None and words.sparsity is None and not isinstance(fields.get("pattern"), NM):
+    if (
+        words.plan is None
+        and not {"sparsity", "budget"} & set(fields)
+        and not isinstance(fields.get("pattern"), NM)
+    ):
         raise UsageError(
-            "no plan: expected --sparsity 0.9, an n:m --pattern such as 2:4, or --plan with a TOML file or a preset "
-            "such as rigl-90."
+            "no plan: expected --sparsity 0.9, --budget flops=0.3, an n:m --pattern such as 2:4, or --plan with a TOML "
+            "file or a preset such as rigl-90."
         )
     if words.plan is None:
         return Plan(**fields)

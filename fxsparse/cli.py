@@ -13,6 +13,7 @@ from tabulate import tabulate
 import fxsparse
 from fxsparse import arguments, methods
 from fxsparse.allocation import POLICIES
+from fxsparse.budget import KINDS
 from fxsparse.errors import FxSparseError
 from fxsparse.kernel import capabilities
 from fxsparse.report import Report
@@ -25,6 +26,7 @@ EXAMPLES = """examples:
   fxsparse demo
   fxsparse trace torchvision:resnet50 --input 1x3x224x224
   fxsparse plan torchvision:resnet50 --sparsity 0.9 --input 1x3x224x224
+  fxsparse plan torchvision:resnet50 --budget flops=0.3 --input 1x3x224x224
   fxsparse report my_package.models:build --plan plan.toml --input 8x128:int64 --format html -o report.html
   fxsparse kernels
 """
@@ -170,6 +172,11 @@ def _plan(command: ArgumentParser) -> None:
     _output(command, *TABLES)
     command.add_argument("--plan", help="a TOML file, or a preset such as rigl-90 or 2:4")
     command.add_argument("--sparsity", type=float, help="fraction of zeros, such as 0.9")
+    command.add_argument(
+        "--budget",
+        metavar="KIND=SHARE",
+        help=f"in place of a sparsity, a share of the dense model's {', '.join(KINDS)}",
+    )
     command.add_argument("--method", help=f"one of {METHODS}, with the defaults of its paper")
     command.add_argument(
         "--transform",

@@ -99,7 +99,8 @@ def refuse_averaged(
             most += 1e-9 * abs(most)
         else:
             kept, size = (
-                sum(each) for each in zip(*((targets[n].nnz, masks[n].numel()) for n in names), strict=True)
+                sum(each)
+                for each in zip(*((targets[n].budget, masks[n].numel()) for n in names), strict=True)
             )
             got, most = sum(counts.values()), method.nnz(step, kept, size) + 1
         if got > most:
@@ -123,7 +124,7 @@ def _chosen(
     """
     final, dense = (
         sum(count * t.cost for t, count in zip(targets, counts, strict=True))
-        for counts in ([t.nnz for t in targets], [torch.Size(t.shape).numel() for t in targets])
+        for counts in ([t.budget for t in targets], [torch.Size(t.shape).numel() for t in targets])
     )
     rule = step.method.rule
     assert isinstance(rule, KeepLargest)

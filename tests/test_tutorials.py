@@ -1,27 +1,47 @@
-"""Tutorials run as they are written."""
+"""Tutorials, and pages with examples, run as they are written."""
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
+PAGES = [ROOT / "docs" / "spartan.md"]
+
+
+def run(path: Path) -> dict[str, Any]:
+    """The names that the Python blocks of a page leave behind, run one after the other."""
+    names: dict[str, Any] = {"__name__": path.stem}
+    for block in re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL):
+        exec(compile(block, str(path), "exec"), names)
+    return names
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
 def test_a_tutorial_runs(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    names = {"__name__": path.stem}
-    for block in re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL):
-        exec(compile(block, str(path), "exec"), names)
+    run(path)
     written = {file.name for file in tmp_path.iterdir()}
     assert {"report.html", "Ramanujan gap by layer.svg"} <= written
     assert "transformed layers: 1.0000 of their FLOPs" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
+def test_the_page_on_spartan_runs_and_its_masks_meet_the_plan():
+    names = run(ROOT / "docs" / "spartan.md")
+    kept = {
+        name: sum(int(mask.sum()) for mask in names[name].masks().values()) for name in ("sparse", "blocks")
+    }
+    assert kept["sparse"] == int(6784 * 0.1)
+    assert 6784 * 0.25 - 64 < kept["blocks"] <= 6784 * 0.25
+    weights = [p for p in names["dense"].parameters() if p.dim() > 1]
+    assert sum(int((weight != 0).sum()) for weight in weights) == kept["blocks"]
+    assert names["fast"](names["x"]).shape == (64, 10)
+
+
+@pytest.mark.parametrize("path", [*TUTORIALS, *PAGES], ids=lambda path: path.stem)
 def test_a_tutorial_links_to_files_that_exist(path):
     links = re.findall(r"\]\(([^)]+)\)", path.read_text())
     missing = [link for link in links if "://" not in link and not (path.parent / link).exists()]

@@ -6,9 +6,10 @@ from torch import nn
 
 from fxsparse import arguments
 from fxsparse.arguments import UsageError
+from fxsparse.budget import Budget
 from fxsparse.cli import parser
 from fxsparse.errors import PlanError
-from fxsparse.methods import rigl, static
+from fxsparse.methods import gse, rigl, static
 from fxsparse.pattern import NM, Block, ConstantFanIn, Unstructured
 from fxsparse.plans import Plan
 from fxsparse.transforms import SparseParallel, SparseWide
@@ -144,7 +145,10 @@ def test_a_transformation_has_its_options_as_in_a_plan_file():
 
 
 def test_what_is_missing_is_named_by_its_option(tmp_path):
-    with pytest.raises(UsageError, match=r"expected --sparsity 0.9, an n:m --pattern such as 2:4, or --plan"):
+    with pytest.raises(
+        UsageError,
+        match=r"expected --sparsity 0.9, --budget flops=0.3, an n:m --pattern such as 2:4, or --plan",
+    ):
         plan_of("--method", "rigl")
     assert plan_of("--pattern", "2:4").sparsity == 0.5
     path = tmp_path / "plan.toml"
@@ -158,3 +162,23 @@ def test_what_is_missing_is_named_by_its_option(tmp_path):
 def test_plan_that_cannot_be(words):
     with pytest.raises(PlanError):
         plan_of(*words)
+
+
+def test_a_budget_takes_the_place_of_a_sparsity(tmp_path):
+    assert plan_of("--budget", "flops=0.3") == Plan(budget=Budget(flops=0.3))
+    assert plan_of("--plan", "gse-90", "--budget", "bytes=.5") == Plan(budget=Budget(bytes=0.5), method=gse())
+    Plan(budget=Budget(total=0.5)).save(tmp_path / "plan.toml")
+    assert plan_of("--plan", str(tmp_path / "plan.toml"), "--sparsity", "0.8") == Plan(sparsity=0.8)
+
+
+@pytest.mark.parametrize("text", ["0.3", "flops", "flops=", "flops=many", "time=0.5", "cost=1"])
+def test_a_budget_that_is_none(text):
+    with pytest.raises(UsageError, match=r"expected one of parameters, .* such as flops=0.3"):
+        plan_of("--budget", text)
+
+
+def test_a_budget_is_checked_as_that_of_a_plan():
+    with pytest.raises(PlanError, match=r"expected a share of dense in \(0, 1\]"):
+        plan_of("--budget", "flops=3")
+    with pytest.raises(PlanError, match="either a sparsity or a budget"):
+        plan_of("--budget", "flops=0.3", "--sparsity", "0.9")
