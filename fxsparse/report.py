@@ -72,7 +72,7 @@ TOTALS = (
     *("numel", "nnz", "sparsity", "flops_dense", "flops_sparse", "flops_executed", "train_flops_ratio"),
     *("bytes_dense", "bytes_sparse"),
 )
-ENVIRONMENT = ("torch", "device", "threads", "dtype")
+ENVIRONMENT = ("torch", "device", "threads", "dtype", "kernels")
 
 
 @dataclass

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fxsparse.graph_model import GraphModel
+from fxsparse.kernels import cpu
 from fxsparse.pipeline import PassContext
 from fxsparse.report import Row, check_complete
 from fxsparse.storage import CompactWeight, MaskedWeight
@@ -39,6 +40,7 @@ def summarize(ctx: PassContext) -> None:
         "device": str(parameters[0].device) if parameters else None,
         "threads": torch.get_num_threads(),
         "dtype": str(parameters[0].dtype).removeprefix("torch.") if parameters else None,
+        "kernels": cpu.in_use(),
     }
 
 

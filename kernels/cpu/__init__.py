@@ -1,6 +1,15 @@
 """The C++ kernels: built on first use, cached, and asked for what this CPU can do."""
 
-from fxsparse.kernels.cpu.build import availability, builds_for, has, instruction_set, load, refuses, version
+from fxsparse.kernels.cpu.build import (
+    availability,
+    builds_for,
+    has,
+    in_use,
+    instruction_set,
+    load,
+    refuses,
+    version,
+)
 from fxsparse.kernels.cpu.roofs import bytes_per_second, flops_per_second
 
 __all__ = [
@@ -9,6 +18,7 @@ __all__ = [
     "bytes_per_second",
     "flops_per_second",
     "has",
+    "in_use",
     "instruction_set",
     "load",
     "refuses",

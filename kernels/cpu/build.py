@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from fxsparse import machine
+from fxsparse.errors import UnsupportedError
 from fxsparse.kernel import Problem
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512vbmi", "avx512bf16")
@@ -102,12 +103,19 @@ def instruction_set(name: str | None = None) -> str:
     """The instruction set in use, one of INSTRUCTION_SETS or "reference", after asking for `name`.
 
     A set that the CPU lacks is lowered to the best it has.  The environment variable FXSPARSE_ISA asks from
-    the start; "reference" there leaves the C++ kernels alone.
+    the start; "reference" there leaves the C++ kernels alone, and any other name is an UnsupportedError.
     """
     if _load() is not None:
         return "reference"
     level = -1 if name is None else INSTRUCTION_SETS.index(name)
     return INSTRUCTION_SETS[torch.ops.fxsparse.cpu_level(level)]
+
+
+def in_use() -> str:
+    """What runs, for a report: the instruction set, or why it is the PyTorch reference; builds nothing itself."""
+    if not _load.cache_info().currsize:
+        return "C++, not built before the first call that needs it"
+    return instruction_set() if load() else f"PyTorch reference: {availability()}"
 
 
 def has(name: str) -> bool:
@@ -137,6 +145,11 @@ def _load() -> str | None:
     wanted = os.environ.get("FXSPARSE_ISA", "")
     if wanted == "reference":
         return "FXSPARSE_ISA=reference asks for the PyTorch reference"
+    if wanted and wanted not in INSTRUCTION_SETS:
+        raise UnsupportedError(
+            f"FXSPARSE_ISA: expected one of {', '.join((*INSTRUCTION_SETS, 'reference'))}, got {wanted!r}; correct the "
+            "environment variable, or unset it for the best set that this CPU has."
+        )
     try:
         torch.ops.load_library(str(_built()))
     except (_NoKernelsError, OSError) as error:
@@ -166,7 +179,7 @@ def _compiler() -> list[str]:
     if asked := os.environ.get("CXX"):
         command = shlex.split(asked)
         if shutil.which(command[0]) is None:
-            raise _NoKernelsError(f"no C++ compiler: CXX={asked!r} is not there")
+            raise _NoKernelsError(f"no C++ compiler: CXX={asked} is not there")
         return command
     for name in ("g++", "c++", "clang++"):
         if shutil.which(name):

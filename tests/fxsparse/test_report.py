@@ -42,7 +42,7 @@ def test_to_dict_has_every_contract_key_and_none_for_unknown():
     assert set(LAYER) <= set(d["layers"][0])
     assert d["layers"][0]["flops_executed"] is None
     assert d["totals"]["train_flops_ratio"] is None
-    assert set(d["environment"]) == {"torch", "device", "threads", "dtype"}
+    assert set(d["environment"]) == {"torch", "device", "threads", "dtype", "kernels"}
 
 
 def test_json_round_trips_to_dict():

@@ -33,7 +33,7 @@ def run(code: str, **environment: str) -> str:
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [
-        ({"CXX": "no-such-compiler"}, "no C++ compiler: CXX='no-such-compiler' is not there"),
+        ({"CXX": "no-such-compiler"}, "no C++ compiler: CXX=no-such-compiler is not there"),
         ({"CXX": "false"}, "false failed on the kernels: no message"),
         ({"PATH": "", "CXX": ""}, "no C++ compiler: none of g++, c++, clang++ is there"),
         ({"FXSPARSE_ISA": "reference"}, "FXSPARSE_ISA=reference asks for the PyTorch reference"),
@@ -45,6 +45,55 @@ def test_without_kernels_the_reference_runs_and_the_reason_is_visible(environmen
     assert lines[1].startswith("reference ['dense', 'onednn']")
     assert reason in lines[1]
     assert not list(tmp_path.glob("*.so"))
+
+
+REPORTS = """
+import torch, fxsparse
+model, x = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval(), torch.ones(1, 8)
+planned = fxsparse.plan_report(model, fxsparse.Plan(sparsity=0.5), x)
+with torch.no_grad():
+    model[0].weight[:, ::2] = 0
+report = fxsparse.compile(model, mode="infer", example_inputs=x).report
+print(planned.to_dict()["environment"]["kernels"])
+print(report.to_dict()["environment"]["kernels"])
+kernels = report.to_dict()["environment"]["kernels"]
+print([kernels in text for text in (str(report), report.to_json(), report.to_markdown(), report.to_html())])
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "kernels"),
+    [
+        (
+            {"CXX": "no-such-compiler"},
+            "PyTorch reference: no C++ compiler: CXX=no-such-compiler is not there",
+        ),
+        (
+            {"FXSPARSE_ISA": "reference"},
+            "PyTorch reference: FXSPARSE_ISA=reference asks for the PyTorch reference",
+        ),
+    ],
+)
+def test_every_report_says_which_kernels_run(environment, kernels, tmp_path):
+    planned, compiled, shown = run(REPORTS, FXSPARSE_CACHE=str(tmp_path), **environment).splitlines()
+    assert planned == "C++, not built before the first call that needs it"
+    assert compiled == kernels
+    assert shown == "[True, True, True, True]"
+
+
+@pytest.mark.skipif(cpu.availability() is not None, reason=str(cpu.availability()))
+def test_the_report_names_the_instruction_set():
+    assert run(REPORTS, FXSPARSE_ISA="portable").splitlines()[1:] == ["portable", "[True, True, True, True]"]
+
+
+def test_an_unknown_instruction_set_is_refused_by_name():
+    wanted = "cpu.availability()\nexcept UnsupportedError as error:\n    print(error)"
+    code = (
+        f"from fxsparse.errors import UnsupportedError\nfrom fxsparse.kernels import cpu\ntry:\n    {wanted}"
+    )
+    assert run(code, FXSPARSE_ISA="bogus").startswith(
+        "FXSPARSE_ISA: expected one of portable, avx2, avx512, avx512vbmi, avx512bf16, reference, got 'bogus'"
+    )
 
 
 def test_importing_builds_nothing(tmp_path):
