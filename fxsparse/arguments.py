@@ -172,7 +172,8 @@ def budget(text: str) -> Budget:
         raise UsageError(
             f"budget {text!r}: expected one of {', '.join(KINDS)} and a share, such as flops=0.3."
         )
-    return Budget(**{kind: float(share)})
+    wanted: dict[str, Any] = {kind: float(share)}
+    return Budget(**wanted)
 
 
 def plan(words: Namespace) -> Plan:

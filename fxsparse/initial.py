@@ -9,6 +9,7 @@ from fxsparse.creation import AT_CREATION
 from fxsparse.errors import NumericsError
 from fxsparse.formats import csr
 from fxsparse.graph import fetch
+from fxsparse.knapsack import KeepLargest, refuse_diverged
 from fxsparse.pattern import Unstructured
 from fxsparse.pipeline import PassContext
 from fxsparse.rng import generator_for
@@ -48,6 +49,8 @@ def initial_mask(ctx: PassContext, name: str) -> Tensor:
     score = method.init(
         weight.t() if target.transposed else weight, generator_for(ctx.plan.seed, name, BEFORE_TRAINING)
     )
+    if isinstance(method.rule, KeepLargest):
+        refuse_diverged(weight, score, name, "before training")
     try:
         mask = target.pattern.project(score, target.nnz_at(BEFORE_TRAINING, method))
     except NumericsError as error:

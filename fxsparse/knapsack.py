@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fxsparse.errors import NumericsError
 from fxsparse.method import Probe, WeightView
 from fxsparse.pattern import Block, Pattern
 from fxsparse.rules import LargestMagnitude
@@ -63,6 +64,18 @@ def block_of(pattern: Pattern, transposed: bool = False) -> tuple[int, int]:
 def utilities(weight: Tensor, block: tuple[int, int], cost: float) -> Tensor:
     """Magnitude for each unit of cost of every block, in at least fp32; `cost` is that of one block."""
     return gather(weight.detach().abs(), block) / cost
+
+
+def refuse_diverged(weight: Tensor, utility: Tensor, name: str, when: str) -> None:
+    """Raise NumericsError where what is to be ranked, and `weight` that it is of, holds NaN or inf."""
+    if utility.amax().isfinite():  # hands a NaN through
+        return
+    bad = {"NaN": int(weight.isnan().sum()), "inf": int(weight.isinf().sum())}
+    got = " and ".join(f"{count} {kind}" for kind, count in bad.items() if count) or "a sum that overflows"
+    raise NumericsError(
+        f"weight {name!r}: expected finite values to rank {when}, got {got} among {weight.numel()} entries. "
+        "Training has diverged: look at the loss and the learning rate before this, and clip the gradients' norm."
+    )
 
 
 def keep(utility: Sequence[Tensor], costs: Sequence[float], budget: float) -> list[Tensor]:

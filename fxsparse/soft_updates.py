@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxsparse.errors import CheckpointError, NumericsError
-from fxsparse.knapsack import KeepLargest, afford, block_of, keep, utilities
+from fxsparse.errors import CheckpointError
+from fxsparse.knapsack import KeepLargest, afford, block_of, keep, refuse_diverged, utilities
 from fxsparse.method import Method
 from fxsparse.soft_masks import BETA, FROZEN, SHIFT, spread
 from fxsparse.storage import MaskedWeight
@@ -45,7 +45,7 @@ def _spend(step: UpdateStep, rule: KeepLargest, numbers: Tensor, members: Sequen
         for (weight, *_), block, cost in zip(members, blocks, costs, strict=True)
     ]
     for (weight, *_, name), utility in zip(members, each, strict=True):
-        _refuse_diverged(weight, utility, name, step.number)
+        refuse_diverged(weight, utility, name, f"after step {step.number}")
     masks, budget = _chosen(step, targets, each, costs, [math.prod(block) for block in blocks])
     moved = [
         _move(step, member, spread(mask, block, member[0].shape))
@@ -67,17 +67,6 @@ def _spend(step: UpdateStep, rule: KeepLargest, numbers: Tensor, members: Sequen
             soft.copy_(torch.where(mask, spread(whole, block, weight.shape), 0))
     numbers[FROZEN] = float(step.method.schedule is not None and step.number + 1 == step.method.schedule.stop)
     return any(moved)
-
-
-def _refuse_diverged(weight: Tensor, utility: Tensor, name: str, step: int) -> None:
-    if utility.amax().isfinite():  # hands a NaN through
-        return
-    bad = {"NaN": int(weight.isnan().sum()), "inf": int(weight.isinf().sum())}
-    got = " and ".join(f"{count} {kind}" for kind, count in bad.items() if count) or "a sum that overflows"
-    raise NumericsError(
-        f"weight {name!r}: expected finite values to rank after step {step}, got {got} among {weight.numel()} entries. "
-        "Training has diverged: look at the loss and the learning rate before this step, and clip the gradients' norm."
-    )
 
 
 def refuse_averaged(

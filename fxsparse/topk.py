@@ -100,9 +100,8 @@ def _check_topk(
     """Raise NumericsError for arguments out of range; a compiled graph, which looks at no numbers, goes unchecked."""
     if torch.compiler.is_compiling():
         return
-    ends = values.detach().aminmax() if values.numel() else ()
-    if not all(end.isfinite() for end in ends):
-        low, high = ends
+    low, high = values.detach().aminmax() if values.numel() else values.new_zeros(2)
+    if not bool(low.isfinite() & high.isfinite()):
         raise NumericsError(f"soft_topk: expected finite values, got some from {low:g} to {high:g}.")
     _check_scalar("k", k, math.inf)
     _check_scalar("beta", beta, torch.finfo(torch.float64).max)

@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import fxsparse
 from fxsparse import Budget, Override, Plan
 from fxsparse.errors import CheckpointError, NumericsError, PlanError
-from fxsparse.methods import dual_averaging, imp, spartan
+from fxsparse.methods import dual_averaging, imp, spartan, static
 from fxsparse.pattern import NM, Block, ConstantFanIn
 from fxsparse.soft_masks import BETA, FROZEN, SHIFT
 from fxsparse.topk import soft_topk, top_mask
@@ -403,12 +403,20 @@ def test_a_weight_that_has_diverged_is_named(method, budget, value, said):
         optimizer.step()
 
 
-def test_a_weight_without_numbers_is_named_when_it_is_compiled():
+@pytest.mark.parametrize(
+    ("method", "value", "said"),
+    [
+        (spartan(steps=20), "nan", "1 NaN"),
+        (imp(steps=20), "-inf", "1 inf"),
+        (static("magnitude"), "nan", "1 NaN"),
+    ],
+)
+def test_a_weight_without_numbers_is_named_when_it_is_compiled(method, value, said):
     model = mlp()
     with torch.no_grad():
-        model[2].weight[0, 0] = float("nan")
-    with pytest.raises(NumericsError, match=r"weight '2.weight': .*1 NaN among 1000"):
-        fxsparse.compile(model, Plan(sparsity=0.9, method=spartan(steps=20)), example_inputs=X)
+        model[2].weight[0, 0] = float(value)
+    with pytest.raises(NumericsError, match=f"weight '2.weight': .*{said} among 1000"):
+        fxsparse.compile(model, Plan(sparsity=0.9, method=method))
 
 
 @pytest.mark.parametrize(
