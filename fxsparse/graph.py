@@ -148,10 +148,20 @@ def site_arguments(site: Site, shape: Sequence[int]) -> dict[str, Any]:
 
 def sites(gm: GraphModule, name: str | None = None) -> list[Site]:
     """Call sites of every parameter, or of the parameter `name`, in graph order."""
-    found = [
-        _site(gm, node) for node in gm.graph.nodes if node.op == "call_function" and node.target in SITE_OPS
-    ]
+    nodes = gm.graph.nodes if name is None else _above(gm.graph, name)
+    found = [_site(gm, node) for node in nodes if node.op == "call_function" and node.target in SITE_OPS]
     return [site for site in found if site is not None and (name is None or site.weight.target == name)]
+
+
+def _above(graph: Graph, name: str) -> list[Node]:
+    """What reads a parameter, or a transpose or part of it, in graph order; a model may have thousands of weights."""
+    found: set[Node] = set()
+    left = attribute_nodes(graph, name)
+    while left:
+        users = left.pop().users.keys() - found
+        found |= users
+        left += [user for user in users if swaps_two_axes(user) or _takes_a_part(user)]
+    return sorted(found)
 
 
 def weight_source(gm: GraphModule, value: Any) -> tuple[Node, bool, bool] | None:

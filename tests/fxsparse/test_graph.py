@@ -5,7 +5,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Graph, symbolic_trace
 
-from fxsparse.graph import canonical_names, eliminate_dead_code, insert_get_attr, is_pure, replace, sites
+from fxsparse import graph
+from fxsparse.graph import (
+    canonical_names,
+    eliminate_dead_code,
+    fetch,
+    insert_get_attr,
+    is_pure,
+    replace,
+    sites,
+)
 
 
 class Uses(nn.Module):
@@ -28,6 +37,27 @@ def test_sites_see_through_transposes_and_slices_but_not_through_arithmetic() ->
         ("linear", False, True),
     ]
     assert sites(symbolic_trace(Uses()), "v") == []
+
+
+def test_sites_of_one_name_are_those_of_all_names_and_look_at_no_other_call(monkeypatch) -> None:
+    gm = symbolic_trace(Uses())
+    every = sites(gm)
+    assert sites(gm, "w") == [site for site in every if site.weight.target == "w"]
+
+    class Many(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.ParameterList(torch.ones(2, 2) for _ in range(9))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for w in self.w:
+                x = F.linear(x, w)
+            return x
+
+    asked = []
+    monkeypatch.setattr(graph, "fetch", lambda root, name: asked.append(name) or fetch(root, name))
+    assert len(sites(symbolic_trace(Many()), "w.3")) == 1
+    assert asked == ["w.3"]
 
 
 def test_tied_names_have_one_canonical_name() -> None:
