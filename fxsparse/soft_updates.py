@@ -85,14 +85,15 @@ def refuse_averaged(
             if method.nnz(step, 0, 2**40):
                 continue  # on the way there masks go by the mean cost of an entry
             got, most = sum(of(counts[n]) for n, of in prices.items()), targets[names[0]].limit
-            most += 1e-9 * abs(most)
+            slack = 1e-9 * abs(most)
         else:
             kept, size = (
                 sum(each)
                 for each in zip(*((targets[n].budget, masks[n].numel()) for n in names), strict=True)
             )
-            got, most = sum(counts.values()), method.nnz(step, kept, size) + 1
-        if got > most:
+            got, most = sum(counts.values()), method.nnz(step, kept, size)
+            slack = 1  # of rounding on the way
+        if got > most + slack:
             raise CheckpointError(
                 f"the masks of {', '.join(names[:3])}{', ...' * (len(names) > 3)} keep {got:,.7g} where the budget "
                 f"after {step} steps is {most:,.7g}: expected masks of one step of this plan. Masks cannot be "

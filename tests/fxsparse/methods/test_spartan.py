@@ -231,7 +231,9 @@ def test_averaged_masks_are_refused_where_the_weights_are_folded(method, budget)
         lambda: union.dense_state_dict(),
         lambda: fxsparse.compile(union, mode="infer"),
     ):
-        with pytest.raises(CheckpointError, match=r"Masks cannot be averaged: .*use_buffers=False"):
+        with pytest.raises(
+            CheckpointError, match=r"steps is (740|8,572): .*Masks cannot be averaged: .*use_buffers=False"
+        ):
             fold()
     masks = sparse.masks()
     for name, weight in copied.dense_state_dict().items():
