@@ -20,6 +20,7 @@ from fxsparse.passes import RemoveDeadNeurons, SelectKernels, inference_pipeline
 from fxsparse.passes.select_entry_kernels import why_not_dense
 from fxsparse.pipeline import Pass, PassContext, Program, run_passes
 from fxsparse.plans import Plan
+from fxsparse.pruning_hooks import note_of, without_pruning_hooks
 from fxsparse.report import Report
 from fxsparse.skeleton import bind, copy_structure, substituted
 from fxsparse.trace import capture
@@ -62,7 +63,9 @@ def compile_for_inference(
         InvariantError: the result computes something else than the model (a bug).
     """
     _check(model)
+    model, masked = without_pruning_hooks(model)
     source, plan = _capture(model, example_inputs, strict)
+    source.notes[:0] = [note_of(masked)] if masked else []
     measured = example_inputs is not None and not has_meta(example_inputs)
     dense: nn.Module | None = None
     keep_dense: dict[str, str] = {}
