@@ -1,5 +1,6 @@
 """Bring the evaluation graph of a training module back to ops on plain dense weights."""
 
+import operator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,10 +16,12 @@ from fxsparse.graph import (
     eliminate_dead_code,
     fetch,
     insert_get_attr,
+    is_parameter,
     owner,
+    readers,
     replace,
 )
-from fxsparse.packed import replace_parameter
+from fxsparse.packed import drop_tensor, replace_parameter
 from fxsparse.passes.insert_soft_masks import NUMBERS
 from fxsparse.pipeline import PassContext
 from fxsparse.soft_masks import shared_shift
@@ -27,6 +30,7 @@ from fxsparse.storage import CompactWeight, MaskedWeight, read_weights
 _VALUES = ".values"
 _OPS = {2: F.linear, 3: F.conv1d, 4: F.conv2d}
 """By the dimensions of the weight."""
+_MULTIPLICATIONS = (operator.mul, torch.mul, torch.ops.aten.mul.Tensor, "mul")
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,8 @@ class FoldMasks:
     The skeleton gets new Parameters; those of the training module are left as they are.  So selection starts from
     one normal form whatever training held.  Where the compact weights together would take more than
     ``module.MAX_DENSE_BYTES`` as dense ones, none is made: their Parameters are on meta, and ``ctx.entries`` has
-    the nonzeros.
+    the nonzeros.  A product of a Parameter that nothing else reads and a buffer that the graph only multiplies, as in
+    a mask written by hand, becomes that Parameter too; the buffer goes.
     """
 
     name: ClassVar[str] = "fold-masks"
@@ -44,8 +49,8 @@ class FoldMasks:
     preserves_function: ClassVar[bool] = True
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
-        """Returns the number of rewritten nodes; 0 on a model that is no training module."""
-        rewrites = _fold_masked(gm, ctx) + _fold_compact(gm, ctx)
+        """Returns the number of rewritten nodes; 0 on a model that has no masks."""
+        rewrites = _fold_masked(gm, ctx) + _fold_compact(gm, ctx) + _fold_products(gm)
         if rewrites:
             eliminate_dead_code(gm.graph)
         return rewrites
@@ -92,6 +97,46 @@ def _fold_compact(gm: GraphModule, ctx: PassContext) -> int:
         given = {key: value for key, value in node.kwargs.items() if key in CONVOLUTION}
         replace(node, op, (node.args[0], weight, node.args[1]), **given)
     return len(found)
+
+
+def _fold_products(gm: GraphModule) -> int:
+    rewrites = 0
+    for node in list(gm.graph.nodes):
+        pair = _parameter_and_mask(gm, node)
+        if pair is None or not _is_constant(gm, *pair):
+            continue
+        rewrites, (weight, mask) = rewrites + 1, pair
+        effective = fetch(gm, str(weight.target)).detach() * fetch(gm, str(mask.target))
+        replace_parameter(gm, str(weight.target), effective)
+        node.replace_all_uses_with(weight)
+        gm.graph.erase_node(node)
+        if not readers(gm.graph, str(mask.target)):
+            drop_tensor(gm, str(mask.target))
+    return rewrites
+
+
+def _parameter_and_mask(gm: GraphModule, node: Node) -> tuple[Node, Node] | None:
+    """The two factors where a node multiplies a Parameter by a buffer."""
+    factors = [arg for arg in node.args if isinstance(arg, Node) and arg.op == "get_attr"]
+    if node.target not in _MULTIPLICATIONS or len(factors) != 2 or len(node.args) != 2 or node.kwargs:
+        return None
+    weight, mask = sorted(factors, key=lambda factor: not is_parameter(gm, factor))
+    return (weight, mask) if is_parameter(gm, weight) and not is_parameter(gm, mask) else None
+
+
+def _is_constant(gm: GraphModule, weight: Node, mask: Node) -> bool:
+    """Whether nothing else reads the Parameter, nothing writes the mask, and the product has the Parameter's form."""
+    values, factor = fetch(gm, str(weight.target)), fetch(gm, str(mask.target))
+    users = [user for read in attribute_nodes(gm.graph, str(mask.target)) for user in read.users]
+    if values.is_meta or readers(gm.graph, str(weight.target)) != 1:
+        return False
+    if any(_parameter_and_mask(gm, user) is None for user in users):
+        return False
+    called = [gm.get_submodule(str(call.target)) for call in gm.graph.find_nodes(op="call_module")]
+    if any(held is values or held is factor for m in called for held in (*m.parameters(), *m.buffers())):
+        return False
+    kept = torch.broadcast_shapes(values.shape, factor.shape) == values.shape
+    return kept and torch.result_type(values, factor) == values.dtype
 
 
 def _on_meta(weight: CompactWeight) -> Tensor:

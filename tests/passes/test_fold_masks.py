@@ -16,6 +16,7 @@ from fxsparse.pattern import NM
 from fxsparse.pipeline import PassContext, Program, run_passes
 from fxsparse.report import Report
 from fxsparse.skeleton import bind, copy_structure
+from fxsparse.trace import capture
 
 
 def compiled(**options) -> SparseModule:
@@ -87,3 +88,51 @@ def test_a_model_that_is_no_training_module_is_left_alone() -> None:
     ctx = PassContext(None, "infer", program, Report())
     run_passes([FoldMasks()], ctx)
     assert ctx.report.passes[0]["rewrites"] == 0
+
+
+class ByHand(nn.Module):
+    """A linear layer whose weight its forward multiplies by a buffer."""
+
+    def __init__(self, kind: str = "plain") -> None:
+        super().__init__()
+        self.weight, self.kind = nn.Parameter(torch.randn(8, 16)), kind
+        self.register_buffer("mask", (torch.rand(1 if kind == "one row" else 8, 16) > 0.5).float())
+        self.table = nn.Embedding(8, 16)
+        if kind == "tied":
+            self.table.weight = self.weight
+        if kind == "double":
+            self.mask = self.mask.double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.mask * self.weight if self.kind == "one row" else torch.mul(self.weight, self.mask)
+        y = F.linear(x, weight.float())
+        if self.kind == "written":
+            self.mask.mul_(0.5)
+        if self.kind == "read twice":
+            y = y + self.weight.sum()
+        return y + self.table(torch.arange(8)).sum()
+
+
+def by_hand(kind: str) -> tuple[PassContext, ByHand]:
+    model, x = ByHand(kind).eval(), torch.randn(2, 16)
+    program = capture(model, x, modes=("eval",))
+    assert program.tier == "symbolic"
+    ctx = PassContext(None, "infer", program, Report(), x)
+    run_passes([FoldMasks()], ctx)  # the runner compares the outputs
+    return ctx, model
+
+
+@pytest.mark.parametrize("kind", ["plain", "one row"])
+def test_a_mask_written_by_hand_is_folded(kind: str) -> None:
+    ctx, model = by_hand(kind)
+    assert ctx.report.passes[0]["rewrites"] == 1
+    assert "mask" not in ctx.program.skeleton.state_dict()
+    assert torch.equal(fetch(ctx.program.skeleton, "weight"), model.weight * model.mask)
+    assert (model.weight != 0).all()
+
+
+@pytest.mark.parametrize("kind", ["written", "read twice", "tied", "double"])
+def test_a_product_with_a_buffer_stays_where_it_is_no_constant_or_somebody_else_reads(kind: str) -> None:
+    ctx, model = by_hand(kind)
+    assert ctx.report.passes[0]["rewrites"] == 0
+    assert fetch(ctx.program.skeleton, "weight") is model.weight
