@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxsparse import optimizer_state
-from fxsparse.errors import PlanError
+from fxsparse.errors import PlanError, TraceError
 from fxsparse.flops import FlopCount
 from fxsparse.formats import narrow
 from fxsparse.graph import comment, set_parameter
@@ -48,16 +48,22 @@ def compile(
 ) -> SparseModule:
     """Compile `model` for sparse training with a `plan`, or for inference of the zeros it has.
 
+    Sparse kernels skip zeros: where an input is infinite or NaN, a product with zeros that makes a dense output NaN
+    (0 * inf) leaves theirs as it is.
+
     Args:
         model: any nn.Module.  For training in masked storage its Parameters are shared and pruned entries zeroed in
-            place; in compact storage and for inference it is left untouched.  Parameters on the meta device are
-            created, in the module that is returned alone: compact weights at the size of their nonzeros, never dense.
+            place; in compact storage and for inference it is left untouched, with the buffers that its forward writes.
+            Parameters on the meta device are created, in the module that is returned alone: compact weights at the
+            size of their nonzeros, never dense.  For inference, what ``torch.nn.utils.prune`` masks is folded in the
+            module that is returned.
         plan: what is wanted; required for training, refused for inference (use `fxsparse.prune` first).
         mode: "train" or "infer".
         example_inputs: a tensor, or a tuple of positional inputs whose last item may be a dict of keyword inputs.
             With them the captured graphs are run against the model before anything is changed, and storage and
             kernels are chosen by measurement.
-        optimizer: attached, and in compact storage made to hold the stored values instead of the dense Parameters.
+        optimizer: of training; attached, and in compact storage made to hold the stored values instead of the dense
+            Parameters.
         device: where parameters on meta are created; the CPU by default.
         strict: raise where the default is a row in the report.
         values: of inference: "int8" (with a scale for each row) or "bfloat16", what the nonzeros of linear layers are
@@ -67,12 +73,12 @@ def compile(
     Raises:
         PlanError: a plan that does not fit this model, or arguments that do not fit together.
         PatternError: a weight whose shape the pattern cannot have.
-        TraceError: in strict mode, a model that cannot be captured as a graph.
+        TraceError: TorchScript modules; in strict mode, a model that cannot be captured as a graph.
         UnsupportedError: in strict mode, a storage that a weight cannot have.
     """
     _check(model, plan, mode)
     _check_values(values, mode)
-    _check_optimizer(optimizer)
+    _check_optimizer(optimizer, mode)
     _check_device(model, device, optimizer)
     if plan is None:
         return compile_for_inference(model, example_inputs, strict=strict, values=values)
@@ -148,6 +154,13 @@ def _planned(model: nn.Module, plan: Plan, example_inputs: Any) -> PassContext:
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise PlanError(f"expected the model as an nn.Module, got {type(model).__name__}.")
+    scripted = [path for path, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    if scripted:
+        where = f"its submodule {scripted[0]!r}" if scripted[0] else "the model"
+        raise TraceError(
+            f"expected modules of Python code, got TorchScript: {where} was made by torch.jit.script, trace or load, "
+            "whose code and tensors cannot be rewritten; pass the nn.Module that it was made from."
+        )
 
 
 def _check_plan(plan: Plan | None, where: str) -> None:
@@ -162,8 +175,15 @@ def _check_dense(model: nn.Module, where: str) -> None:
         raise PlanError(f"{where}: this model is compiled already; use model.to_dense() instead of it.")
 
 
-def _check_optimizer(optimizer: Optimizer | None) -> None:
-    if optimizer is not None and not isinstance(optimizer, Optimizer):
+def _check_optimizer(optimizer: Optimizer | None, mode: str) -> None:
+    if optimizer is None:
+        return
+    if mode == "infer":
+        raise PlanError(
+            f"compile: mode='infer' takes no optimizer, since nothing is trained; got {type(optimizer).__name__}. "
+            "Leave it out, or compile with a plan."
+        )
+    if not isinstance(optimizer, Optimizer):
         raise PlanError(f"compile: expected a torch.optim.Optimizer, got {type(optimizer).__name__}.")
 
 

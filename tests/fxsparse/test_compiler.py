@@ -1,5 +1,6 @@
 """The entries a user calls, and every bad argument with its named error."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -152,6 +153,12 @@ class Untraceable(nn.Module):
         return self.fc(x) if float(x.detach().sum()) > 0 else x
 
 
+def scripted(module: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates what makes them
+        return torch.jit.script(module)
+
+
 BAD = {
     "no model": (lambda: fxsparse.compile("model", Plan(sparsity=0.5)), PlanError, r"an nn.Module, got str"),
     "no plan": (lambda: fxsparse.compile(linear()), PlanError, r"training needs a plan, for example"),
@@ -296,6 +303,23 @@ BAD = {
         lambda: fxsparse.compile(linear(), Plan(sparsity=0.5)).attach(None),
         PlanError,
         r"attach: expected a torch.optim.Optimizer, got NoneType",
+    ),
+    "an optimizer of inference": (
+        lambda: fxsparse.compile(
+            model := linear(), mode="infer", optimizer=torch.optim.SGD(model.parameters())
+        ),
+        PlanError,
+        r"mode='infer' takes no optimizer, since nothing is trained; got SGD",
+    ),
+    "TorchScript": (
+        lambda: fxsparse.compile(scripted(linear()), mode="infer"),
+        TraceError,
+        r"got TorchScript: the model was made by torch.jit.script.*pass the nn.Module that it was made from",
+    ),
+    "TorchScript below": (
+        lambda: fxsparse.plan_report(nn.Sequential(linear(), scripted(nn.ReLU())), Plan(sparsity=0.5)),
+        TraceError,
+        r"got TorchScript: its submodule '1' was made by",
     ),
     "values of an unknown dtype": (
         lambda: fxsparse.compile(linear(), mode="infer", values="int4"),
