@@ -10,6 +10,7 @@ from torch.fx import Graph
 from fxsparse.direct_reads import read_directly
 from fxsparse.graph import fetch
 from fxsparse.graph_pickle import picklable, restored
+from fxsparse.layer_sizes import show_what_is_left
 from fxsparse.module import Emitted, SparseModule
 from fxsparse.packed import PackedWeight
 from fxsparse.pipeline import PassContext, Program
@@ -40,6 +41,8 @@ def emit(model: nn.Module, ctx: PassContext) -> SparseModule:
     _own_tensors(program.skeleton, model)
     program.graphs["train"] = program.graphs["eval"]
     read_directly(program.graphs["eval"])
+    if program.tier != "walk":
+        show_what_is_left(program.graphs["eval"], ctx)
     _summarize(ctx)
     graph = None if program.tier == "walk" else program.graphs["eval"].graph
     recipe = InferenceRecipe(program.skeleton, program.tier, graph, ctx.report)
