@@ -10,6 +10,7 @@ from torch.fx import Graph
 from fxsparse.direct_reads import read_directly
 from fxsparse.graph import fetch
 from fxsparse.graph_pickle import picklable, restored
+from fxsparse.input_check import InputCheck
 from fxsparse.layer_sizes import show_what_is_left
 from fxsparse.module import Emitted, SparseModule
 from fxsparse.packed import PackedWeight
@@ -28,11 +29,12 @@ class InferenceRecipe:
     tier: str
     graph: Graph | None
     report: Report
+    accepts: Mapping[str, InputCheck]
     plan: None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         graph = None if self.graph is None else picklable(self.graph)
-        return type(self), (_without_state(self.shell), self.tier, graph, self.report)
+        return type(self), (_without_state(self.shell), self.tier, graph, self.report, self.accepts)
 
 
 def emit(model: nn.Module, ctx: PassContext) -> SparseModule:
@@ -40,12 +42,14 @@ def emit(model: nn.Module, ctx: PassContext) -> SparseModule:
     program = ctx.program
     _own_tensors(program.skeleton, model)
     program.graphs["train"] = program.graphs["eval"]
+    if "eval" in program.accepts:
+        program.accepts["train"] = program.accepts["eval"]
     read_directly(program.graphs["eval"])
     if program.tier != "walk":
         show_what_is_left(program.graphs["eval"], ctx)
     _summarize(ctx)
     graph = None if program.tier == "walk" else program.graphs["eval"].graph
-    recipe = InferenceRecipe(program.skeleton, program.tier, graph, ctx.report)
+    recipe = InferenceRecipe(program.skeleton, program.tier, graph, ctx.report, program.accepts)
     return SparseModule(Emitted(program, ctx.report, (), {}, recipe, rebuild))  # type: ignore[arg-type]
 
 
@@ -55,7 +59,8 @@ def rebuild(recipe: InferenceRecipe, state: Mapping[str, Tensor], training: bool
     if recipe.graph is not None:
         bound = bind(restored(recipe.graph), skeleton)
         graphs, recipe = {"eval": bound, "train": bound}, replace(recipe, graph=bound.graph)
-    program = Program(recipe.tier, skeleton, graphs, list(recipe.report.notes))
+    accepts = dict(recipe.accepts)
+    program = Program(recipe.tier, skeleton, graphs, list(recipe.report.notes), accepts=accepts)
     sparse = SparseModule(Emitted(program, recipe.report, (), {}, recipe, rebuild))  # type: ignore[arg-type]
     sparse.load_state_dict(state, assign=True)
     return sparse.train(training)

@@ -281,6 +281,7 @@ def rebuild(
     """
     model = copy_structure(recipe.shell)
     program = capture(model, recipe.example_inputs, tier=recipe.tier)
+    program.accepts |= recipe.accepts
     decisions, known = copy.deepcopy(recipe.decisions), {**state, **(more or {})}
     ctx = PassContext(
         recipe.plan, "train", program, Report(), recipe.example_inputs, decisions=decisions, state=known
@@ -331,7 +332,7 @@ def _emit(model: nn.Module, ctx: PassContext) -> SparseModule:
         program.skeleton,
         [name for name, decision in ctx.decisions.items() if decision.storage == "compact"],
     )
-    recipe = Recipe(shell, plan, ctx.example_inputs, ctx.decisions, program.tier)
+    recipe = Recipe(shell, plan, ctx.example_inputs, ctx.decisions, program.tier, program.accepts)
     return SparseModule(
         Emitted(program, ctx.report, tuple(model.state_dict()), targets, recipe, rebuild, updates)
     )

@@ -9,6 +9,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule
 
 from fxsparse.graph_pickle import picklable, restored
+from fxsparse.input_check import InputCheck
 from fxsparse.pipeline import Program
 from fxsparse.plans import Plan
 from fxsparse.skeleton import SHARED_DICTS, bind, copy_structure
@@ -29,6 +30,8 @@ class Origin:
     """Weights in the place of the layers that were transformed."""
     balance: Balance
     """FLOPs before and after."""
+    accepts: Mapping[str, InputCheck]
+    """What the graphs ask of a call."""
 
 
 class GraphModel(nn.Module):
@@ -47,7 +50,10 @@ class GraphModel(nn.Module):
         self.bound: dict[str, GraphModule] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._bound("train" if self.training else "eval")(*args, **kwargs)
+        mode = "train" if self.training else "eval"
+        if mode in self.origin.accepts:
+            self.origin.accepts[mode](args, kwargs)
+        return self._bound(mode)(*args, **kwargs)
 
     def program(self) -> Program:
         """A program that runs copies of the graphs on a structural copy of this model."""
@@ -57,7 +63,8 @@ class GraphModel(nn.Module):
             if id(graph) not in made:
                 made[id(graph)] = bind(copy.deepcopy(graph), skeleton)
         graphs = {mode: made[id(graph)] for mode, graph in self.graphs.items()}
-        return Program(self.origin.tier, skeleton, graphs, [], dense=dict(self.origin.dense))
+        dense, accepts = dict(self.origin.dense), dict(self.origin.accepts)
+        return Program(self.origin.tier, skeleton, graphs, [], dense=dense, accepts=accepts)
 
     def _bound(self, mode: str) -> GraphModule:
         """The graph on this very tree; a structural copy has another tree, and binds anew."""

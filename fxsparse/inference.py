@@ -142,7 +142,8 @@ def _copied(program: Program) -> Program:
     for name in ("fxsparse_step", "fxsparse_rng"):
         skeleton._buffers.pop(name, None)
     graph = bind(copy.deepcopy(program.graphs["eval"].graph), skeleton)
-    return Program(program.tier, skeleton, {"eval": graph}, list(program.notes), dict(program.hidden))
+    notes, accepts = list(program.notes), dict(program.accepts)
+    return Program(program.tier, skeleton, {"eval": graph}, notes, dict(program.hidden), accepts=accepts)
 
 
 def _dense_form(model: nn.Module) -> nn.Module:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from fxsparse.errors import CheckpointError, FxSparseError, InvariantError, PlanError, TraceError
 from fxsparse.graph import owner, set_parameter
+from fxsparse.input_check import InputCheck
 from fxsparse.pipeline import Decision, Program
 from fxsparse.plans import Plan
 from fxsparse.probe_variant import PROBES, probe_graphs
@@ -41,6 +42,8 @@ class Recipe:
     decisions: dict[str, Decision]
     tier: str
     """The front end that captured the model."""
+    accepts: Mapping[str, InputCheck]
+    """{mode: what its graph asks of a call}."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,9 @@ class SparseModule(nn.Module):
         self.register_load_state_dict_post_hook(after_loading)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        check = self._emitted.program.accepts.get("train" if self.training else "eval")
+        if check is not None:
+            check(args, kwargs)
         return self._active()(*args, **kwargs)
 
     def train(self, mode: bool = True) -> "SparseModule":

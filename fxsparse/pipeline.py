@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 from fxsparse.creation import Draw
 from fxsparse.errors import InvariantError, PlanError
 from fxsparse.flops.count import FlopCount
+from fxsparse.input_check import InputCheck
 from fxsparse.inputs import CPU, has_meta
 from fxsparse.kernel import Entries
 from fxsparse.observed import ProbeSwitch
@@ -42,6 +43,8 @@ class Program:
     traced."""
     dense: dict[str, str] = field(default_factory=dict)
     """{weight: reason} for weights that a transformation leaves dense."""
+    accepts: dict[str, InputCheck] = field(default_factory=dict)
+    """{mode: what its graph asks of a call}, where it asks for anything."""
     switch: ProbeSwitch = field(default_factory=ProbeSwitch)
     """Of training: what the probe steps of this program collect."""
 

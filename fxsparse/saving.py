@@ -153,7 +153,7 @@ def _recipe(header: Mapping[str, Any], shell: nn.Module, example_inputs: Any) ->
     if example_inputs is None:
         example_inputs = from_json(header["example_inputs"])
     decisions = {name: _decision(row) for name, row in header["decisions"].items()}
-    return Recipe(shell, Plan.from_dict(header["plan"]), example_inputs, decisions, header["tier"])
+    return Recipe(shell, Plan.from_dict(header["plan"]), example_inputs, decisions, header["tier"], {})
 
 
 def _decision_row(decision: Decision) -> dict[str, Any]:

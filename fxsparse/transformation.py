@@ -85,7 +85,9 @@ def transform_program(
     _check_zeros(program, plan, found, balance)
     for _, gm in program.distinct_graphs():
         _plain_meta(gm)
-    origin = Origin(plan, program.tier, found.dense, (*found.sparse, *found.low_rank), balance)
+    origin = Origin(
+        plan, program.tier, found.dense, (*found.sparse, *found.low_rank), balance, program.accepts
+    )
     graphs = {mode: gm.graph for mode, gm in program.graphs.items()}
     return GraphModel(program.skeleton, graphs, origin)
 

@@ -137,12 +137,18 @@ def frozen_state(
 def copied_inputs(
     example_inputs: Any, *, fake: FakeTensorMode | None = None, device: torch.device = CPU
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments with every tensor cloned, so that in-place ops do no harm, or faked."""
+    """Positional and keyword arguments with every tensor cloned, so that in-place ops do no harm, or faked.
+
+    What is one tensor stays one.
+    """
+    made: dict[int, Tensor] = {}
 
     def copy(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        return leaf.detach().clone() if fake is None else stand_in(leaf, fake, device)
+        if id(leaf) not in made:
+            made[id(leaf)] = leaf.detach().clone() if fake is None else stand_in(leaf, fake, device)
+        return made[id(leaf)]
 
     return pytree.tree_map(copy, split_inputs(example_inputs))
 

@@ -2,7 +2,7 @@
 down.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from fxsparse.errors import TraceError
 from fxsparse.graph_model import GraphModel
+from fxsparse.input_check import InputCheck, has_twins, input_check, regrouped
 from fxsparse.inputs import CPU, has_meta, named_arguments
 from fxsparse.pipeline import Program
 from fxsparse.skeleton import adopt, bind, copy_structure
@@ -58,17 +59,21 @@ def capture(
         return _again(model, example_inputs, arguments, modes, device, tier)
     notes: list[str] = []
     expected = _expected(model, example_inputs, modes, notes, device)
-    for front_end in (_symbolic, _export):
+    for front_end, inputs in _front_ends(example_inputs):
         try:
             with recomputation_refused():
-                program = front_end(model, example_inputs, arguments, modes, device)
+                program = front_end(model, inputs, arguments, modes, device)
         except TraceError as error:
             notes.append(f"{front_end.__name__[1:]}: {error}")
             continue
         difference = _difference(program, expected, example_inputs, device)
         if difference is None:
             notes += program.notes
-            return Program(program.tier, program.skeleton, program.graphs, notes, program.hidden)
+            distinct = bool(expected) and _tells_tensors_apart(model, program, example_inputs, device)
+            accepts = _accepts(model, program, example_inputs, distinct)
+            return Program(
+                program.tier, program.skeleton, program.graphs, notes, program.hidden, accepts=accepts
+            )
         notes.append(f"{program.tier}: {difference}")
     if strict:
         raise TraceError(
@@ -76,6 +81,16 @@ def capture(
             "over its layers: " + "; ".join(notes)
         )
     return _walk(model, modes, notes)
+
+
+def _front_ends(example_inputs: Any) -> list[tuple[Callable[..., Program], Any]]:
+    """In order, with what each is to trace: where inputs are one tensor, the export of a model that does not ask is
+    one for any.
+    """
+    tried = [(_symbolic, example_inputs), (_export, example_inputs)]
+    return (
+        tried if not has_twins(example_inputs) else [tried[0], (_export, regrouped(example_inputs)), tried[1]]
+    )
 
 
 def _again(
@@ -90,9 +105,11 @@ def _again(
     if tier == "walk":
         return _walk(model, modes, [])
     with recomputation_refused():
-        return {"symbolic": _symbolic, "export": _export}[tier](
+        program = {"symbolic": _symbolic, "export": _export}[tier](
             model, example_inputs, arguments, modes, device
         )
+    program.accepts = _accepts(model, program, example_inputs, False)
+    return program
 
 
 def _walk(model: nn.Module, modes: Sequence[str], notes: list[str]) -> Program:
@@ -183,6 +200,34 @@ def _difference(
         if difference := compare(want, got):
             return f"its {mode} graph differs from the model: {difference}"
     return None
+
+
+def _accepts(
+    model: nn.Module, program: Program, example_inputs: Any, distinct: bool
+) -> dict[str, InputCheck]:
+    if example_inputs is None:
+        return {}
+    checks = {
+        mode: input_check(model, example_inputs, gm, program.tier == "export", distinct)
+        for mode, gm in program.graphs.items()
+    }
+    return {mode: check for mode, check in checks.items() if check is not None}
+
+
+def _tells_tensors_apart(
+    model: nn.Module, program: Program, example_inputs: Any, device: torch.device
+) -> bool:
+    """Whether the program is wrong once other inputs are one tensor than in the example (``if key is query``)."""
+    other = regrouped(example_inputs)
+    if other is None or has_meta(model) or has_meta(example_inputs) or "eval" not in program.graphs:
+        return False
+    try:
+        copy = copy_structure(model)
+        want = observe(copy, copy, other, training=False, device=device)
+        got = observe(program.skeleton, program.graphs["eval"], other, training=False, device=device)
+    except RUN_FAILURES:
+        return True
+    return compare(want, got) is not None
 
 
 def _check(model: nn.Module) -> None:

@@ -73,9 +73,8 @@ def _at_least_two(inputs: Any) -> Any:
     """Inputs of batch 1 repeated once: export would take the 1 for a constant."""
     if any(tensor.shape[0] != 1 for tensor in _tensors(inputs)):
         return inputs
-    return pytree.tree_map(
-        lambda leaf: torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.dim() else leaf, inputs
-    )
+    made = {id(tensor): torch.cat([tensor, tensor]) for tensor in _tensors(inputs)}
+    return pytree.tree_map(lambda leaf: made.get(id(leaf), leaf), inputs)
 
 
 def _tensors(value: Any) -> list[Tensor]:

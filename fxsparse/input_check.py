@@ -1,0 +1,217 @@
+"""What the inputs of a captured graph have to be: a graph forgets the branches that its example inputs did not take."""
+
+import inspect
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+from torch import SymInt, Tensor, nn
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from fxsparse.errors import TraceError
+from fxsparse.inputs import split_inputs
+
+_FUNCTIONS = {"FloorDiv": operator.floordiv, "PythonMod": operator.mod, "Mod": operator.mod}
+"""PyTorch's integer functions of sizes, by the names that sympy prints."""
+
+
+@dataclass(frozen=True)
+class InputCheck:
+    """Raises TraceError for a call that the graph would answer with something else than the model.
+
+    It asks for the containers of the example inputs; for the sizes and values that ``torch.export`` took for granted;
+    and for one tensor at the places where the example had one, if that makes a difference.  Arguments that are missing
+    or too many are left to the graph.
+    """
+
+    names: tuple[str, ...]
+    """Of the arguments, in the example's order."""
+    structures: tuple[pytree.TreeSpec | None, ...]
+    """Of each argument: its containers, None for a plain value."""
+    wanted: tuple[Any, ...] | None = None
+    """Of each leaf: a tuple of sizes for a tensor, a number or a symbol each; of others the value.  None: any."""
+    condition: Any = sympy.true
+    """Of the symbols."""
+    same: tuple[int, ...] | None = None
+    """For each leaf the first one that is the same tensor; None where that makes no difference."""
+    holds: Any = field(init=False, repr=False, compare=False)
+    """The condition as a function of the symbols in the order of their names."""
+
+    def __post_init__(self) -> None:
+        holds = sympy.lambdify(_symbols(self.condition), self.condition, [_FUNCTIONS, "math"])
+        object.__setattr__(self, "holds", holds)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.names, self.structures, self.wanted, self.condition, self.same)
+
+    def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        given = self._arguments(args, kwargs)
+        if given is None:
+            return
+        leaves: list[Any] = []
+        for name, value, structure in zip(self.names, given, self.structures, strict=True):
+            leaves += [value] if structure is None else _leaves(name, value, structure)
+        if self.wanted is not None:
+            self._check_sizes(leaves)
+        if self.same is not None:
+            self._check_same(leaves)
+
+    def _arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any] | None:
+        """The arguments in the example's order; None where they are not those of the example."""
+        rest = self.names[len(args) :]
+        if len(args) > len(self.names) or kwargs.keys() != set(rest):
+            return None
+        return [*args, *(kwargs[name] for name in rest)]
+
+    def _check_sizes(self, leaves: Sequence[Any]) -> None:
+        assert self.wanted is not None
+        sizes: dict[Any, int] = {}
+        for k, (leaf, wanted) in enumerate(zip(leaves, self.wanted, strict=True)):
+            if not isinstance(wanted, tuple):
+                if leaf is not wanted and (isinstance(leaf, Tensor) or leaf != wanted):
+                    raise _refused(f"expected {wanted!r} as {self._place(k)}, as in the example", _said(leaf))
+            elif not isinstance(leaf, Tensor) or not _fits(leaf.shape, wanted, sizes):
+                raise _refused(f"expected a tensor [{_sizes(wanted)}] as {self._place(k)}", _said(leaf))
+        if not self.holds(*(sizes[symbol] for symbol in _symbols(self.condition))):
+            shapes = [
+                f"{self._place(k)} [{_sizes(w)}]" for k, w in enumerate(self.wanted) if isinstance(w, tuple)
+            ]
+            got = ", ".join(f"{symbol}={size}" for symbol, size in sizes.items())
+            raise _refused(f"expected {self.condition} for {', '.join(shapes)}", got)
+
+    def _check_same(self, leaves: Sequence[Any]) -> None:
+        assert self.same is not None
+        for k, (leaf, first) in enumerate(zip(leaves, self.same, strict=True)):
+            found = next(j for j, other in enumerate(leaves) if other is leaf)
+            if isinstance(leaf, Tensor) and found != first:
+                places = f"{self._place(min(first, found))} and {self._place(k)}"
+                one, two = "one tensor", "two tensors"
+                expected, got = (one, two) if first != k else (two, one)
+                raise _refused(f"expected {expected} as {places}, as in the example", got)
+
+    def _place(self, leaf: int) -> str:
+        """The argument that a leaf is in."""
+        for name, structure in zip(self.names, self.structures, strict=True):
+            leaf -= 1 if structure is None else structure.num_leaves
+            if leaf < 0:
+                return repr(name)
+        raise IndexError(leaf)
+
+
+def _symbols(condition: Any) -> list[Any]:
+    return sorted(condition.free_symbols, key=str)
+
+
+def _leaves(name: str, value: Any, wanted: pytree.TreeSpec) -> list[Any]:
+    leaves, structure = pytree.tree_flatten(value)
+    if structure != wanted:
+        raise _refused(f"expected {wanted} as {name!r}, as in the example", f"{structure}")
+    return leaves
+
+
+def _fits(shape: Sequence[int], wanted: tuple[Any, ...], sizes: dict[Any, int]) -> bool:
+    """Whether a shape is the one that was wanted; finds out what its symbols are."""
+    if len(shape) != len(wanted):
+        return False
+    return all(
+        found == (size if isinstance(size, int) else sizes.setdefault(size, found))
+        for found, size in zip(shape, wanted, strict=True)
+    )
+
+
+def _sizes(wanted: tuple[Any, ...]) -> str:
+    return ", ".join(map(str, wanted))
+
+
+def _said(leaf: Any) -> str:
+    return f"a tensor {list(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)
+
+
+def _refused(expected: str, got: str) -> TraceError:
+    return TraceError(
+        f"{expected}, got {got}: the model was captured for its example inputs, and its code may do something else "
+        "for others; compile it with example inputs of this kind"
+    )
+
+
+# -- what a check asks for ---------------------------------------------------------------------------------
+
+
+def input_check(
+    model: nn.Module, example_inputs: Any, gm: GraphModule, exported: bool, distinct: bool
+) -> InputCheck | None:
+    """The check of a graph; None where there is nothing to ask for.
+
+    `exported`: the graph has the sizes of ``torch.export``; `distinct`: it makes a difference which inputs are one
+    tensor.
+    """
+    args, kwargs = split_inputs(example_inputs)
+    flat = [pytree.tree_flatten(value) for value in (*args, *kwargs.values())]
+    structures = tuple(None if spec.is_leaf() else spec for _, spec in flat)
+    leaves = [leaf for found, _ in flat for leaf in found]
+    same = tuple(next(j for j, other in enumerate(leaves) if other is leaf) for leaf in leaves)
+    wanted, condition = _taken_for_granted(gm) if exported else (None, sympy.true)
+    if wanted is None and not distinct and not any(structures):
+        return None
+    names = (*_positional(model, len(args)), *kwargs)
+    return InputCheck(names, structures, wanted, condition, same if distinct else None)
+
+
+def _positional(model: nn.Module, count: int) -> list[str]:
+    """Names of the first arguments; those that a `*args` takes have none that a keyword could give."""
+    parameters = [*inspect.signature(type(model).forward).parameters.values()][1:]
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:count]
+    return [*named, *(f"*{k}" for k in range(len(named), count))]
+
+
+def _taken_for_granted(gm: GraphModule) -> tuple[tuple[Any, ...], Any]:
+    """Of the inputs: sizes and values, and what holds for the sizes that have symbols.
+
+    Conditions that join sizes are left out: PyTorch's own views and broadcasts add many, which no branch depends on.
+    """
+    values = [node.meta.get("val") for node in gm.graph.find_nodes(op="placeholder")]
+    wanted = tuple(tuple(map(_size, v.shape)) if isinstance(v, Tensor) else v for v in values)
+    free: list[Any] = [
+        s.node for v in values if isinstance(v, Tensor) for s in tuple(v.shape) if isinstance(s, SymInt)
+    ]
+    symbols = {node.expr for node in free}
+    guards = [guard.expr for guard in free[0].shape_env.guards] if free else []
+    return wanted, sympy.And(*(g for g in guards if len(g.free_symbols) == 1 and g.free_symbols <= symbols))
+
+
+def _size(size: int | SymInt) -> Any:
+    if isinstance(size, int):
+        return size
+    return size.node.expr if size.node.expr.free_symbols else int(size.node.expr)  # type: ignore[arg-type]
+
+
+def has_twins(example_inputs: Any) -> bool:
+    """Whether inputs are one tensor."""
+    found = [id(leaf) for leaf in pytree.tree_leaves(example_inputs) if isinstance(leaf, Tensor)]
+    return len(set(found)) < len(found)
+
+
+def regrouped(example_inputs: Any) -> Any:
+    """Inputs of which others are one tensor than in the example: all its tensors apart, or, where they are, those that
+    are alike the same.  None where there are no two that are alike.
+    """
+    leaves, spec = pytree.tree_flatten(split_inputs(example_inputs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    kinds = {(leaf.shape, leaf.dtype): leaf for leaf in reversed(tensors)}
+    if len(kinds) == len(tensors):
+        return None
+    seen: set[int] = set()
+    if has_twins(example_inputs):
+        made = [_other(leaf) if id(leaf) in seen or seen.add(id(leaf)) else leaf for leaf in leaves]
+    else:
+        made = [kinds[leaf.shape, leaf.dtype] if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    args, kwargs = pytree.tree_unflatten(made, spec)
+    return (*args, kwargs)
+
+
+def _other(leaf: Any) -> Any:
+    """A tensor of the same kind with the same values in another order; anything else as it is."""
+    return leaf.flatten().roll(1).view(leaf.shape) if isinstance(leaf, Tensor) else leaf

@@ -1,0 +1,188 @@
+"""Calls that a captured graph would answer with something else than the model are refused by name."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxsparse
+from fxsparse import Plan
+from fxsparse.errors import TraceError
+from fxsparse.trace import capture
+from fxsparse.transformation import transform
+from fxsparse.transforms import SparseParallel
+
+
+class Two(nn.Module):
+    """Two layers; subclasses choose between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+
+class SmallBatch(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x)) if x.shape[0] < 8 else self.b(x) - self.a(x)
+
+
+class EvenBatch(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x)) if x.shape[0] % 2 == 0 else self.b(x) - self.a(x)
+
+
+class Matrix(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x)) if x.dim() == 2 else self.b(x) - self.a(x)
+
+
+class Crop(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x[:, -5:] if x.size(1) > 5 else x))
+
+
+class Identity(Two):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.b(self.a(x)) if x is y else self.b(x) + self.a(y)
+
+
+class Sum(Two):
+    def forward(self, xs: list[Tensor]) -> Tensor:
+        return sum((self.b(self.a(x)) for x in xs), torch.zeros(()))
+
+
+def compiled(model: nn.Module, *example: Any) -> nn.Module:
+    """As it trains, in evaluation mode, where its outputs are the model's."""
+    return fxsparse.compile(model, Plan(sparsity=0.0), example_inputs=example).eval()
+
+
+def assert_serves(sparse: nn.Module, model: nn.Module, *inputs: Any) -> None:
+    torch.testing.assert_close(sparse(*inputs), model.eval()(*inputs))
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "served", "refused", "message"),
+    [
+        (SmallBatch(), (4, 8), [(1, 8), (7, 8)], (17, 8), r"expected s\d+ < 8 for 'x' \[s\d+, 8\], got s\d+=17"),
+        (SmallBatch(), (9, 8), [(8, 8), (30, 8)], (7, 8), r"expected s\d+ >= 8 for 'x' \[s\d+, 8\], got s\d+=7"),
+        (EvenBatch(), (4, 8), [(2, 8), (10, 8)], (5, 8), r"Mod"),
+        (Matrix(), (4, 8), [(3, 8)], (2, 3, 8), r"expected a tensor \[s\d+, 8\] as 'x', got a tensor \[2, 3, 8\]"),
+        (Crop(), (2, 4, 8), [(3, 5, 8)], (2, 6, 8), r"expected s\d+ <= 5 for 'x'"),
+    ],
+)  # fmt: skip
+def test_branches_on_sizes_hold_for_later_calls(
+    model: Two,
+    example: tuple[int, ...],
+    served: list[tuple[int, ...]],
+    refused: tuple[int, ...],
+    message: str,
+) -> None:
+    sparse = compiled(model, torch.randn(example))
+    for size in served:
+        assert_serves(sparse, model, torch.randn(size))
+    for module in (sparse, copy.deepcopy(sparse), pickle.loads(pickle.dumps(sparse))):
+        with pytest.raises(TraceError, match=message):
+            module(torch.randn(refused))
+
+
+def test_inference_refuses_what_training_refuses() -> None:
+    model = SmallBatch().eval()
+    fast = fxsparse.compile(model, mode="infer", example_inputs=(torch.randn(4, 8),))
+    if fast._emitted.program.tier == "walk":  # the model's own forward serves every call
+        assert_serves(fast, model, torch.randn(17, 8))
+        return
+    for module in (fast, pickle.loads(pickle.dumps(fast)), fast.train()):
+        with pytest.raises(TraceError, match="< 8"):
+            module(torch.randn(17, 8))
+
+
+def test_a_transformed_model_refuses_what_its_model_was_not_captured_for() -> None:
+    class Three(SmallBatch):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(super().forward(x))
+
+    plan, x = Plan(transform=SparseParallel(), sparsity=0.5), torch.randn(4, 8)
+    for model in (transform(Three(), plan, x), fxsparse.compile(Three(), plan, example_inputs=(x,))):
+        for again in (model, pickle.loads(pickle.dumps(model))):
+            assert again(torch.randn(5, 8)).shape == (5, 8)
+            with pytest.raises(TraceError, match="< 8"):
+                again(torch.randn(17, 8))
+
+
+def test_one_tensor_or_two_matters_where_the_model_asks() -> None:
+    model, x, y = Identity(), torch.randn(4, 8), torch.randn(4, 8)
+    same = compiled(model, x, x)
+    assert_serves(same, model, y, y)
+    with pytest.raises(
+        TraceError, match="expected one tensor as 'x' and 'y', as in the example, got two tensors"
+    ):
+        same(x, y)
+    with pytest.raises(TraceError, match="expected one tensor as 'x' and 'y'"):
+        same(y=y, x=x)
+    apart = compiled(model, x, y)
+    assert_serves(apart, model, y, x)
+    with pytest.raises(
+        TraceError, match="expected two tensors as 'x' and 'y', as in the example, got one tensor"
+    ):
+        apart(x, x)
+
+
+@pytest.mark.parametrize("places", [(0, 0, 0), (0, 1, 1), (0, 1, 2)])
+def test_attention_captured_for_any_of_its_uses_serves_all(places: tuple[int, ...]) -> None:
+    attention = nn.MultiheadAttention(16, 2, batch_first=True).eval()
+    tensors = [torch.randn(2, 5, 16) for _ in range(3)]
+    a, b, c = tensors
+    sparse = compiled(attention, *(tensors[k] for k in places))
+    for inputs in ((a, b, c), (a, a, a), (a, b, b)):
+        torch.testing.assert_close(sparse(*inputs)[0], attention(*inputs)[0])
+
+
+def test_one_tensor_given_twice_is_no_matter_where_the_model_does_not_ask() -> None:
+    class Both(Two):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.a(x) * self.b(y)
+
+    model, x = Both(), torch.randn(4, 8)
+    sparse = compiled(model, x, x)
+    assert_serves(sparse, model, x, torch.randn(4, 8))
+
+
+def test_containers_are_those_of_the_example() -> None:
+    model, x = Sum(), torch.randn(4, 8)
+    sparse = compiled(model, [x, x])
+    assert_serves(sparse, model, [x, torch.randn(4, 8)])
+    for xs in ([x, x, x], [x], (x, x)):
+        with pytest.raises(TraceError, match=r"as 'xs', as in the example, got TreeSpec"):
+            sparse(xs)
+
+
+def test_values_that_an_export_took_for_granted_hold() -> None:
+    class Scaled(Two):
+        def forward(self, x: Tensor, times: int = 1) -> Tensor:
+            return self.b(self.a(x)) * times if x.shape[0] < 8 else x
+
+    model, x = Scaled(), torch.randn(4, 8)
+    sparse = compiled(model, x, 3)
+    assert_serves(sparse, model, x, 3)
+    with pytest.raises(TraceError, match="expected 3 as 'times', as in the example, got 4"):
+        sparse(x, 4)
+
+
+def test_a_symbolic_graph_of_plain_tensors_asks_for_nothing() -> None:
+    program = capture(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), torch.randn(2, 8))
+    assert (program.tier, program.accepts) == ("symbolic", {})
+
+
+def test_under_torch_compile_sizes_are_checked_too() -> None:
+    sparse = compiled(SmallBatch(), torch.randn(4, 8))
+    fast = torch.compile(sparse, fullgraph=True, backend="eager", dynamic=True)
+    torch.testing.assert_close(fast(torch.randn(5, 8) * 0), sparse(torch.zeros(5, 8)))
+    with pytest.raises(Exception, match=r"expected s\d+ < 8|Unsupported"):
+        fast(torch.randn(9, 8))
