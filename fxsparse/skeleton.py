@@ -49,8 +49,16 @@ def adopt(graph: Graph, source: nn.Module, skeleton: nn.Module) -> None:
     """Make every name of `graph`, which runs on `source`, a name of the skeleton, in place.
 
     Parameters get their first name; tensors without a place in the tree become non-persistent buffers of the skeleton
-    (one per value); graph modules become its submodules.
+    (one per value); graph modules become its submodules.  TraceError where the trace assigned a buffer of `source`,
+    which no node of the graph does.
     """
+    for path, module in source.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not isinstance(buffer, Tensor):
+                where = f"{path}.{name}" if path else name
+                raise TraceError(
+                    f"the forward assigns the buffer {where!r}, which a graph of it would forget"
+                )
     names = canonical_names(skeleton)
     buffers = {name for name, _ in skeleton.named_buffers(remove_duplicate=False)}
     for node in graph.find_nodes(op="get_attr"):

@@ -59,7 +59,7 @@ def observe(
     device = on_device(root, device)
     with frozen_state(root, training=training, fake=fake, device=device):
         args, kwargs = copied_inputs(example_inputs, fake=fake, device=device)
-        before = {name: (buffer, _version(buffer)) for name, buffer in root.named_buffers()}
+        before = {name: (buffer, _stamp(buffer)) for name, buffer in root.named_buffers()}
         with torch.set_grad_enabled(training):
             output = call(*args, **kwargs)
         leaves, structure = pytree.tree_flatten(output)
@@ -153,18 +153,19 @@ def copied_inputs(
     return pytree.tree_map(copy, split_inputs(example_inputs))
 
 
-def _is_written(buffer: Tensor, before: Tensor | None, version: int) -> bool:
+def _is_written(buffer: Tensor, before: Tensor | None, stamp: Tensor | int) -> bool:
     """Whether a call changed a buffer that was there before; the values are looked at where another took its place."""
     if before is None or isinstance(buffer, FakeTensor):
         return False
-    if buffer is before:
-        return _version(buffer) != version
-    return buffer.shape != before.shape or buffer.dtype != before.dtype or not torch.equal(buffer, before)
+    if buffer is before and isinstance(stamp, int):
+        return buffer._version != stamp
+    was = stamp if isinstance(stamp, Tensor) else before
+    return buffer.shape != was.shape or buffer.dtype != was.dtype or not torch.equal(buffer, was)
 
 
-def _version(buffer: Tensor) -> int:
-    """Grows with every write in place; tensors made in inference mode do not count them."""
-    return 0 if buffer.is_inference() else buffer._version
+def _stamp(buffer: Tensor) -> Tensor | int:
+    """What tells whether it was written: a number that grows, or a copy where inference mode counts no writes."""
+    return buffer.clone() if buffer.is_inference() else buffer._version
 
 
 def _gradients(root: nn.Module, outputs: list[Tensor]) -> dict[str, Tensor]:

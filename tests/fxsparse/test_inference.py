@@ -137,6 +137,18 @@ def test_a_buffer_that_the_forward_writes_counts_its_own_calls_alone(
     assert (model.calls, fast.calls) == (3, 3)
 
 
+def test_without_example_inputs_no_graph_forgets_that_a_buffer_is_assigned() -> None:
+    model, x = Counting(assigns=True).eval(), torch.randn(3, 8)
+    fast = infer(model, None)
+    assert (
+        "symbolic: the forward assigns the buffer 'calls', which a graph of it would forget"
+        in fast.report.notes
+    )
+    for _ in range(2):
+        fast(x)
+    assert (model.calls, fast.calls) == (0, 2)
+
+
 def test_a_layer_whose_weight_alone_is_read_stays_as_it_is() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

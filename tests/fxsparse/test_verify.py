@@ -61,8 +61,14 @@ def test_each_kind_of_difference_is_named(wrong: Any, message: str) -> None:
     assert difference.startswith(message)
 
 
+@pytest.mark.parametrize("inference", [True, False])
 @pytest.mark.parametrize("assigned", [True, False])
-def test_a_buffer_that_evaluation_writes_is_seen_and_others_are_not(assigned: bool) -> None:
+def test_a_buffer_that_evaluation_writes_is_seen_and_others_are_not(assigned: bool, inference: bool) -> None:
+    with torch.inference_mode(inference):
+        check_writes_are_seen(assigned)
+
+
+def check_writes_are_seen(assigned: bool) -> None:
     model, x = Model().eval(), torch.randn(8, 4)
 
     def counting(x: Tensor) -> Tensor:
