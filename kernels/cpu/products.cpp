@@ -404,16 +404,17 @@ struct Multiply {
     const int64_t paired = s.paired ? 2 : 1;
     const Value* values = (const Value*)s.values + e * s.height * s.width + row * paired;
     const float* inputs = panel + s.columns[e] * s.width * (NV * W);
-    for (int64_t c = 0; c < s.width; c++, inputs += NV * W) {
-      const Value* column = values + c / paired * paired * s.height + c % paired;
-      V x[NV];
+    for (int64_t c = 0; c < s.width; c += paired, values += paired * s.height) {
+      for (int64_t p = 0; p < paired; p++, inputs += NV * W) {
+        V x[NV];
 #pragma GCC unroll 8
-      for (int j = 0; j < NV; j++) x[j] = load<V>(inputs + j * W);
+        for (int j = 0; j < NV; j++) x[j] = load<V>(inputs + j * W);
 #pragma GCC unroll 4
-      for (int r = 0; r < ROWS; r++) {
-        const V value = splat_at(column + r * paired);
+        for (int r = 0; r < ROWS; r++) {
+          const V value = splat_at(values + r * paired + p);
 #pragma GCC unroll 8
-        for (int j = 0; j < NV; j++) sum[r][j] += value * x[j];
+          for (int j = 0; j < NV; j++) sum[r][j] += value * x[j];
+        }
       }
     }
   }
