@@ -79,16 +79,30 @@ def refuse_diverged(weight: Tensor, utility: Tensor, name: str, when: str) -> No
 
 
 def keep(utility: Sequence[Tensor], costs: Sequence[float], budget: float) -> list[Tensor]:
-    """Bool masks of the largest utilities, ties to the first: as many as cost at most `budget` together."""
+    """Bool masks of the largest utilities, ties to the first: the fewest whose costs reach `budget`.
+
+    The cost that is kept lies in ``[budget, budget + cost of the last one)`` (arXiv 2205.14107, Algorithm 3).
+    """
     if len(set(costs)) == 1:
         sizes, joined = [u.numel() for u in utility], torch.cat([u.flatten() for u in utility])
-        mask = top_mask(joined, min(len(joined), math.floor(budget / costs[0] * (1 + 1e-12) + 1e-9)))
+        mask = top_mask(joined, min(len(joined), math.ceil(budget / costs[0] - 1e-9)))
         return [part.view(u.shape) for part, u in zip(mask.split(sizes), utility, strict=True)]
 
     def spent(counts: Sequence[int]) -> float:
         return sum(count * cost for count, cost in zip(counts, costs, strict=True))
 
-    return afford(utility, spent, budget * (1 + 1e-12))
+    almost = budget * (1 - 1e-12)
+    masks = afford(utility, spent, almost)
+    if spent([int(mask.sum()) for mask in masks]) < almost:
+        _add_next(utility, masks)
+    return masks
+
+
+def _add_next(utility: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+    """Put the largest that no mask has, the first of equal ones, into its mask; in place."""
+    left = [(u.masked_fill(mask, -math.inf), mask) for u, mask in zip(utility, masks, strict=True)]
+    best, mask = max(left, key=lambda pair: float(pair[0].max()))
+    mask[torch.unravel_index(best.argmax(), mask.shape)] |= best.max() > -math.inf
 
 
 def afford(utility: Sequence[Tensor], price: Callable[[Sequence[int]], float], limit: float) -> list[Tensor]:

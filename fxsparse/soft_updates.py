@@ -92,7 +92,7 @@ def refuse_averaged(
                 for each in zip(*((targets[n].budget, masks[n].numel()) for n in names), strict=True)
             )
             got, most = sum(counts.values()), method.nnz(step, kept, size)
-            slack = 1  # of rounding on the way
+            slack = max(math.prod(block_of(targets[n].pattern, targets[n].transposed)) for n in names)
         if got > most + slack:
             raise CheckpointError(
                 f"the masks of {', '.join(names[:3])}{', ...' * (len(names) > 3)} keep {got:,.7g} where the budget "
