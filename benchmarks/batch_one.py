@@ -1,4 +1,4 @@
-"""Inference of one linear layer: F.linear, torch's CSR and our kernels.
+"""Inference of one linear layer: F.linear, oneDNN's dense product, torch's CSR and our kernels.
 
     python -m benchmarks.batch_one [--threads 1] [--rounds 101] [--dtype float32]
 
@@ -36,9 +36,9 @@ def main() -> None:
         for layer in LAYERS
         for sparsity in (SPARSITIES if batch == 1 else (0.9,))
     ]
-    headers = ["batch", "in", "out", "sparsity %", "F.linear us", "torch CSR us"]
+    headers = ["batch", "in", "out", "sparsity %", "F.linear us", "oneDNN us", "torch CSR us"]
     headers += [f"{name.removeprefix('cpu-')} us" for name in KERNELS]
-    headers += ["best against F.linear", "against torch CSR"]
+    headers += ["best against F.linear", "against oneDNN", "against torch CSR"]
     print(f"Median of {options.rounds} interleaved samples of {_INNER} calls. {environment(dtype)}")
     print(tabulate(rows, headers, disable_numparse=True))
 
@@ -56,7 +56,7 @@ def row(
     if dtype == torch.float32:  # torch's CSR has no bfloat16
         theirs = weight.to_sparse_csr()
         calls["torch"] = lambda: F.linear(x, theirs, bias)
-    for name in KERNELS:
+    for name in ("onednn", *KERNELS):
         calls[name] = kernel_call(name, x, weight, bias)
     with torch.no_grad():
         inner = _INNER if batch < 64 else 1
@@ -65,8 +65,9 @@ def row(
     return [
         *(str(number) for number in (batch, in_features, out_features)),
         f"{100 * sparsity:.0f}",
-        *(f"{times[name]:.1f}" if name in times else "-" for name in ("dense", "torch", *KERNELS)),
+        *(f"{times[name]:.1f}" if name in times else "-" for name in ("dense", "onednn", "torch", *KERNELS)),
         ratio(times["dense"], best),
+        ratio(times["onednn"], best),
         ratio(times["torch"], best) if "torch" in times else "-",
     ]
 
