@@ -1,5 +1,6 @@
 """The op library "fxsparse" and the activations that every sparse linear can fuse."""
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -132,6 +133,15 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any],
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fxsparse::{name}", fake, lib=_LIBRARY)
+
+
+def on_gpu(name: str, run: Callable[..., Any]) -> None:
+    """Let ``fxsparse::<name>`` on CUDA tensors call `run`, which imports its Triton kernels when it is called.
+
+    Where Triton is not installed the reference runs.
+    """
+    if importlib.util.find_spec("triton") is not None:
+        _LIBRARY.impl(name, run, "CUDA")
 
 
 def autocast(x: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -1,12 +1,14 @@
 """Inference of linear layers whose zeros lie in blocks: a block's inputs are loaded once for four of its rows."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fxsparse.formats import bsr
 from fxsparse.kernel import Cost, Kernel, Problem, register
-from fxsparse.kernels import cpu
+from fxsparse.kernels import cpu, gpu
 from fxsparse.kernels.library import (
     ACTIVATIONS,
     COMPILED,
@@ -14,6 +16,7 @@ from fxsparse.kernels.library import (
     check_input,
     define,
     dense_product,
+    on_gpu,
     with_epilogue,
 )
 
@@ -36,7 +39,8 @@ def bsr_linear(
         RuntimeError: an x of another width or dtype than the weight's.
     """
     x, values, bias = autocast(x, values, bias)
-    run = reference if x.dtype not in COMPILED else torch.ops.fxsparse.bsr_forward.default
+    known = gpu.DTYPES if x.is_cuda else COMPILED
+    run = reference if x.dtype not in known else torch.ops.fxsparse.bsr_forward.default
     return with_epilogue(run, x, (values, crow, columns, dense), bias, activation, residual)
 
 
@@ -70,6 +74,15 @@ define(
 )
 
 
+def _on_gpu(*args):
+    from fxsparse.kernels.bsr import _triton
+
+    return _triton.forward(*args)
+
+
+on_gpu("bsr_forward", _on_gpu)
+
+
 @register_flop_formula(torch.ops.fxsparse.bsr_forward)
 def _flops(x_shape, values_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * torch.Size(values_shape).numel() * torch.Size(x_shape[:-1]).numel()
@@ -96,4 +109,21 @@ def _cost(problem: Problem) -> Cost:
     return Cost(2 * problem.batch * problem.nnz, problem.nnz * problem.dtype.itemsize)
 
 
+def _refuses_on_gpu(problem: Problem) -> list[str]:
+    reasons = gpu.refuses(problem) + (["it has no gradient"] if problem.training else [])
+    return reasons + ([] if problem.is_blocked else ["zeros do not lie in blocks"])
+
+
 BSR = register(Kernel("cpu-bsr", "linear", "bsr", bsr.pack, _run, _reference, _refuses, _cost))
+BSR_ON_GPU = register(
+    Kernel(
+        "cuda-bsr",
+        "linear",
+        "bsr",
+        partial(bsr.pack, blocks=bsr.TENSOR_BLOCKS, paired=False),
+        _run,
+        _reference,
+        _refuses_on_gpu,
+        _cost,
+    )
+)
