@@ -37,12 +37,15 @@ class InputCheck:
     """Of the symbols."""
     same: tuple[int, ...] | None = None
     """For each leaf the first one that is the same tensor; None where that makes no difference."""
+    symbols: list[Any] = field(init=False, repr=False, compare=False)
+    """Those that the condition has, by name."""
     holds: Any = field(init=False, repr=False, compare=False)
-    """The condition as a function of the symbols in the order of their names."""
+    """The condition as a function of them."""
 
     def __post_init__(self) -> None:
-        holds = sympy.lambdify(_symbols(self.condition), self.condition, [_FUNCTIONS, "math"])
-        object.__setattr__(self, "holds", holds)
+        symbols = sorted(self.condition.free_symbols, key=str)
+        object.__setattr__(self, "symbols", symbols)
+        object.__setattr__(self, "holds", sympy.lambdify(symbols, self.condition, [_FUNCTIONS, "math"]))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.names, self.structures, self.wanted, self.condition, self.same)
@@ -75,7 +78,7 @@ class InputCheck:
                     raise _refused(f"expected {wanted!r} as {self._place(k)}, as in the example", _said(leaf))
             elif not isinstance(leaf, Tensor) or not _fits(leaf.shape, wanted, sizes):
                 raise _refused(f"expected a tensor [{_sizes(wanted)}] as {self._place(k)}", _said(leaf))
-        if not self.holds(*(sizes[symbol] for symbol in _symbols(self.condition))):
+        if not self.holds(*(sizes[symbol] for symbol in self.symbols)):
             shapes = [
                 f"{self._place(k)} [{_sizes(w)}]" for k, w in enumerate(self.wanted) if isinstance(w, tuple)
             ]
@@ -99,10 +102,6 @@ class InputCheck:
             if leaf < 0:
                 return repr(name)
         raise IndexError(leaf)
-
-
-def _symbols(condition: Any) -> list[Any]:
-    return sorted(condition.free_symbols, key=str)
 
 
 def _leaves(name: str, value: Any, wanted: pytree.TreeSpec) -> list[Any]:
