@@ -35,7 +35,7 @@ def test_the_page_on_spartan_runs_and_its_masks_meet_the_plan():
         name: sum(int(mask.sum()) for mask in names[name].masks().values()) for name in ("sparse", "blocks")
     }
     assert kept["sparse"] == int(6784 * 0.1)
-    assert 6784 * 0.25 - 64 < kept["blocks"] <= 6784 * 0.25
+    assert 6784 * 0.25 <= kept["blocks"] < 6784 * 0.25 + 64  # the fewest blocks that reach the budget
     weights = [p for p in names["dense"].parameters() if p.dim() > 1]
     assert sum(int((weight != 0).sum()) for weight in weights) == kept["blocks"]
     assert names["fast"](names["x"]).shape == (64, 10)
