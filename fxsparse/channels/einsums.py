@@ -6,7 +6,7 @@ from torch.fx import Node
 
 from fxsparse.channels.dependency import Tie
 from fxsparse.channels.reading import Reader
-from fxsparse.channels.rules import Step, _title
+from fxsparse.channels.rules import Step, title
 from fxsparse.einsum import Label, labels
 
 
@@ -26,7 +26,7 @@ def einsum_step(reader: Reader, node: Node) -> Step | None:
     free = [
         reader.axis(x, dim) for x, of in zip(operands, read, strict=True) for dim in _alone(of, read, made)
     ]
-    return Step(ties, free=free, reason=f"{_title(reader, node)} broadcasts it")
+    return Step(ties, free=free, reason=f"{title(reader, node)} broadcasts it")
 
 
 def einsum_labels(reader: Reader, node: Node) -> tuple[list[Node], list[list[Label]], list[Label]] | None:

@@ -16,7 +16,7 @@ from fxsparse.batch_norm import read_batch_norm
 from fxsparse.channels.dependency import Axis, Contraction, Tie
 from fxsparse.channels.einsums import einsum_step
 from fxsparse.channels.reading import Reader, is_pointwise
-from fxsparse.channels.rules import RULES, Step, _is_piece, _piece, _pointwise, _same, _title, split_input
+from fxsparse.channels.rules import RULES, Step, _is_piece, _piece, _pointwise, _same, split_input, title
 from fxsparse.channels.shapes import coordinates, matched
 from fxsparse.graph import argument
 
@@ -38,13 +38,13 @@ def resizing_step(reader: Reader, node: Node, heads: str = "fixed") -> Step:
 
     With "fixed" it is the innermost part (the width of a head), with "grow" the one before (the number of heads).
     """
-    unknown = Step(reason=f"{_title(reader, node)} {UNKNOWN}")
+    unknown = Step(reason=f"{title(reader, node)} {UNKNOWN}")
     if node.op in ("placeholder", "output"):
         return Step(reason=f"it is an {'input' if node.op == 'placeholder' else 'output'} of the model")
     if node.op == "get_attr":
         return Step(silent=True)
     if any("val" not in x.meta for x in node.all_input_nodes):
-        return Step(reason=f"what {_title(reader, node)} reads has no known shape")
+        return Step(reason=f"what {title(reader, node)} reads has no known shape")
     if read_batch_norm(reader.gm, node) is not None:
         return _batch_norm(reader, node)
     name = _operation(reader, node)
@@ -99,7 +99,7 @@ def _reshape(reader: Reader, node: Node, heads: str) -> Step | None:
             at = coordinates([after[dim] for dim in outside], part)
             a, b = reader.axis(x, inside[0]), reader.axis(node, outside[part])
             ties.append(Tie(a, b, np.arange(len(at)), at))
-    return Step(ties, reason=f"{_title(reader, node)} cuts it up or merges it")
+    return Step(ties, reason=f"{title(reader, node)} cuts it up or merges it")
 
 
 def _are_numbers(sizes: Iterable[Any]) -> bool:
@@ -111,7 +111,7 @@ def _kept(reader: Reader, node: Node) -> Step | None:
     x = argument(node, 0, "input")
     if not isinstance(x, Node) or reader.shape(x) is None:
         return None
-    return Step(_same(reader, x, node), reason=f"{_title(reader, node)} changes its size")
+    return Step(_same(reader, x, node), reason=f"{title(reader, node)} changes its size")
 
 
 def _norm(reader: Reader, node: Node) -> Step:
@@ -133,7 +133,7 @@ def _norm(reader: Reader, node: Node) -> Step:
         if isinstance(groups, int) and size is not None:
             every = np.arange(size)
             ties.append(Tie(reader.axis(node, 1), reader.axis(node, 1), every, every % (size // groups)))
-    return Step(ties, reason=f"{_title(reader, node)} broadcasts it")
+    return Step(ties, reason=f"{title(reader, node)} broadcasts it")
 
 
 def _reduction(reader: Reader, node: Node) -> Step | None:
@@ -163,7 +163,7 @@ def _matmul(reader: Reader, node: Node) -> Step | None:
         ties += [
             tie for dim in range(-reader.rank(operand), -2) for tie in reader.tie(operand, dim, node, dim)
         ]
-    return Step(ties, reason=f"{_title(reader, node)} broadcasts it")
+    return Step(ties, reason=f"{title(reader, node)} broadcasts it")
 
 
 def _glu(reader: Reader, node: Node) -> Step:
@@ -186,7 +186,7 @@ def _attention(reader: Reader, node: Node) -> Step | None:
         ties += [
             tie for dim in range(-reader.rank(operand), -2) for tie in reader.tie(operand, dim, node, dim)
         ]
-    return Step(ties, reason=f"{_title(reader, node)} broadcasts it")
+    return Step(ties, reason=f"{title(reader, node)} broadcasts it")
 
 
 def _embedding(reader: Reader, node: Node) -> Step | None:
@@ -226,7 +226,7 @@ def _cat(reader: Reader, node: Node) -> Step:
             every = np.arange(reader.size(x, dim) or 0)
             ties.append(Tie(reader.axis(x, dim), reader.axis(node, dim), every, start + every))
             start += len(every)
-    return Step(ties, reason=f"{_title(reader, node)} has other sizes in it")
+    return Step(ties, reason=f"{title(reader, node)} has other sizes in it")
 
 
 def _split(reader: Reader, node: Node) -> Step | None:
@@ -257,7 +257,7 @@ def _slice(reader: Reader, node: Node) -> Step:
         first = max(0, start + size) if start < 0 else start
         every = np.arange(taken)
         ties.append(Tie(reader.axis(x, dim), reader.axis(node, dim), first + every, every))
-    return Step(ties, reason=f"{_title(reader, node)} takes a part of it")
+    return Step(ties, reason=f"{title(reader, node)} takes a part of it")
 
 
 def _select(reader: Reader, node: Node) -> Step:
@@ -269,7 +269,7 @@ def _select(reader: Reader, node: Node) -> Step:
 def _without(reader: Reader, x: Node, dim: int, node: Node) -> Step:
     left = [k for k in range(reader.rank(x)) if k != dim]
     ties = [tie for after, k in enumerate(left) for tie in reader.tie(x, k, node, after)]
-    return Step(ties, reason=f"{_title(reader, node)} takes one of it")
+    return Step(ties, reason=f"{title(reader, node)} takes one of it")
 
 
 def _getitem(reader: Reader, node: Node) -> Step | None:
@@ -293,7 +293,7 @@ def _pad(reader: Reader, node: Node) -> Step | None:
         if size is not None and before >= 0 and size <= (reader.size(node, dim) or 0):
             every = np.arange(size)
             ties.append(Tie(reader.axis(x, dim), reader.axis(node, dim), every, before + every))
-    return Step(ties, reason=f"{_title(reader, node)} adds to it")
+    return Step(ties, reason=f"{title(reader, node)} adds to it")
 
 
 def _pixel_shuffle(reader: Reader, node: Node) -> Step:
@@ -304,7 +304,7 @@ def _pixel_shuffle(reader: Reader, node: Node) -> Step:
     at = every // max(1, len(every) // (reader.size(few, -3) or 1))
     a, b = (every, at) if many is x else (at, every)
     ties = [Tie(reader.axis(x, -3), reader.axis(node, -3), a, b)]
-    return Step(ties, reason=f"{_title(reader, node)} moves pixels")
+    return Step(ties, reason=f"{title(reader, node)} moves pixels")
 
 
 def _sizes(reader: Reader, node: Node) -> Step | None:

@@ -48,13 +48,13 @@ class Step:
 
 def step_of(reader: Reader, node: Node) -> Step:
     """What a node does to channels; everything stops at an op without a rule."""
-    unknown = Step(reason=f"{_title(reader, node)} is not known to keep channels apart")
+    unknown = Step(reason=f"{title(reader, node)} is not known to keep channels apart")
     if node.op in ("placeholder", "output"):
         return Step(reason=f"it is an {'input' if node.op == 'placeholder' else 'output'} of the model")
     if node.op == "get_attr":
         return Step(silent=True)
     if any("val" not in x.meta for x in node.all_input_nodes):
-        return Step(reason=f"what {_title(reader, node)} reads has no known shape")
+        return Step(reason=f"what {title(reader, node)} reads has no known shape")
     norm = read_batch_norm(reader.gm, node)
     if norm is not None:
         return _batch_norm(reader, node, norm) or unknown
@@ -68,7 +68,8 @@ def step_of(reader: Reader, node: Node) -> Step:
     return rule(reader, node) or unknown
 
 
-def _title(reader: Reader, node: Node) -> str:
+def title(reader: Reader, node: Node) -> str:
+    """What a reason calls a node: its operation and name."""
     module = reader.module(node)
     if module is not None:
         return f"{type(module).__name__} {node.target}"
@@ -91,7 +92,7 @@ def _product(reader: Reader, node: Node) -> Step | None:
         if reader.size(bias, 0) != reader.size(node, at):
             return None
         ties += reader.tie(bias, 0, node, at)
-    reason = f"{_title(reader, node)} slides over it"
+    reason = f"{title(reader, node)} slides over it"
     if groups != 1:
         ties += _whole_groups(reader, x, node, at, int(groups))
         return Step(ties, Flow.PRODUCT, produces=reader.axis(node, at), reason=reason)
@@ -124,7 +125,7 @@ def _batch_norm(reader: Reader, node: Node, norm: Any) -> Step | None:
 def _pointwise(reader: Reader, node: Node) -> Step:
     operands = [x for x in node.all_input_nodes if reader.shape(x) is not None]
     ties = [tie for x in operands for tie in _same(reader, x, node)]
-    return Step(ties, Flow.POINTWISE, reason=f"{_title(reader, node)} broadcasts it")
+    return Step(ties, Flow.POINTWISE, reason=f"{title(reader, node)} broadcasts it")
 
 
 def _same(reader: Reader, x: Node, node: Node) -> list[Tie]:
@@ -143,7 +144,7 @@ def _pool(reader: Reader, node: Node) -> Step:
         padded = any(padding) if isinstance(padding, tuple | list) else bool(padding)
         zeros_count = padded and reader.setting(node, 5, "count_include_pad", True)
         flow = Flow.ZEROS if zeros_count or reader.setting(node, 6, "divisor_override") else flow
-    return Step(ties, flow, reason=f"{_title(reader, node)} slides over it")
+    return Step(ties, flow, reason=f"{title(reader, node)} slides over it")
 
 
 def _mean(reader: Reader, node: Node) -> Step | None:
@@ -155,7 +156,7 @@ def _mean(reader: Reader, node: Node) -> Step | None:
     left = [dim for dim in range(rank) if dim not in gone]
     after = left if reader.rank(node) == rank else range(len(left))  # keepdim or not
     ties = [tie for a, b in zip(left, after, strict=True) for tie in reader.tie(x, a, node, b)]
-    return Step(ties, Flow.COPY, reason=f"{_title(reader, node)} runs over it")
+    return Step(ties, Flow.COPY, reason=f"{title(reader, node)} runs over it")
 
 
 def _reshape(reader: Reader, node: Node) -> Step | None:
@@ -177,7 +178,7 @@ def _reshape(reader: Reader, node: Node) -> Step | None:
             at = coordinates(sizes, carriers[0])
             a, b = reader.axis(x, inside[carriers[0]]), reader.axis(node, outside[0])
             ties.append(Tie(a, b, at, np.arange(len(at))))
-    return Step(ties, Flow.COPY, reason=f"{_title(reader, node)} cuts it up or merges it")
+    return Step(ties, Flow.COPY, reason=f"{title(reader, node)} cuts it up or merges it")
 
 
 def shape_arguments(node: Node) -> list[Any] | None:
@@ -227,7 +228,7 @@ def _cat(reader: Reader, node: Node) -> Step | None:
         every = np.arange(size)
         ties.append(Tie(reader.axis(x, dim), reader.axis(node, dim), every, start + every))
         start += size
-    return Step(ties, Flow.COPY, reason=f"{_title(reader, node)} has other sizes in it")
+    return Step(ties, Flow.COPY, reason=f"{title(reader, node)} has other sizes in it")
 
 
 def _split(reader: Reader, node: Node) -> Step | None:
@@ -284,7 +285,7 @@ def _indexed(reader: Reader, node: Node, x: Node, index: tuple[Any, ...]) -> Ste
             ties += reader.tie(x, before, node, after)
         before += i is not None
         after += not isinstance(i, int)
-    return Step(ties, Flow.COPY, reason=f"{_title(reader, node)} takes a part of it")
+    return Step(ties, Flow.COPY, reason=f"{title(reader, node)} takes a part of it")
 
 
 def _sizes(reader: Reader, node: Node) -> Step | None:
@@ -309,7 +310,7 @@ def _mixing(mixed: Callable[[Reader, Node], Sequence[int]]) -> Callable[[Reader,
     """A rule for ops that keep the shape but compute every entry from all along some dimensions."""
 
     def rule(reader: Reader, node: Node) -> Step:
-        reason = f"{_title(reader, node)} mixes its channels"
+        reason = f"{title(reader, node)} mixes its channels"
         stops = {reader.axis(node, dim): reason for dim in mixed(reader, node)}
         ties = _same(reader, argument(node, 0, "input"), node)
         module, by_group = reader.module(node), reader.operation(node) == "group_norm"

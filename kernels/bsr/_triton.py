@@ -89,7 +89,7 @@ def forward(
 
 def tile_of(tokens: int, block_bytes: int) -> int:
     """Tokens of a tile: as many as there are, as a power of two that tensor cores take; fewer beside large blocks."""
-    return min(64 if block_bytes > _LARGE else 128, max(16, triton.next_power_of_2(tokens)))
+    return min(64 if block_bytes >= _LARGE else 128, max(16, triton.next_power_of_2(tokens)))
 
 
 def options(tile: int, block_bytes: int) -> dict[str, int]:
@@ -110,10 +110,10 @@ def variants() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any]]]:
 
     A tensor is given as its dtype.
     """
-    for dtype, (height, width), tokens in product(DTYPES, TENSOR_BLOCKS, (16, 64, 4096)):
+    for dtype, (height, width) in product(DTYPES, TENSOR_BLOCKS):
         size = height * width * dtype.itemsize
-        tile = tile_of(tokens, size)
-        given = [dtype, dtype, torch.int32, torch.int32, dtype, dtype, dtype, tokens, width, height]
-        given += [height, width, tile, 2, True, True, "tf32" if dtype == torch.float32 else "ieee", False]
-        arguments = dict(zip(multiply.arg_names, given, strict=True))
-        yield f"bsr {height}x{width} {dtype}, {tile} tokens", multiply, arguments, options(tile, size)
+        for tile in sorted({tile_of(tokens, size) for tokens in (16, 32, 64, 128)}):
+            given = [dtype, dtype, torch.int32, torch.int32, dtype, dtype, dtype, tile, width, height]
+            given += [height, width, tile, 2, True, True, "tf32" if dtype == torch.float32 else "ieee", False]
+            arguments = dict(zip(multiply.arg_names, given, strict=True))
+            yield f"bsr {height}x{width} {dtype}, {tile} tokens", multiply, arguments, options(tile, size)

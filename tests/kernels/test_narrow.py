@@ -16,14 +16,6 @@ NAMES = [kernel.name for kernel in NARROW]
 EACH = pytest.mark.parametrize("name", NAMES)
 
 
-@pytest.fixture
-def instruction_set():
-    before = cpu.instruction_set()
-    yield cpu.instruction_set
-    if before != "reference":
-        cpu.instruction_set(before)
-
-
 def problem(name, **change):
     weight = testing.sparse_weight((37, 300), 0.2)
     return testing.problem_of(registered()[name], weight, 1, change.pop("dtype", torch.float32), False)

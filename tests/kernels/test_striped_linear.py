@@ -18,14 +18,6 @@ def packed(shape=(37, 300), density=0.2, dtype=torch.float32):
     return weight, tuple(striped.pack(weight).values())
 
 
-@pytest.fixture
-def instruction_set():
-    before = cpu.instruction_set()
-    yield cpu.instruction_set
-    if before != "reference":
-        cpu.instruction_set(before)
-
-
 @COMPILED
 @pytest.mark.parametrize("level", INSTRUCTION_SETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
