@@ -3,7 +3,6 @@
 Blocks go through tensor cores whole: 64 x 64 of them are the tiles of a dense product, and skipping is free.
 """
 
-import os
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
@@ -15,12 +14,9 @@ from torch import Tensor
 
 from fxsparse.formats.bsr import TENSOR_BLOCKS
 from fxsparse.kernels.bsr.linear import reference
-from fxsparse.kernels.gpu import DTYPES
+from fxsparse.kernels.gpu import DTYPES, INTERPRETED, precision
 from fxsparse.kernels.gpu.epilogue_triton import activate
 from fxsparse.kernels.library import check_input
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Triton's interpreter multiplies bfloat16 wrongly; there tiles are widened first."""
 
 _LARGE = 1 << 15
 SIZES = {torch.Size(block) for block in TENSOR_BLOCKS}
@@ -98,11 +94,6 @@ def options(tile: int, block_bytes: int) -> dict[str, int]:
         "num_warps": 8 if tile * block_bytes >= 128 * 4096 else 4,
         "num_stages": 2 if block_bytes > _LARGE else 3,
     }
-
-
-def precision() -> str:
-    """Of fp32 products: as PyTorch's own are set to be."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def variants() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any]]]:

@@ -25,10 +25,11 @@ def mask_of(rows: int, columns: int, block: int, density: float) -> torch.Tensor
 def compare(blocks: list[int], tokens: list[int], dtypes: list[torch.dtype]) -> int:
     """Runs in the interpreter: the kernel beside the exact product, over memory that is NaN until written."""
     from fxsparse.kernels.bsr import _triton
+    from fxsparse.kernels.gpu import INTERPRETED
     from fxsparse.kernels.library import ACTIVATIONS, activate
     from fxsparse.testing import poisoned_memory, tolerance
 
-    assert _triton.INTERPRETED
+    assert INTERPRETED
     cases = list(product(blocks, tokens, dtypes, (0.0, 0.4, 1.0)))
     for seed, (block, count, dtype, density) in enumerate(cases):
         torch.manual_seed(seed)
