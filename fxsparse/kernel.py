@@ -30,6 +30,8 @@ class Problem:
     """The zeros lie in blocks of at least four."""
     values: torch.dtype | None = None
     """What the values may be stored in, too, narrower than `dtype`; inference only."""
+    group: tuple[int, int] | None = None
+    """(N, M) where every aligned group of M inputs has at most N nonzeros (``formats.nm.group_of``)."""
 
     @property
     def is_full(self) -> bool:

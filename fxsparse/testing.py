@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxsparse.choosing import stored
-from fxsparse.formats import bsr, condensed
+from fxsparse.formats import bsr, condensed, nm
 from fxsparse.guards import forbid_tensors_of as forbid_tensors_of
 from fxsparse.guards import poisoned_memory as poisoned_memory
 from fxsparse.kernel import OF_THE_WEIGHT, Entries, Kernel, Problem, tolerance
@@ -101,8 +101,11 @@ def problem_of(
     shape, nnz = tuple(weight.shape), int(mask.sum())
     given = tuple((arguments or {}).items())
     blocked = weight.dim() == 2 and bsr.block_of(mask) != (1, 1)
+    group = nm.group_of(mask) if weight.dim() == 2 else None
     cpu = torch.device("cpu")
-    return Problem(kernel.op, shape, batch, nnz, dtype, cpu, training, fan_in, given, blocked, kernel.values)
+    return Problem(
+        kernel.op, shape, batch, nnz, dtype, cpu, training, fan_in, given, blocked, kernel.values, group
+    )
 
 
 def check_kernel(kernel: Kernel) -> int:
