@@ -56,7 +56,9 @@ def compiled(
     signature = {k: "constexpr" if kinds[k] else _TYPES.get(v, "i32") for k, v in arguments.items()}
     constants = {k: v for k, v in arguments.items() if kinds[k]}
     aligned = {
-        (i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")
+        (i,): [["tt.divisibility", 16]]
+        for i, (key, kind) in enumerate(signature.items())
+        if kind.startswith("*") or (kind == "i32" and arguments[key] % 16 == 0)
     }
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
