@@ -20,10 +20,11 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-MODULES = ("fxsparse.kernels.bsr._triton",)
+MODULES = ("fxsparse.kernels.bsr._triton", "fxsparse.kernels.top_mask._triton")
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
 """Bytes that a program may have, by compute capability."""
-_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
+_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64"}
+_TYPES |= {torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8"}
 
 
 def main() -> None:

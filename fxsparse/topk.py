@@ -6,6 +6,7 @@ mask that depended on it would differ between ranks, devices and storages.
 
 import math
 from collections.abc import Iterable
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -23,13 +24,14 @@ def top_mask(scores: Tensor, n: int, dim: int | None = None) -> Tensor:
     """Bool mask of the `n` largest of all scores, or of every slice along `dim`.
 
     Entries with score -inf are never chosen, so fewer than `n` come back where too few others exist.
-    Raises NumericsError on NaN.
+    Raises NumericsError on NaN: apart from that one question, which waits for a device, nothing is read on the host
+    of what is not on the CPU (``torch.ops.fxsparse.top_of_rows`` leaves the answer on the device).
     """
     scores = scores.detach()
-    _refuse_nan(scores)
     if dim is None:
         return _top_of_rows(scores.reshape(1, -1), n).view(scores.shape)
     if scores.shape[dim] <= SMALL_GROUP:
+        _refuse_nan(scores)
         return _top_by_rank(scores.movedim(dim, 0), n).movedim(0, dim)
     last = scores.movedim(dim, -1)
     return _top_of_rows(last.reshape(-1, last.shape[-1]), n).view(last.shape).movedim(-1, dim)
@@ -147,16 +149,32 @@ def sinkhorn_topk(
 def _refuse_nan(scores: Tensor) -> None:
     # amax hands a NaN through, at a ninth of the time of isnan().any().
     if scores.numel() and scores.amax().isnan():
-        bad = scores.isnan().flatten()
-        raise NumericsError(
-            f"expected scores without NaN, got {int(bad.sum())} NaN among {scores.numel()}, the first at "
-            f"flat position {int(bad.nonzero()[0])}. The weights or gradients have diverged: "
-            "look at the loss and the learning rate before this step."
-        )
+        _raise_nan(scores)
+
+
+def _raise_nan(scores: Tensor) -> NoReturn:
+    bad = scores.isnan().flatten()
+    raise NumericsError(
+        f"expected scores without NaN, got {int(bad.sum())} NaN among {scores.numel()}, the first at "
+        f"flat position {int(bad.nonzero()[0])}. The weights or gradients have diverged: "
+        "look at the loss and the learning rate before this step."
+    )
 
 
 def _top_of_rows(scores: Tensor, n: int) -> Tensor:
-    """Mask of the `n` largest of every row of a matrix, by the row's n-th largest score as a threshold."""
+    """Mask of the `n` largest of every row of a matrix."""
+    if not scores.is_cpu:
+        wanted = torch.full((), n, dtype=torch.int64, device=scores.device)
+        mask, has_nan = torch.ops.fxsparse.top_of_rows(scores, wanted)  # kernels/top_mask/select.py
+        if has_nan:
+            _raise_nan(scores)
+        return mask
+    _refuse_nan(scores)
+    return _top_of_rows_on_cpu(scores, n)
+
+
+def _top_of_rows_on_cpu(scores: Tensor, n: int) -> Tensor:
+    """By the row's n-th largest score as a threshold."""
     rows, columns = scores.shape
     if n <= 0 or not rows:
         return torch.zeros_like(scores, dtype=torch.bool)
@@ -174,11 +192,9 @@ def _top_of_rows(scores: Tensor, n: int) -> Tensor:
 
 def _nth_largest(scores: Tensor, n: int) -> Tensor:
     """The n-th largest of every row, [rows, 1]."""
-    place = scores.shape[1] - n
-    if scores.device.type != "cpu":
-        return torch.kthvalue(scores, place + 1, dim=1, keepdim=True).values
     # NumPy's vectorised quickselect takes 3 ms for 2.4 M floats, torch.kthvalue 26 and torch.topk 46.  It
     # has no bfloat16; widening is exact.
+    place = scores.shape[1] - n
     exact = scores.float() if scores.element_size() < 4 else scores
     column = np.partition(exact.numpy(), place, axis=1)[:, place : place + 1].copy()
     return torch.from_numpy(column).to(scores.dtype)

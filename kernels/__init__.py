@@ -22,6 +22,7 @@ from fxsparse.kernels.onednn.linear import onednn_linear
 from fxsparse.kernels.pool.max_pool import max_pool2d
 from fxsparse.kernels.soft_topk.shift import soft_topk_shift
 from fxsparse.kernels.striped.linear import striped_linear
+from fxsparse.kernels.top_mask.select import top_of_rows
 
 __all__ = [
     "DENSE",
@@ -51,4 +52,5 @@ __all__ = [
     "soft_topk_shift",
     "striped_linear",
     "to_lanes",
+    "top_of_rows",
 ]

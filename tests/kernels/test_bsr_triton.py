@@ -71,7 +71,8 @@ def test_every_form_compiles_ahead_of_time_without_spills(
     capability: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # about whose default Triton 3.9 warns
-    from benchmarks.triton_ahead import compiled, variants
+    from benchmarks.triton_ahead import compiled
+    from fxsparse.kernels.bsr._triton import variants
 
     asked = [
         v for v in variants() if "bfloat16" in v[0] or "128x128 torch.float32" in v[0]

@@ -1,0 +1,1 @@
+"""The n largest scores of every row, exactly, with one order of ties."""
