@@ -2,6 +2,7 @@
 
 from fxsparse.kernels.attention.attention import scaled_dot_product_attention
 from fxsparse.kernels.bsr.linear import bsr_linear
+from fxsparse.kernels.bsr.training import trainable_bsr_linear
 from fxsparse.kernels.condensed.linear import condensed_linear
 from fxsparse.kernels.csr.conv import csr_conv2d
 from fxsparse.kernels.csr.conv_gradient import conv_gradient_at, conv_gradient_tiles
@@ -53,4 +54,5 @@ __all__ = [
     "striped_linear",
     "to_lanes",
     "top_of_rows",
+    "trainable_bsr_linear",
 ]

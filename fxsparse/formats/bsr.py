@@ -49,14 +49,45 @@ def pack(
     }
 
 
+def pack_for_inference(weight: Tensor) -> dict[str, Tensor]:
+    """What `pack` makes with TENSOR_BLOCKS, and ``order`` int32 [block rows]: the rows by falling length."""
+    packed = pack(weight, TENSOR_BLOCKS, paired=False)
+    return {**packed, "order": by_falling_length(packed["crow"])}
+
+
+def pack_for_training(weight: Tensor) -> dict[str, Tensor]:
+    """What `pack_for_inference` makes, and the same blocks by block column.
+
+    ``ccol`` [block columns + 1], ``rows_t`` [blocks], the block row of each, ``perm`` [blocks], its place in
+    ``values``, and ``order_t`` [block columns], by falling length; all int32.
+    """
+    packed = pack_for_inference(weight)
+    crow, columns, width = packed["crow"], packed["columns"].long(), packed["values"].shape[1]
+    counts = torch.bincount(columns, minlength=weight.shape[1] // width)
+    ccol = torch.zeros(len(counts) + 1, dtype=torch.int32, device=weight.device)
+    ccol[1:] = counts.cumsum(0)
+    perm = columns.argsort(stable=True)
+    by_column = {"ccol": ccol, "rows_t": rows_of(crow)[perm].int(), "perm": perm.int()}
+    return {**packed, **by_column, "order_t": by_falling_length(ccol)}
+
+
+def by_falling_length(pointers: Tensor) -> Tensor:
+    """Positions of the rows that `pointers` [rows + 1] bound, the longest first, of equals the lower; int32."""
+    return pointers.diff().argsort(stable=True, descending=True).int()
+
+
+def rows_of(crow: Tensor) -> Tensor:
+    """The block row of every block, int64."""
+    return torch.repeat_interleave(torch.arange(len(crow) - 1, device=crow.device), crow.diff().long())
+
+
 def to_dense(values: Tensor, crow: Tensor, columns: Tensor, dense: Tensor) -> Tensor:
     """The weight [out, in] that `pack` took apart; differentiable in `values`."""
     if values.dim() == 4:
         values = values.transpose(2, 3).flatten(1, 2)
     _, width, height = values.shape
-    rows = torch.repeat_interleave(torch.arange(len(crow) - 1, device=crow.device), crow.diff().long())
     tiles = values.new_zeros(dense.shape[1] // height, dense.shape[2] // width, width, height)
-    tiles = tiles.index_put((rows, columns.long()), values)
+    tiles = tiles.index_put((rows_of(crow), columns.long()), values)
     return tiles.permute(0, 3, 1, 2).reshape(dense.shape[1:])
 
 

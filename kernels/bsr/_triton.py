@@ -1,10 +1,11 @@
-"""The product with blocks on the GPU: a program makes the outputs of one block row for a tile of tokens.
+"""Products with blocks on the GPU: outputs and input gradients by tiles of tokens, weight gradients block by block.
 
 Blocks go through tensor cores whole: 64 x 64 of them are the tiles of a dense product, and skipping is free.
 """
 
 from collections.abc import Iterator
 from itertools import product
+from math import ceil
 from typing import Any
 
 import torch
@@ -13,45 +14,89 @@ import triton.language as tl
 from torch import Tensor
 
 from fxsparse.formats.bsr import TENSOR_BLOCKS
-from fxsparse.kernels.bsr.linear import reference
-from fxsparse.kernels.gpu import DTYPES, INTERPRETED, precision
+from fxsparse.kernels.bsr import launch, reference
+from fxsparse.kernels.gpu import DTYPES, INTERPRETED, multiprocessors, precision
 from fxsparse.kernels.gpu.epilogue_triton import activate
 from fxsparse.kernels.library import check_input
 
-_LARGE = 1 << 15
 SIZES = {torch.Size(block) for block in TENSOR_BLOCKS}
 
 
 @triton.jit
 def multiply(
-    x, values, crow, columns, bias, residual, y,
-    tokens, x_stride, y_stride,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    x, values, pointers, others, places, order, bias, residual, y,
+    tokens, lines, x_stride, y_stride,
+    INNER: tl.constexpr, OUTER: tl.constexpr, INNER_STEP: tl.constexpr, OUTER_STEP: tl.constexpr,
+    TOKENS: tl.constexpr, BAND: tl.constexpr, ACTIVATION: tl.constexpr, HAS_PLACES: tl.constexpr,
+    HAS_ORDER: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Outputs [tokens, out] for x [tokens, in], values [blocks, WIDTH, HEIGHT]; program (block row, tile of tokens)."""
-    block_row = tl.program_id(0)
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    """Outputs [tokens, lines * OUTER] of x [tokens, ...] and blocks [INNER, OUTER], whatever their strides in `values`.
+
+    A line is a block row in the product, a block column in the gradient of its input; `others` names the blocks of x
+    that meet the line's.  Programs: bands of tiles, in each the lines in order, for each line the tiles.
+    """
+    program, tiles = tl.program_id(0), tl.cdiv(tokens, TOKENS)
+    first = program // (lines * BAND) * BAND
+    in_band = tl.minimum(tiles - first, BAND)
+    within = program % (lines * BAND)
+    line = within // in_band
+    if HAS_ORDER:
+        line = tl.load(order + line)
+    token = (first + within % in_band) * TOKENS + tl.arange(0, TOKENS)
     inside = (token < tokens)[:, None]
-    row, column = tl.arange(0, HEIGHT), tl.arange(0, WIDTH)
-    x_rows = x + token.to(tl.int64)[:, None] * x_stride + column[None, :]
-    begin = tl.load(crow + block_row)
-    block = values + begin.to(tl.int64) * (HEIGHT * WIDTH) + column[:, None] * HEIGHT + row[None, :]
-    total = tl.zeros((TOKENS, HEIGHT), dtype=tl.float32)
-    for e in range(begin, tl.load(crow + block_row + 1)):
-        inputs = tl.load(x_rows + tl.load(columns + e) * WIDTH, mask=inside, other=0.0)
-        weights = tl.load(block)
+    inner, outer = tl.arange(0, INNER), tl.arange(0, OUTER)
+    x_rows = x + token.to(tl.int64)[:, None] * x_stride + inner[None, :]
+    block = values + inner[:, None] * INNER_STEP + outer[None, :] * OUTER_STEP
+    total = tl.zeros((TOKENS, OUTER), dtype=tl.float32)
+    begin, end = tl.load(pointers + line), tl.load(pointers + line + 1)
+    # What the next step reads is looked up a step ahead, or no load could run ahead of the products.
+    other = tl.load(others + begin, mask=begin < end, other=0)
+    place = tl.load(places + begin, mask=begin < end, other=0) if HAS_PLACES else begin
+    for e in range(begin, end):
+        inputs = tl.load(x_rows + other * INNER, mask=inside, other=0.0)
+        weights = tl.load(block + place.to(tl.int64) * (INNER * OUTER))
+        other = tl.load(others + e + 1, mask=e + 1 < end, other=0)
+        place = tl.load(places + e + 1, mask=e + 1 < end, other=0) if HAS_PLACES else e + 1
         if WIDEN:
             inputs, weights = inputs.to(tl.float32), weights.to(tl.float32)
         total = tl.dot(inputs, weights, total, input_precision=PRECISION)
-        block += HEIGHT * WIDTH
-    out = block_row * HEIGHT + row
+    out = line * OUTER + outer
     if HAS_BIAS:
         total += tl.load(bias + out).to(tl.float32)[None, :]
     at = token.to(tl.int64)[:, None] * y_stride + out[None, :]
     if HAS_RESIDUAL:
         total += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + at, activate(total, ACTIVATION).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def sample(
+    grad, x, columns, rows_t, perm, made,
+    tokens, blocks, part, grad_stride, x_stride,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """``x^T grad`` of the stored blocks, [parts of `part` tokens, blocks, WIDTH, HEIGHT]; program (block, part).
+
+    Blocks go by column, so that those which run together share inputs.
+    """
+    e, begin = tl.program_id(0), tl.program_id(1) * part
+    place = tl.load(perm + e)
+    row, column = tl.arange(0, HEIGHT), tl.arange(0, WIDTH)
+    x_rows = x + tl.load(columns + place) * WIDTH + column[:, None]
+    grad_rows = grad + tl.load(rows_t + e) * HEIGHT + row[None, :]
+    total = tl.zeros((WIDTH, HEIGHT), dtype=tl.float32)
+    end = tl.minimum(begin + part, tokens)
+    for first in range(begin, end, TOKENS):
+        token = first + tl.arange(0, TOKENS)
+        inside, at = token < end, token.to(tl.int64)
+        inputs = tl.load(x_rows + at[None, :] * x_stride, mask=inside[None, :], other=0.0)
+        upstream = tl.load(grad_rows + at[:, None] * grad_stride, mask=inside[:, None], other=0.0)
+        if WIDEN:
+            inputs, upstream = inputs.to(tl.float32), upstream.to(tl.float32)
+        total = tl.dot(inputs, upstream, total, input_precision=PRECISION)
+    block = made + (tl.program_id(1).to(tl.int64) * blocks + place) * (HEIGHT * WIDTH)
+    tl.store(block + column[:, None] * HEIGHT + row[None, :], total.to(made.dtype.element_ty))
 
 
 def forward(
@@ -63,37 +108,96 @@ def forward(
     bias: Tensor | None,
     activation: int,
     residual: Tensor | None = None,
+    order: Tensor | None = None,
 ) -> Tensor:
     """``fxsparse::bsr_forward`` by `multiply`; blocks that tensor cores do not take go through the dense weight."""
     if values.dim() == 4 or values.shape[1:] not in SIZES:
-        return reference(x, values, crow, columns, dense, bias, activation, residual)
+        return reference.linear(x, values, crow, columns, dense, bias, activation, residual)
     check_input(x, values, dense.shape[2])
-    _, width, height = values.shape
-    rows, y = x.reshape(-1, x.shape[-1]).contiguous(), x.new_empty(*x.shape[:-1], dense.shape[1])
-    if y.numel() == 0:
-        return y
-    block_bytes = height * width * x.element_size()
-    tile = tile_of(len(rows), block_bytes)
+    y = x.new_empty(*x.shape[:-1], dense.shape[1])
     added = None if residual is None else residual.contiguous()
-    multiply[(len(crow) - 1, triton.cdiv(len(rows), tile))](
-        rows, values, crow, columns, bias, added, y, len(rows), rows.shape[1], dense.shape[1],
-        height, width, tile, activation, bias is not None, added is not None, precision(), INTERPRETED,
-        **options(tile, block_bytes),
-    )  # fmt: skip
+    _multiply(_rows(x), values, crow, columns, None, order, bias, added, y, activation)
     return y
 
 
-def tile_of(tokens: int, block_bytes: int) -> int:
-    """Tokens of a tile: as many as there are, as a power of two that tensor cores take; fewer beside large blocks."""
-    return min(64 if block_bytes >= _LARGE else 128, max(16, triton.next_power_of_2(tokens)))
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    columns: Tensor,
+    dense: Tensor,
+    ccol: Tensor,
+    rows_t: Tensor,
+    perm: Tensor,
+    order_t: Tensor,
+    need_x: bool,
+    need_values: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``fxsparse::bsr_backward`` by `multiply` and `sample`; blocks that tensor cores do not take go densely."""
+    if values.shape[1:] not in SIZES:
+        index = (crow, columns, dense, ccol, rows_t, perm, order_t)
+        return reference.linear_backward(grad, x, values, *index, need_x, need_values, need_bias)
+    upstream = _rows(grad)
+    grad_x, grad_values, grad_bias = x.new_empty(0), values.new_empty(0), grad.new_empty(0)
+    if need_x:
+        grad_x = x.new_empty(x.shape)
+        _multiply(upstream, values, ccol, rows_t, perm, order_t, None, None, grad_x, 0)
+    if need_values:
+        grad_values = _sample(upstream, _rows(x), values, columns, rows_t, perm)
+    if need_bias:
+        grad_bias = upstream.sum(0)
+    return grad_x, grad_values, grad_bias
 
 
-def options(tile: int, block_bytes: int) -> dict[str, int]:
-    """How tiles of so many tokens are launched: what is loaded ahead has to fit a multiprocessor's memory."""
-    return {
-        "num_warps": 8 if tile * block_bytes >= 128 * 4096 else 4,
-        "num_stages": 2 if block_bytes > _LARGE else 3,
-    }
+def _multiply(
+    x: Tensor,
+    values: Tensor,
+    pointers: Tensor,
+    others: Tensor,
+    places: Tensor | None,
+    order: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    activation: int,
+) -> None:
+    """Write y [..., lines * outer]; with `places` the blocks are read transposed."""
+    if y.numel() == 0:
+        return
+    _, width, height = values.shape
+    shape = (width, height, height, 1) if places is None else (height, width, 1, height)
+    how = launch.of_product(len(x), height * width, x.element_size())[0]
+    lines = len(pointers) - 1
+    multiply[(lines * triton.cdiv(len(x), how.tokens),)](
+        x, values, pointers, others, places, order, bias, residual, y,
+        len(x), lines, x.shape[1], y.shape[-1],
+        *shape, how.tokens, launch.BAND, activation, places is not None,
+        order is not None, bias is not None, residual is not None, precision(), INTERPRETED,
+        **how.options,
+    )  # fmt: skip
+
+
+def _sample(grad: Tensor, x: Tensor, values: Tensor, columns: Tensor, rows_t: Tensor, perm: Tensor) -> Tensor:
+    blocks, width, height = values.shape
+    if blocks == 0 or len(x) == 0:
+        return torch.zeros_like(values)
+    how = launch.of_sample(height, width, x.element_size())[0]
+    parts = launch.splits_of_sample(blocks, len(x), how.tokens, multiprocessors(x.device))
+    part = ceil(len(x) / parts / how.tokens) * how.tokens
+    made = values.new_empty(parts, *values.shape, dtype=values.dtype if parts == 1 else torch.float32)
+    sample[(blocks, parts)](
+        grad, x, columns, rows_t, perm, made,
+        len(x), blocks, part, grad.shape[1], x.shape[1],
+        height, width, how.tokens, precision(), INTERPRETED,
+        **how.options,
+    )  # fmt: skip
+    return made[0] if parts == 1 else made.sum(0).to(values.dtype)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def variants() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any]]]:
@@ -101,10 +205,27 @@ def variants() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any]]]:
 
     A tensor is given as its dtype.
     """
+    index = [torch.int32] * 4
     for dtype, (height, width) in product(DTYPES, TENSOR_BLOCKS):
-        size = height * width * dtype.itemsize
-        for tile in sorted({tile_of(tokens, size) for tokens in (16, 32, 64, 128)}):
-            given = [dtype, dtype, torch.int32, torch.int32, dtype, dtype, dtype, tile, width, height]
-            given += [height, width, tile, 2, True, True, "tf32" if dtype == torch.float32 else "ieee", False]
-            arguments = dict(zip(multiply.arg_names, given, strict=True))
-            yield f"bsr {height}x{width} {dtype}, {tile} tokens", multiply, arguments, options(tile, size)
+        size, exact = f"{height}x{width} {dtype}", "tf32" if dtype == torch.float32 else "ieee"
+        for tile in (16, 32, 64, 128):
+            how = launch.of_product(tile, height * width, dtype.itemsize)[0]
+            if how.tokens != tile:
+                continue
+            given = [dtype, dtype, *index, dtype, dtype, dtype, tile, 4, width, height]
+            flags = [tile, launch.BAND, 2, False, True, True, True, exact, False]
+            shape = [width, height, height, 1]
+            arguments = dict(zip(multiply.arg_names, given + shape + flags, strict=True))
+            yield f"bsr {size}, {tile} tokens", multiply, arguments, how.options
+            shape, flags = (
+                [height, width, 1, height],
+                [tile, launch.BAND, 0, True, True, False, False, exact, False],
+            )
+            arguments = dict(zip(multiply.arg_names, given + shape + flags, strict=True))
+            yield f"bsr input gradient {size}, {tile} tokens", multiply, arguments, how.options
+        how = launch.of_sample(height, width, dtype.itemsize)[0]
+        given = [dtype, dtype, *index[:3], torch.float32, 64, 8, 64, height, width]
+        arguments = dict(
+            zip(sample.arg_names, [*given, height, width, how.tokens, exact, False], strict=True)
+        )
+        yield f"bsr weight gradient {size}", sample, arguments, how.options

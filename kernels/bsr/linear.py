@@ -1,6 +1,7 @@
 """Inference of linear layers whose zeros lie in blocks: a block's inputs are loaded once for four of its rows."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,13 +10,13 @@ from torch.utils.flop_counter import register_flop_formula
 from fxsparse.formats import bsr
 from fxsparse.kernel import Cost, Kernel, Problem, register
 from fxsparse.kernels import cpu, gpu
+from fxsparse.kernels.bsr import reference
 from fxsparse.kernels.library import (
     ACTIVATIONS,
     COMPILED,
     autocast,
     check_input,
     define,
-    dense_product,
     on_gpu,
     with_epilogue,
 )
@@ -30,38 +31,31 @@ def bsr_linear(
     bias: Tensor | None = None,
     activation: str = "none",
     residual: Tensor | None = None,
+    order: Tensor | None = None,
 ) -> Tensor:
     """``activation(x @ W^T + bias + residual)`` [..., out] for W from ``formats.bsr.pack``; inference only.
 
-    x [..., in], values and residual [..., out] are of one floating dtype.
+    x [..., in], values and residual [..., out] are of one floating dtype.  A GPU takes the block rows in `order`.
 
     Raises:
         RuntimeError: an x of another width or dtype than the weight's.
     """
     x, values, bias = autocast(x, values, bias)
     known = gpu.DTYPES if x.is_cuda else COMPILED
-    run = reference if x.dtype not in known else torch.ops.fxsparse.bsr_forward.default
+    run: Any = reference.linear
+    if x.dtype in known and order is None:
+        run = torch.ops.fxsparse.bsr_forward.default
+    elif x.dtype in known:
+        run = partial(_in_order, order)
     return with_epilogue(run, x, (values, crow, columns, dense), bias, activation, residual)
 
 
-def reference(
-    x: Tensor,
-    values: Tensor,
-    crow: Tensor,
-    columns: Tensor,
-    dense: Tensor,
-    bias: Tensor | None,
-    activation: int,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """The same in plain PyTorch on the dense weight, differentiable."""
-    check_input(x, values, dense.shape[2])
-    wide = torch.promote_types(x.dtype, torch.float32)
-    weight = bsr.to_dense(values.to(wide), crow, columns, dense)
-    return dense_product(x, weight, bias, activation, residual)
+def _in_order(order: Tensor | None, *given: Any) -> Tensor:
+    residual = given[7] if len(given) > 7 else None
+    return torch.ops.fxsparse.bsr_product.default(*given[:7], residual, order)
 
 
-def _fake(x, values, crow, columns, dense, bias, activation, residual=None):
+def _fake(x, values, crow, columns, dense, bias, activation, residual=None, order=None):
     check_input(x, values, dense.shape[2])
     return x.new_empty(*x.shape[:-1], dense.shape[1])
 
@@ -69,7 +63,13 @@ def _fake(x, values, crow, columns, dense, bias, activation, residual=None):
 define(
     "bsr_forward(Tensor x, Tensor values, Tensor crow, Tensor columns, Tensor dense, Tensor? bias, int activation, "
     "Tensor? residual=None) -> Tensor",
-    reference,
+    reference.linear,
+    _fake,
+)
+define(
+    "bsr_product(Tensor x, Tensor values, Tensor crow, Tensor columns, Tensor dense, Tensor? bias, int activation, "
+    "Tensor? residual, Tensor? order) -> Tensor",
+    reference.linear,
     _fake,
 )
 
@@ -81,23 +81,43 @@ def _on_gpu(*args):
 
 
 on_gpu("bsr_forward", _on_gpu)
+on_gpu("bsr_product", _on_gpu)
 
 
-@register_flop_formula(torch.ops.fxsparse.bsr_forward)
+@register_flop_formula([torch.ops.fxsparse.bsr_forward, torch.ops.fxsparse.bsr_product])
 def _flops(x_shape, values_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * torch.Size(values_shape).numel() * torch.Size(x_shape[:-1]).numel()
 
 
 def _run(
-    x, bias, *packed, activation: str = "none", residual: Tensor | None = None, in_features: int | None = None
+    x,
+    bias,
+    values,
+    crow,
+    columns,
+    dense,
+    order=None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    in_features: int | None = None,
 ) -> Tensor:
-    return bsr_linear(x, *packed, bias, activation, residual)
+    return bsr_linear(x, values, crow, columns, dense, bias, activation, residual, order)
 
 
 def _reference(
-    x, bias, *packed, activation: str = "none", residual: Tensor | None = None, in_features: int | None = None
+    x,
+    bias,
+    values,
+    crow,
+    columns,
+    dense,
+    order=None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    in_features: int | None = None,
 ) -> Tensor:
-    return reference(x, *packed, bias, ACTIVATIONS.index(activation), residual)
+    code = ACTIVATIONS.index(activation)
+    return reference.linear(x, values, crow, columns, dense, bias, code, residual)
 
 
 def _refuses(problem: Problem) -> list[str]:
@@ -110,7 +130,7 @@ def _cost(problem: Problem) -> Cost:
 
 
 def _refuses_on_gpu(problem: Problem) -> list[str]:
-    reasons = gpu.refuses(problem) + (["it has no gradient"] if problem.training else [])
+    reasons = gpu.refuses(problem) + (["it has no gradient: cuda-bsr-train has"] if problem.training else [])
     return reasons + ([] if problem.is_blocked else ["zeros do not lie in blocks"])
 
 
@@ -120,7 +140,7 @@ BSR_ON_GPU = register(
         "cuda-bsr",
         "linear",
         "bsr",
-        partial(bsr.pack, blocks=bsr.TENSOR_BLOCKS, paired=False),
+        bsr.pack_for_inference,
         _run,
         _reference,
         _refuses_on_gpu,
