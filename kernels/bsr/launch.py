@@ -25,13 +25,14 @@ class Launch:
 def of_product(tokens: int, entries: int, itemsize: int) -> Sequence[Launch]:
     """For outputs or input gradients with blocks of so many entries: as many tokens in a tile as there are, up to 128.
 
-    Fewer beside large blocks.  fp32 goes by 4 warps: of 8 some forms spill on sm_100.
+    Fewer beside large blocks.  The largest tiles of fp32 go by 4 warps: with 8 they spill on sm_100.
     """
     size = entries * itemsize
     most = min(64 if size >= _LARGE else 128, max(16, 1 << max(0, tokens - 1).bit_length()))
     tiles = [most, *(tile for tile in reversed(_TILES) if most // 4 <= tile < most)]
     stages = 2 if size > _LARGE else 3
-    by_tile = [Launch(tile, 8 if itemsize == 2 and tile * size >= 1 << 19 else 4, stages) for tile in tiles]
+    most_by_8 = 1 << (20 if itemsize == 4 else 21)
+    by_tile = [Launch(tile, 8 if 1 << 19 <= tile * size <= most_by_8 else 4, stages) for tile in tiles]
     first = by_tile[0]
     return [*by_tile, replace(first, warps=12 - first.warps), replace(first, stages=5 - stages)]
 
