@@ -20,11 +20,12 @@ from fxsparse.kernel import OF_THE_WEIGHT, Entries, Kernel, Problem, tolerance
 from fxsparse.kernels.library import ACTIVATIONS, activate
 from fxsparse.method import Method, Probe, Signs, WeightView, from_dict
 from fxsparse.observed import Observed, marginals
-from fxsparse.pattern import Pattern
+from fxsparse.pattern import NM, Pattern
 from fxsparse.rng import generator_for
 from fxsparse.selection import check_positions, to_mask, to_positions
 
 BLOCKS = ((4, 4), (8, 8), (32, 32), (1, 16), (4, 1))
+GROUPS = ((2, 4), (1, 8), (7, 16))
 SHAPES = ((1, 3), (37, 53), (64, 32), (16, 200), (130, 17))
 """(out, in): odd sizes, whole and broken blocks, wide and tall."""
 DENSITIES = (0.0, 0.2, 1.0)
@@ -140,6 +141,9 @@ def _problems(op: str) -> Iterator[tuple[Tensor, tuple[int, ...], dict[str, Any]
             size = (*batch, 3 * block[1])
             weight = kept * sparse_weight((5 * block[0], 3 * block[1]), 1.0)
             yield weight, size, {"in_features": size[-1]}
+        for (n, m), batch in itertools.product(GROUPS, BATCHES):
+            score = sparse_weight((37, 3 * m), 1.0)
+            yield score * NM(n, m).project(score, 0), (*batch, 3 * m), {"in_features": 3 * m}
         return
     for (shape, size, given), density, samples in itertools.product(CONVOLUTIONS, DENSITIES, SAMPLES):
         weight = sparse_weight((shape[0], prod(shape[1:])), density).view(shape)

@@ -13,6 +13,7 @@ from fxsparse.formats import narrow
 from fxsparse.kernel import Cost, Entries, Kernel, Problem, register
 from fxsparse.kernels.csr.linear import CSR
 from fxsparse.kernels.lookup.linear import LOOKUP
+from fxsparse.kernels.nm_lanes.linear import NM_LANES
 from fxsparse.kernels.striped.linear import STRIPED
 
 
@@ -58,5 +59,5 @@ def _with_scales(packed: Mapping[str, Tensor], scales: Tensor) -> Mapping[str, T
 
 
 NARROW = tuple(
-    register(narrowed(kernel, name)) for name in narrow.DTYPES for kernel in (CSR, LOOKUP, STRIPED)
+    register(narrowed(kernel, name)) for name in narrow.DTYPES for kernel in (CSR, LOOKUP, STRIPED, NM_LANES)
 )

@@ -1,9 +1,8 @@
 """Replace dense ops on compact weights by sparse kernel calls."""
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 from torch.fx import GraphModule
@@ -48,8 +47,7 @@ class LowerKernels:
                 compact_in_tree(ctx, name)
                 # Storage was only chosen where linear ops are the only readers, in every graph of the program.
                 readers = [user for node in attribute_nodes(gm.graph, name) for user in node.users]
-                run = kernel.registered()[decision.kernel].run
-                rewrites += sum(_lower(gm, node, name, ctx.weights[name], run) for node in readers)
+                rewrites += sum(_lower(gm, node, name, ctx.weights[name]) for node in readers)
         return rewrites
 
 
@@ -68,7 +66,7 @@ def compact_in_tree(ctx: PassContext, name: str) -> None:
     module.add_module(leaf, compact.train(module.training))
 
 
-def _lower(gm: GraphModule, node, name: str, spec: WeightSpec, run: Callable[..., Any]) -> int:
+def _lower(gm: GraphModule, node, name: str, spec: WeightSpec) -> int:
     graph = gm.graph
     bias = argument(node, 2, "bias")
     values = insert_get_attr(graph, f"{name}.values", node)
@@ -81,6 +79,7 @@ def _lower(gm: GraphModule, node, name: str, spec: WeightSpec, run: Callable[...
     rest = {part: insert_get_attr(graph, f"{name}.{part}", node) for part in parts if part != "cols"}
     index = [cols if part == "cols" else rest[part] for part in parts]
     old = attribute_nodes(graph, name)
+    run = kernel.registered()[kernel.TRAINING[spec.op]].run
     replace(node, run, (argument(node, 0, "input"), bias, values, *index), **arguments)
     for weight in old:
         if not weight.users:

@@ -20,7 +20,7 @@ INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512vbmi", "avx512bf16")
 """What the kernels are compiled for; the best one that the CPU has is used."""
 
 _OPS = ("csr_forward", "csr_backward", "csr_sample", "condensed_forward", "lookup_forward", "striped_forward")
-_OPS += ("bsr_forward",)
+_OPS += ("bsr_forward", "nm_lanes_forward")
 _OPS += (
     "csr_conv_forward",
     "csr_conv_backward",
@@ -51,6 +51,7 @@ _HEADERS = (
     "lanes.h",
     "panels.h",
     "block_rows.h",
+    "nm.h",
 )
 _SOURCES = (
     *_HEADERS,
@@ -63,9 +64,9 @@ _SOURCES = (
     "pool.cpp",
 )
 _SOURCES += ("tiles.cpp", "conv_inference.cpp", "attend.cpp", "attention.cpp", "depthwise.cpp")
-_SOURCES += ("lanes.cpp", "conv_lanes.cpp", "bsr_pairs.cpp")
+_SOURCES += ("lanes.cpp", "conv_lanes.cpp", "bsr_pairs.cpp", "nm.cpp", "nm_linear.cpp")
 _TORCH_UNITS = ("ops", "conv", "conv_inference", "topology", "soft_topk", "pool", "attention", "depthwise")
-_TORCH_UNITS += ("conv_lanes",)
+_TORCH_UNITS += ("conv_lanes", "nm_linear")
 _FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
 _TABLES = {
@@ -201,6 +202,7 @@ def _compile(compiler: list[str], folder: Path) -> None:
             units[name] = ["products.cpp", f"-DFXSPARSE_TABLE=table_{name}", *flags]
             units[f"tiles_{name}"] = ["tiles.cpp", f"-DFXSPARSE_TILES=tiles_{name}", *flags]
             units[f"lanes_{name}"] = ["lanes.cpp", f"-DFXSPARSE_LANES=lanes_{name}", *flags]
+            units[f"nm_{name}"] = ["nm.cpp", f"-DFXSPARSE_NM=multiply_chunks_{name}", *flags]
             units[f"attend_{name}"] = ["attend.cpp", f"-DFXSPARSE_ATTEND=attend_{name}", *flags]
     if _X86:
         units |= _BEYOND

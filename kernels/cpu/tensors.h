@@ -176,6 +176,45 @@ inline Tensor like(const Tensor& x, int64_t last) {
   return empty(x, sizes);
 }
 
+// ---- outputs
+
+// Output rows that the product does not write: activation(bias).  `rows` are those that it writes.
+struct Scatter {
+  const int32_t* rows = nullptr;
+  const int32_t* empty_rows = nullptr;
+  int64_t empty = 0;
+};
+
+inline Scatter scatter_of(const Tensor& active_rows, int64_t active, const Tensor& empty_rows) {
+  const int64_t empty = empty_rows.numel();
+  return {index32(active_rows, active, "active_rows"), index32(empty_rows, empty, "empty_rows"), empty};
+}
+
+// What is added to a product before its activation.
+struct Added {
+  std::optional<Tensor> bias;
+  std::optional<Tensor> residual;
+  std::optional<Tensor> scales;  // what the sums are multiplied by before
+};
+
+// An empty y [..., out] and the epilogue that goes into it.
+inline Tensor output(const Tensor& x, int64_t rows, const Scatter& scatter, Added& added, int64_t activation,
+              std::vector<Buffer>& owned, Epilogue& epilogue) {
+  const int64_t out = rows + scatter.empty;
+  Tensor y = like(x, out);
+  auto& [bias, residual, scales] = added;
+  STD_TORCH_CHECK(!bias || bias->numel() == out, "fxsparse: expected bias [", out, "]");
+  STD_TORCH_CHECK(!residual || (residual->scalar_type() == x.scalar_type() && residual->dim() == y.dim() &&
+                                std::equal(y.sizes().begin(), y.sizes().end(), residual->sizes().begin())),
+                  "fxsparse: expected a residual of the output's shape, with ", out, " features, and of x's dtype");
+  STD_TORCH_CHECK(!scales || scales->numel() == rows, "fxsparse: expected scales [", rows, "]");
+  for (auto* kept : {&bias, &residual, &scales})  // by the caller while the product runs
+    if (*kept) *kept = in_order(**kept);
+  epilogue = {bias ? as_floats(*bias, owned) : nullptr, activation, scatter.rows,
+              residual ? residual->const_data_ptr() : nullptr, scales ? as_floats(*scales, owned) : nullptr};
+  return y;
+}
+
 // ---- threads
 
 // f(part, parts) for every part; a part is a thread's share.

@@ -13,7 +13,7 @@ from fxsparse.kernels import cpu
 from fxsparse.kernels.cpu.build import INSTRUCTION_SETS
 
 COMPILED = ("cpu-csr", "cpu-csr-train", "cpu-condensed", "cpu-striped", "cpu-bsr")
-COMPILED += ("cpu-csr-conv", "cpu-csr-conv-train", "cpu-depthwise")
+COMPILED += ("cpu-nm", "cpu-csr-conv", "cpu-csr-conv-train", "cpu-depthwise")
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,9 @@ def test_compiled_kernels_fulfil_the_contract(name, level, instruction_set):
 
 
 @pytest.mark.parametrize("level", INSTRUCTION_SETS)
-@pytest.mark.parametrize("name", ["cpu-csr", "cpu-condensed", "cpu-lookup", "cpu-striped", "cpu-bsr"])
+@pytest.mark.parametrize(
+    "name", ["cpu-csr", "cpu-condensed", "cpu-lookup", "cpu-striped", "cpu-bsr", "cpu-nm"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_inference_kernels_add_a_residual_before_the_activation(name, level, dtype, instruction_set):
     if instruction_set(level) not in (level, "reference"):
@@ -55,7 +57,9 @@ def test_inference_kernels_add_a_residual_before_the_activation(name, level, dty
             assert (y.double() - exact).abs().max() / scale < tolerance(dtype, 55)
 
 
-@pytest.mark.parametrize("name", ["cpu-csr", "cpu-condensed", "cpu-lookup", "cpu-striped", "cpu-bsr"])
+@pytest.mark.parametrize(
+    "name", ["cpu-csr", "cpu-condensed", "cpu-lookup", "cpu-striped", "cpu-bsr", "cpu-nm"]
+)
 def test_a_residual_of_another_dtype_is_added_after_and_of_another_shape_is_refused(name):
     entry = registered()[name]
     buffers, x = list(entry.pack(torch.eye(4)).values()), torch.tensor([[1.0, -2.0, 3.0, -4.0]])
@@ -69,7 +73,7 @@ def test_a_residual_of_another_dtype_is_added_after_and_of_another_shape_is_refu
         entry.run(x, None, *buffers, residual=torch.ones(1, 4, requires_grad=True), in_features=4)
 
 
-LINEAR = ("cpu-csr", "cpu-csr-train", "cpu-condensed", "cpu-lookup", "cpu-striped", "cpu-bsr")
+LINEAR = ("cpu-csr", "cpu-csr-train", "cpu-condensed", "cpu-lookup", "cpu-striped", "cpu-bsr", "cpu-nm")
 
 
 @pytest.mark.parametrize("name", LINEAR)

@@ -10,6 +10,7 @@ from fxsparse.formats import narrow
 from fxsparse.kernel import candidates, registered, tolerance
 from fxsparse.kernels import NARROW, cpu
 from fxsparse.kernels.cpu.build import INSTRUCTION_SETS
+from fxsparse.pattern import NM
 
 COMPILED = pytest.mark.skipif(cpu.availability() is not None, reason=str(cpu.availability()))
 NAMES = [kernel.name for kernel in NARROW]
@@ -17,14 +18,23 @@ EACH = pytest.mark.parametrize("name", NAMES)
 
 
 def problem(name, **change):
-    weight = testing.sparse_weight((37, 300), 0.2)
-    return testing.problem_of(registered()[name], weight, 1, change.pop("dtype", torch.float32), False)
+    return testing.problem_of(
+        registered()[name], grouped((37, 300)), 1, change.pop("dtype", torch.float32), False
+    )
+
+
+def grouped(shape):
+    """A weight with one entry in four inputs, and with empty rows."""
+    weight = testing.sparse_weight(shape, 1.0)
+    weight = weight * NM(1, 4).project(weight.abs(), 0)
+    weight[::12] = 0
+    return weight
 
 
 def call(name, dtype=torch.float32, batch=3, shape=(37, 300)):
     """A call of the kernel: x, bias, residual, and the buffers of a weight with empty rows."""
     generator = torch.Generator().manual_seed(0)
-    weight = testing.sparse_weight(shape, 0.2).to(dtype)
+    weight = grouped(shape).to(dtype)
     x, bias = torch.randn(batch, shape[1], generator=generator), torch.randn(shape[0], generator=generator)
     residual = torch.randn(batch, shape[0], generator=generator)
     buffers = tuple(registered()[name].pack(weight).values())
@@ -32,7 +42,7 @@ def call(name, dtype=torch.float32, batch=3, shape=(37, 300)):
 
 
 def test_there_is_one_of_each_format_and_dtype():
-    formats = ("csr", "lookup", "striped")
+    formats = ("csr", "lookup", "striped", "nm")
     assert [f"cpu-{layout}-{dtype}" for dtype in ("int8", "bfloat16") for layout in formats] == NAMES
 
 
@@ -76,14 +86,19 @@ def test_values_take_the_bytes_of_their_dtype(name):
     assert whole.cost(asked).flops == kernel.cost(asked).flops
 
 
-OPS = {"csr": "csr_forward", "lookup": "lookup_forward", "striped": "striped_forward"}
+OPS = {
+    "csr": "csr_forward",
+    "lookup": "lookup_forward",
+    "striped": "striped_forward",
+    "nm-lanes": "nm_lanes_forward",
+}
 
 
 @EACH
 def test_ops_pass_opcheck(name):
     _, buffers, x, bias, residual = call(name)
     layout = registered()[name].format
-    width = () if layout == "striped" else (300,)
+    width = () if layout in ("striped", "nm-lanes") else (300,)
     arguments = (x, *buffers[:-1], *width, bias, 1, residual, buffers[-1])
     opcheck(getattr(torch.ops.fxsparse, OPS[layout]).default, arguments)
 

@@ -1,0 +1,1 @@
+"""N:M weights with 16 rows side by side."""
