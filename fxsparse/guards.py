@@ -1,4 +1,4 @@
-"""What a test runs code under: memory that is NaN until written, and no tensor above a size."""
+"""What a test runs code under: memory that is NaN until written, no tensor above a size, no number read by the host."""
 
 import contextlib
 from collections.abc import Iterator
@@ -31,6 +31,34 @@ def forbid_tensors_of(numel: int) -> Iterator[None]:
     """
     with _Forbid(numel):
         yield
+
+
+@contextlib.contextmanager
+def forbid_host_reads() -> Iterator[None]:
+    """Raise AssertionError at the first op inside the block that on a GPU would make the host wait for numbers.
+
+    Those are ``.item()``, ``bool`` and ``int`` of a tensor, and ops whose result has a shape that depends on numbers.
+    Every op counts that torch dispatches, backward's too, on any device; what an op does inside itself does not, nor
+    copies to the CPU (``.tolist()``, ``.numpy()``, ``.cpu()``).
+    """
+    with _NoReads():
+        yield
+
+
+class _NoReads(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        shapes = [list(leaf.shape) for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        assert not _reads(func, args), f"{func} makes the host wait for numbers of {shapes}"
+        return func(*args, **(kwargs or {}))
+
+
+def _reads(func: Any, args: Any) -> bool:
+    """Whether the host has to know numbers; an index by positions is tagged as one by a mask, which it has to count."""
+    if func is torch.ops.aten.index.Tensor:
+        return any(
+            isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+    return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags))
 
 
 class _Forbid(TorchDispatchMode):

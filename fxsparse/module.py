@@ -83,6 +83,9 @@ class SparseModule(nn.Module):
         check = self._emitted.program.accepts.get("train" if self.training else "eval")
         if check is not None:
             check(args, kwargs)
+        updates = self._emitted.updates
+        if updates is not None and updates.switch.on and torch.is_grad_enabled():
+            updates.switch.ran = True
         return self._active()(*args, **kwargs)
 
     def train(self, mode: bool = True) -> "SparseModule":

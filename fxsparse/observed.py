@@ -45,6 +45,8 @@ class ProbeSwitch:
     on: bool = False
     exploring: bool = False
     """The batch is for the next update only."""
+    ran: bool = False
+    """A forward collected since this was last decided; the replay of a CUDA graph runs none."""
     watched: list[Watched] = field(default_factory=list)
 
     def watch(

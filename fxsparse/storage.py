@@ -182,7 +182,7 @@ class CompactWeight(nn.Module):
     @torch.no_grad()
     def zero_unused(self) -> None:
         """Keep the slots that hold no entry at exactly 0."""
-        self.values[self.index.nnz :] = 0
+        self.values.masked_fill_(self.indices[0] < 0, 0)  # their number is on the device, and stays there
 
     def entries(self) -> Entries:
         """The stored entries, as views."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fxsparse.choosing import stored
 from fxsparse.formats import bsr, condensed, nm
+from fxsparse.guards import forbid_host_reads as forbid_host_reads
 from fxsparse.guards import forbid_tensors_of as forbid_tensors_of
 from fxsparse.guards import poisoned_memory as poisoned_memory
 from fxsparse.kernel import OF_THE_WEIGHT, Entries, Kernel, Problem, tolerance

@@ -23,6 +23,7 @@ from fxsparse.kernels import probe
 from fxsparse.method import Method, Probe
 from fxsparse.observed import Evidence, ProbeSwitch, sum_over_ranks
 from fxsparse.schedule import Schedule
+from fxsparse.step_count import StepCount
 from fxsparse.storage import CompactWeight, MaskedWeight, read_weights
 from fxsparse.topology import TopologyHistory
 from fxsparse.undisturbed import undisturbed
@@ -41,7 +42,7 @@ class MaskUpdates:
     seed: int
     switch: ProbeSwitch
     history: TopologyHistory
-    step: int = 0
+    count: StepCount = field(default_factory=StepCount)
     moved: bool = False
     """Whether the last counted step moved a mask."""
     _moving: bool = False
@@ -62,6 +63,11 @@ class MaskUpdates:
                 self._probes.append(_FreshProbe(name, self.switch))
                 trained.register_post_accumulate_grad_hook(self._probes[-1])
         self.resume(self.step)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that counted."""
+        return self.count.read()
 
     def resume(self, step: int) -> None:
         """Continue as if `step` optimizer steps had been counted and nothing explored since the last update."""
@@ -95,9 +101,9 @@ class MaskUpdates:
 
     def _arm(self, step: int) -> None:
         """Let the batches of the coming step collect what an update at its end needs, and no others."""
-        self.step = step
+        self.count = StepCount(step)
         fetch(self.graph, "fxsparse_step").fill_(step)
-        self.switch.on = self._fires() and self.needs_probe and self._explored is None
+        self.switch.on, self.switch.ran = self._fires() and self.needs_probe and self._explored is None, False
         self._clear_probes()
 
     def _clear_probes(self) -> None:
@@ -107,7 +113,7 @@ class MaskUpdates:
     def copy_onto(self, graph: GraphModule, switch: ProbeSwitch, history: TopologyHistory) -> "MaskUpdates":
         """The same updates for a copied module; no optimizer is attached to it."""
         return MaskUpdates(
-            graph, self.method, self.targets, self.seed, switch, history, self.step, self.moved
+            graph, self.method, self.targets, self.seed, switch, history, StepCount(self.step), self.moved
         )
 
     def attach(self, optimizer: Optimizer) -> None:
@@ -162,7 +168,7 @@ class MaskUpdates:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Where the backward is still to come, in a closure, the arguments with one that goes on with the update."""
         self._check_not_exploring()
-        if _is_skipped(optimizer) or not self._fires():
+        if self.count.waiting or not self._fires() or _is_skipped(optimizer):
             return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
@@ -194,8 +200,8 @@ class MaskUpdates:
             warnings.warn(
                 f"the mask update at step {self._update} is left out, and the optimizer takes its step: expected a "
                 "forward and a backward through sparse weights since the step before, got none. Call the module and "
-                "its backward between two steps (a forward from before the last one tells nothing), and zero_grad() "
-                "after the step.",
+                "its backward between two steps (a forward from before the last one tells nothing, nor does a CUDA "
+                "graph of an ordinary step: give the update a batch in exploring()), and zero_grad() after the step.",
                 stacklevel=5,
             )
         return False
@@ -208,13 +214,32 @@ class MaskUpdates:
             )
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._can_wait(optimizer):
+            return
         if _is_skipped(optimizer):
+            if self.count.waiting:
+                self._arm(self.step)
             return
         if self._held is not None:
             self._moving = self._run(optimizer, self._held)
         self.zero_pruned()
         self.moved, self._moving, self._held = self._moving, False, None
         self._arm(self.step + 1)
+
+    @torch.no_grad()
+    def _can_wait(self, optimizer: Optimizer) -> bool:
+        """Whether it is left on the device if this step counts, as no update can come before the end of the next."""
+        found_inf, first = (
+            getattr(optimizer, "found_inf", None),
+            self.count.known + (not self.schedule.skip_step),
+        )
+        near = any(map(self.schedule.fires, range(first, first + self.count.waiting + 2)))
+        if not isinstance(found_inf, Tensor) or near:
+            return False
+        fetch(self.graph, "fxsparse_step").add_(self.count.wait(found_inf))
+        self.zero_pruned()
+        self.moved = False
+        return True
 
     def _run(self, optimizer: Optimizer, evidence: Evidence) -> bool:
         self._explored = None
@@ -225,15 +250,18 @@ class MaskUpdates:
 
     @torch.no_grad()
     def _take_evidence(self) -> Evidence:
-        """What the update goes by; what stays in ``.grad`` of masked weights is masked."""
+        """What the update goes by; what stays in ``.grad`` of masked weights is masked, in place: a CUDA graph or a
+        bucket of DistributedDataParallel may own that tensor.
+        """
         if not self.needs_probe:
             return Evidence()
         evidence = self._collected()
+        dense = {} if self._explored is not None else {n: g.clone() for n, g in evidence.gradients.items()}
         for name, weight in self.weights():
             if isinstance(weight, MaskedWeight) and name in evidence.gradients:
-                weight.parameter.grad = evidence.gradients[name] * weight.mask
+                evidence.gradients[name].mul_(weight.mask)
         if self._explored is None:
-            return evidence
+            return Evidence(dense, evidence.observed) if self.switch.ran else Evidence()
         for gradient in self._explored.gradients.values():
             sum_over_ranks(gradient)
         return self._explored
