@@ -54,9 +54,7 @@ class UniformRandom:
         numel = prod(view.shape)
         if not isinstance(view.pattern, Unstructured) or 2 * view.nnz > numel:
             return filled(view, kept, random_tiles(view.shape, view.generator, kept.device))
-        taken = kept.to(view.generator.device)
-        grown = random_positions(view.nnz - len(kept), numel, view.generator, taken)
-        return union(kept, grown.to(kept.device))
+        return union(kept, random_positions(view.nnz - len(kept), numel, view.generator, kept))
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fxsparse.errors import NumericsError
 from fxsparse.method import Probe, Proposal, WeightView
+from fxsparse.rng import integers
 from fxsparse.selection import MaskChange, ascending, union
 from fxsparse.topk import top_mask
 
@@ -113,7 +114,7 @@ def up(number: float) -> int:
 
 def uniform(view: WeightView, count: int) -> Tensor:
     """Every pair is as likely as any other."""
-    return torch.randint(prod(view.shape), (count,), generator=view.generator)
+    return integers(prod(view.shape), count, view.generator, view.active.device)
 
 
 def grabo(view: WeightView, count: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fxsparse.errors import InvariantError
+from fxsparse.rng import integers
 
 
 def to_positions(mask: Tensor) -> Tensor:
@@ -26,15 +27,15 @@ def to_mask(positions: Tensor, shape: Sequence[int]) -> Tensor:
 def random_positions(
     count: int, numel: int, generator: torch.Generator, taken: Tensor | None = None
 ) -> Tensor:
-    """`count` different flat positions below `numel` on the generator's device, int64, ascending.
+    """`count` different flat positions below `numel`, int64, ascending, by a generator of the CPU.
 
-    None of them is among the positions `taken` (ascending, on the same device).  Every set of so many others is as
-    likely as any other: what was drawn before is drawn again.  Time and memory grow with `count` and `taken` and not
-    with `numel`, for sums of up to about half of it.
+    None of them is among the positions `taken` (ascending), on whose device they are then, else on the CPU.  Every set
+    of so many others is as likely as any other: what was drawn before is drawn again.  Time and memory grow with
+    `count` and `taken` and not with `numel`, for sums of up to about half of it.
     """
-    found = torch.empty(0, dtype=torch.int64, device=generator.device)
+    found = torch.empty(0, dtype=torch.int64, device=generator.device if taken is None else taken.device)
     while len(found) < count:
-        more = torch.randint(numel, (count - len(found),), generator=generator, device=generator.device)
+        more = integers(numel, count - len(found), generator, found.device)
         if taken is not None:
             more = MaskChange.between(taken, ascending(more).unique_consecutive()).grown
         found = ascending(torch.cat([found, more])).unique_consecutive()
