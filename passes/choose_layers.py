@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch.fx import GraphModule, Node
 
-from fxsparse.graph import Site, operation_name, sites
+from fxsparse.graph import Site, argument, attribute_nodes, operation_name, sites
 from fxsparse.pipeline import PassContext, Transformed, WeightSpec
 from fxsparse.transforms import SparseWide
 
@@ -37,6 +37,8 @@ class ChooseLayers:
         for name, spec in ctx.weights.items():
             calls = [site for graph in graphs for site in sites(graph, name)]
             reason = ends.get(name) or _refusal(spec, calls, wide)
+            if reason is None and not wide:
+                reason = next((why for graph in graphs if (why := _read_otherwise(graph, name))), None)
             if reason is None:
                 found.layers.append(name)
             else:
@@ -53,6 +55,20 @@ def _refusal(spec: WeightSpec, calls: list[Site], wide: bool) -> str | None:
         return f"tied to {spec.aliases[0]!r}"
     if not wide and any(call.sliced for call in calls):
         return "its calls read parts of it"
+    return None
+
+
+def _read_otherwise(gm: GraphModule, name: str) -> str | None:
+    """Why the module of a layer cannot be replaced: parts of it are read by more than its calls."""
+    found = sites(gm, name)
+    calls = {site.node for site in found}
+    for site in found:
+        bias = argument(site.node, 2, "bias")
+        if isinstance(bias, Node) and bias.op != "get_attr":
+            return "the graph computes its bias"
+    direct = [user for node in attribute_nodes(gm.graph, name) for user in node.users]
+    if any(user not in calls and calls.isdisjoint(user.users) for user in direct):
+        return "something other than its calls reads it"
     return None
 
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+import fxsparse
 from fxsparse import Plan
 from fxsparse.passes import ChooseLayers, CollectWeights, Functionalize, InferShapes
 from fxsparse.pipeline import PassContext, run_passes
@@ -71,3 +72,30 @@ def test_a_tied_weight_is_widened_but_not_replaced(transform, layers):
 def test_what_the_plan_excludes_is_not_looked_at():
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
     assert chosen(model, torch.randn(2, 4), exclude=("1",)).layers == ["2.weight"]
+
+
+class OwnBias(nn.Module):
+    """Like the attention of Swin V2, whose keys have no bias; and a penalty in the forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.a, self.b, self.c, self.last = (nn.Linear(4, 4) for _ in range(5))
+
+    def forward(self, x):
+        bias = self.a.bias.clone()
+        bias[1:2].zero_()
+        y = nn.functional.linear(self.first(x), self.a.weight, bias)
+        return self.last(self.c(self.b(y))) + self.b.weight.abs().sum()
+
+
+def test_layers_whose_parts_are_read_otherwise_are_not_replaced_but_widened():
+    model, x = OwnBias(), torch.randn(2, 4)
+    found = chosen(model, x, SparseDoped())
+    assert found.layers == ["c.weight"]
+    reasons = {name: why.removeprefix("Sparse-IFT leaves it dense: ") for name, why in found.dense.items()}
+    assert reasons["a.weight"] == "the graph computes its bias"
+    assert reasons["b.weight"] == "something other than its calls reads it"
+    assert {"a.weight", "c.weight"} <= set(chosen(model, x, SparseWide()).layers)
+    made = fxsparse.compile(model, Plan(transform=SparseDoped(), sparsity=0.5), example_inputs=x)
+    made(x).sum().backward()
+    assert made.get_parameter("a.bias").grad is not None
