@@ -20,7 +20,12 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-MODULES = ("fxsparse.kernels.bsr._triton", "fxsparse.kernels.top_mask._triton")
+MODULES = (
+    "fxsparse.kernels.bsr._triton",
+    "fxsparse.kernels.csr._triton",
+    "fxsparse.kernels.csr.backward_triton",
+    "fxsparse.kernels.top_mask._triton",
+)
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
 """Bytes that a program may have, by compute capability."""
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64"}
@@ -54,8 +59,8 @@ def compiled(
         ValueError: more shared memory than there is.
     """
     kinds = {p.name: p.is_constexpr for p in kernel.params}
-    signature = {k: "constexpr" if kinds[k] else _TYPES.get(v, "i32") for k, v in arguments.items()}
-    constants = {k: v for k, v in arguments.items() if kinds[k]}
+    constants = {k: v for k, v in arguments.items() if kinds[k] or v is None or v == 1}  # as at a launch
+    signature = {k: "constexpr" if k in constants else _TYPES.get(v, "i32") for k, v in arguments.items()}
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, (key, kind) in enumerate(signature.items())

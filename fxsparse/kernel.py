@@ -91,6 +91,12 @@ TRAINING = {
 }
 """The kernels that compact storage trains with, by op; their `run` also takes ``probe_key``."""
 
+TRAINING_ON_GPU = {"linear": "cuda-csr-train"}
+"""Those on CUDA devices; for another op the one of TRAINING, which refuses and runs as its reference."""
+
+ALL_TRAINING = frozenset((*TRAINING.values(), *TRAINING_ON_GPU.values()))
+"""Their names."""
+
 PLAIN = ("dense", "dense-conv")
 """The kernels that are PyTorch's own ops, which a graph has already."""
 
@@ -171,6 +177,12 @@ def capabilities() -> list[dict[str, object]]:
             }
         )
     return rows
+
+
+def trained_by(op: str, device: torch.device) -> Kernel:
+    """The kernel that compact storage trains with on `device`."""
+    names = TRAINING | TRAINING_ON_GPU if device.type == "cuda" else TRAINING
+    return registered()[names[op]]
 
 
 def packed(kernel: Kernel, weight: Tensor | Entries) -> Mapping[str, Tensor]:

@@ -49,7 +49,7 @@ def probe_variant(graph: Graph, method: Method, switch: ProbeSwitch) -> Graph:
     graph = copy.deepcopy(graph)
     plain, dense_grad = method.reparam.function(False)[0], method.reparam.function(True)[0]
     guided = method.rule is not None and method.rule.probe is Probe.GUIDED
-    compact = {kernel.registered()[name].run for name in kernel.TRAINING.values()}
+    compact = {kernel.registered()[name].run for name in kernel.ALL_TRAINING}
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue

@@ -9,14 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxsparse.errors import UnsupportedError
+from fxsparse.kernels.gpu.needs import DTYPES
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "relu6", "hardswish")
 """The fused epilogues; an op takes the position in this tuple."""
 
 COMPILED = (torch.float32, torch.bfloat16)
-"""The dtypes that the C++ kernels take; others run in plain PyTorch."""
+"""The dtypes that the C++ kernels take; others run in plain PyTorch on the CPU."""
 
 _LIBRARY = torch.library.Library("fxsparse", "FRAGMENT")
+
+
+def is_compiled(x: Tensor) -> bool:
+    """Whether there is compiled code for the dtype of `x` where it is; elsewhere plain PyTorch runs."""
+    return x.dtype in COMPILED or (x.is_cuda and x.dtype in DTYPES)
 
 
 def activate(y: Tensor, activation: str) -> Tensor:

@@ -100,11 +100,8 @@ def _decide(gm: GraphModule, name: str, decision: Decision, ctx: PassContext) ->
         if ctx.plan.storage == "auto":
             asked = "created compact: on meta there is no dense weight to measure against"
         decision.reason = asked + (f"; in plain PyTorch: {slow[0]}" if slow else "")
-    decision.storage, decision.format, decision.kernel = (
-        "compact",
-        "csr",
-        kernel.TRAINING[ctx.weights[name].op],
-    )
+    trained = kernel.trained_by(ctx.weights[name].op, _device(gm, name, ctx))
+    decision.storage, decision.format, decision.kernel = "compact", "csr", trained.name
 
 
 def _why(refusals: list[str], choice: choosing.Choice | None) -> str:
@@ -141,11 +138,16 @@ def _refusals(gm: GraphModule, spec: WeightSpec, decision: Decision, ctx: PassCo
 
 def _kernel_refusals(gm: GraphModule, spec: WeightSpec, decision: Decision, ctx: PassContext) -> list[str]:
     """Why only the kernel's PyTorch reference could run."""
-    weight = fetch(gm, spec.name)
-    device = ctx.device if weight.is_meta else weight.device
+    device = _device(gm, spec.name, ctx)
     op = "linear" if spec.op == "linear" else "conv2d"
     problem = Problem(op, spec.shape, 1, decision.nnz, spec.dtype, device, training=True)
-    return kernel.registered()[kernel.TRAINING[spec.op]].refuses(problem)
+    return kernel.trained_by(spec.op, device).refuses(problem)
+
+
+def _device(gm: GraphModule, name: str, ctx: PassContext) -> torch.device:
+    """Where the weight will train."""
+    weight = fetch(gm, name)
+    return ctx.device if weight.is_meta else weight.device
 
 
 def _other_users(gm: GraphModule, name: str, found: list[Site]) -> bool:

@@ -44,7 +44,7 @@ class FuseEpilogue:
         """Returns the number of fused ops."""
         entries = kernel.registered()
         # The training kernels fuse no activation; weights that no other kernel can pack are served by them.
-        ops = {entry.run: entry.op for name, entry in entries.items() if name not in kernel.TRAINING.values()}
+        ops = {entry.run: entry.op for name, entry in entries.items() if name not in kernel.ALL_TRAINING}
         fused = 0
         for node in [node for node in gm.graph.nodes if node.op == "call_function" and node.target in ops]:
             # A vector added to images is one number a column, not one a channel.

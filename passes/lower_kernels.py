@@ -1,8 +1,9 @@
 """Replace dense ops on compact weights by sparse kernel calls."""
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.fx import GraphModule
@@ -47,7 +48,8 @@ class LowerKernels:
                 compact_in_tree(ctx, name)
                 # Storage was only chosen where linear ops are the only readers, in every graph of the program.
                 readers = [user for node in attribute_nodes(gm.graph, name) for user in node.users]
-                rewrites += sum(_lower(gm, node, name, ctx.weights[name]) for node in readers)
+                run = kernel.registered()[decision.kernel].run
+                rewrites += sum(_lower(gm, node, name, ctx.weights[name], run) for node in readers)
         return rewrites
 
 
@@ -66,7 +68,7 @@ def compact_in_tree(ctx: PassContext, name: str) -> None:
     module.add_module(leaf, compact.train(module.training))
 
 
-def _lower(gm: GraphModule, node, name: str, spec: WeightSpec) -> int:
+def _lower(gm: GraphModule, node, name: str, spec: WeightSpec, run: Callable[..., Any]) -> int:
     graph = gm.graph
     bias = argument(node, 2, "bias")
     values = insert_get_attr(graph, f"{name}.values", node)
@@ -79,7 +81,6 @@ def _lower(gm: GraphModule, node, name: str, spec: WeightSpec) -> int:
     rest = {part: insert_get_attr(graph, f"{name}.{part}", node) for part in parts if part != "cols"}
     index = [cols if part == "cols" else rest[part] for part in parts]
     old = attribute_nodes(graph, name)
-    run = kernel.registered()[kernel.TRAINING[spec.op]].run
     replace(node, run, (argument(node, 0, "input"), bias, values, *index), **arguments)
     for weight in old:
         if not weight.users:

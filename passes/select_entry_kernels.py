@@ -58,7 +58,7 @@ def _decide(
     elif usable:
         taken, reason = usable[0].name, "not measured: there are no example inputs"
     else:
-        taken = kernel.TRAINING[calls[0].op]
+        taken = kernel.trained_by(calls[0].op, entries.values.device).name
         reason = f"the kernel of training: {'; '.join(f'{n}: {why[0]}' for n, why in refusals.items())}"
     decision.storage, decision.kernel = "compact", taken
     decision.format = kernel.registered()[taken].format

@@ -122,7 +122,7 @@ def _run_on_entries(gm: GraphModule, graph: Graph, ctx: PassContext) -> None:
     """Let ops of a copied `graph` on weights that are on meta be kernels on their nonzeros."""
     named = {node.name: node for node in graph.nodes}
     for name, entries in ctx.entries.items():
-        entry = kernel.registered()[kernel.TRAINING[ctx.weights[name].op]]
+        entry = kernel.trained_by(ctx.weights[name].op, entries.values.device)
         buffers = tuple(kernel.packed(entry, entries).values())
         for site in sites(gm, name):
             node = named[site.node.name]

@@ -1,6 +1,7 @@
 """Inference of linear layers with constant fan-in, in the condensed layout; rows may be empty (ablated neurons)."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -8,15 +9,16 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fxsparse.formats import condensed
 from fxsparse.kernel import Cost, Entries, Kernel, Problem, register
-from fxsparse.kernels import cpu
+from fxsparse.kernels import cpu, gpu
 from fxsparse.kernels.csr import reference as csr_reference
 from fxsparse.kernels.library import (
     ACTIVATIONS,
-    COMPILED,
     activate,
     autocast,
     check_input,
     define,
+    is_compiled,
+    on_gpu,
     scattered,
     with_epilogue,
 )
@@ -44,7 +46,7 @@ def condensed_linear(
         RuntimeError: an x of another width or dtype than the weight's.
     """
     x, values, bias = autocast(x, values, bias)
-    run = reference if x.dtype not in COMPILED else _FORWARD
+    run = _FORWARD if is_compiled(x) else reference
     return with_epilogue(
         run, x, (values, indices, active_rows, empty_rows, in_features), bias, activation, residual
     )
@@ -86,6 +88,15 @@ define(
     reference,
     _fake,
 )
+
+
+def _on_gpu(*args):
+    from fxsparse.kernels.condensed import _triton
+
+    return _triton.forward(*args)
+
+
+on_gpu("condensed_forward", _on_gpu)
 
 _FORWARD = torch.ops.fxsparse.condensed_forward.default  # once: the way through torch.ops takes 0.2 us
 
@@ -133,12 +144,16 @@ def _reference(
 
 
 def _refuses(problem: Problem) -> list[str]:
-    reasons = cpu.refuses(problem)
-    if problem.training:
-        reasons.append("it has no gradient")
-    if problem.fan_in is None:
-        reasons.append("rows have different numbers of nonzeros")
-    return reasons
+    return cpu.refuses(problem) + _reasons(problem)
+
+
+def _refuses_on_gpu(problem: Problem) -> list[str]:
+    return gpu.refuses(problem) + _reasons(problem)
+
+
+def _reasons(problem: Problem) -> list[str]:
+    gradient = ["it has no gradient"] if problem.training else []
+    return gradient + (["rows have different numbers of nonzeros"] if problem.fan_in is None else [])
 
 
 def _cost(problem: Problem) -> Cost:
@@ -159,3 +174,4 @@ CONDENSED = register(
         _pack_entries,
     )
 )
+CONDENSED_ON_GPU = register(replace(CONDENSED, name="cuda-condensed", refuses=_refuses_on_gpu))

@@ -1,6 +1,7 @@
 """Linear layers with a CSR weight: forward, gradients at the stored coordinates, and their kernel entries."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,15 +9,16 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fxsparse.formats import csr
-from fxsparse.kernel import TRAINING, Cost, Entries, Kernel, Problem, register
-from fxsparse.kernels import cpu, probe
+from fxsparse.kernel import TRAINING, TRAINING_ON_GPU, Cost, Entries, Kernel, Problem, register
+from fxsparse.kernels import cpu, gpu, probe
 from fxsparse.kernels.csr import reference
 from fxsparse.kernels.library import (
     ACTIVATIONS,
-    COMPILED,
     autocast_stored,
     check_input,
     define,
+    is_compiled,
+    on_gpu,
     with_epilogue,
 )
 
@@ -85,8 +87,8 @@ class _CsrLinear(torch.autograd.Function):
         need_x, need_values, need_bias = (ctx.needs_input_grad[i] for i in (0, 1, 7))
         if ctx.probe_key >= 0:
             grad = probe.stash(x, grad, ctx.probe_key)
-        exact = x.dtype not in COMPILED
-        run: Any = reference.linear_backward if exact else torch.ops.fxsparse.csr_backward.default
+        op = torch.ops.fxsparse.csr_backward.default
+        run: Any = op if is_compiled(x) else reference.linear_backward
         grad_x, grad_values, grad_bias = run(grad, x, *weight, need_x, need_values, need_bias)
         return (
             grad_x if need_x else None,
@@ -109,7 +111,7 @@ def _forward(
     scales: Tensor | None = None,
 ) -> Tensor:
     """The op, or for fp64 its reference: the compiled kernels sum in fp32."""
-    run = reference.linear if x.dtype not in COMPILED else torch.ops.fxsparse.csr_forward.default
+    run = torch.ops.fxsparse.csr_forward.default if is_compiled(x) else reference.linear
     return run(x, values, crow, cols, in_features, bias, activation, residual, scales)
 
 
@@ -133,6 +135,22 @@ define(
     _forward_fake,
 )
 define("csr_backward" + _BACKWARD_ARGUMENTS, reference.linear_backward, _backward_fake)
+
+
+def _forward_on_gpu(*args):
+    from fxsparse.kernels.csr import _triton
+
+    return _triton.forward(*args)
+
+
+def _backward_on_gpu(*args):
+    from fxsparse.kernels.csr import backward_triton
+
+    return backward_triton.backward(*args)
+
+
+on_gpu("csr_forward", _forward_on_gpu)
+on_gpu("csr_backward", _backward_on_gpu)
 
 
 # Formulas see shapes only, so they count every slot of the capacity.
@@ -249,6 +267,16 @@ def _refuses_training(problem: Problem) -> list[str]:
     )
 
 
+def _refuses_inference_on_gpu(problem: Problem) -> list[str]:
+    return gpu.refuses(problem) + (["it has no gradient: cuda-csr-train has"] if problem.training else [])
+
+
+def _refuses_training_on_gpu(problem: Problem) -> list[str]:
+    return gpu.refuses(problem) + (
+        [] if problem.training else ["it is for training: cuda-csr needs less memory"]
+    )
+
+
 def _cost_inference(problem: Problem) -> Cost:
     index_bytes = 2 if problem.shape[1] <= 32767 else 4
     return Cost(2 * problem.batch * problem.nnz, problem.nnz * (problem.dtype.itemsize + index_bytes))
@@ -283,4 +311,8 @@ CSR_TRAIN = register(
         _cost_training,
         _pack_entries_training,
     )
+)
+CSR_ON_GPU = register(replace(CSR, name="cuda-csr", refuses=_refuses_inference_on_gpu))
+CSR_TRAIN_ON_GPU = register(
+    replace(CSR_TRAIN, name=TRAINING_ON_GPU["linear"], refuses=_refuses_training_on_gpu)
 )

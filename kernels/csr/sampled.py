@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fxsparse.kernels.csr import reference
-from fxsparse.kernels.library import COMPILED, define
+from fxsparse.kernels.library import define, is_compiled, on_gpu
 from fxsparse.kernels.probe import flattened
 
 
@@ -20,8 +20,7 @@ def gradient_at(pairs: Sequence[tuple[Tensor, Tensor]], positions: Tensor, shape
     crow, cols = row_index(positions, shape)
     total = None
     for x, grad in flattened(pairs):
-        exact = x.dtype not in COMPILED
-        run = reference.sampled_product if exact else torch.ops.fxsparse.csr_sample.default
+        run = torch.ops.fxsparse.csr_sample.default if is_compiled(x) else reference.sampled_product
         part = run(grad, x, crow, cols)
         total = part if total is None else total.add_(part)
     assert total is not None, "a weight that was not probed has no gradient"
@@ -43,6 +42,15 @@ def _fake(grad: Tensor, x: Tensor, crow: Tensor, cols: Tensor) -> Tensor:
 define(
     "csr_sample(Tensor grad, Tensor x, Tensor crow, Tensor cols) -> Tensor", reference.sampled_product, _fake
 )
+
+
+def _on_gpu(*args: Tensor) -> Tensor:
+    from fxsparse.kernels.csr import backward_triton
+
+    return backward_triton.forward(*args)
+
+
+on_gpu("csr_sample", _on_gpu)
 
 
 @register_flop_formula(torch.ops.fxsparse.csr_sample)

@@ -71,7 +71,7 @@ def test_inputs_are_those_of_the_graph(monkeypatch):
     torch.testing.assert_close(second, F.relu(sparse.to_dense().layer(X)).detach() + 1)
     taken = kernel.registered()[fast.report.layers[0]["kernel"]]
     assert taken.pack_entries is not None
-    assert taken.name not in kernel.TRAINING.values()
+    assert taken.name not in kernel.ALL_TRAINING
 
 
 def test_unmeasured_without_inputs():
@@ -85,7 +85,7 @@ def test_what_no_kernel_can_pack_keeps_that_of_training_and_its_activation(monke
     entries = {
         name: entry
         for name, entry in kernel.registered().items()
-        if entry.pack_entries is None or name in kernel.TRAINING.values()
+        if entry.pack_entries is None or name in kernel.ALL_TRAINING
     }
     monkeypatch.setattr(kernel, "_REGISTRY", entries)
     fast, sparse = served()
