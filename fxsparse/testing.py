@@ -97,21 +97,21 @@ def problem_of(
     training: bool,
     arguments: Mapping[str, Any] | None = None,
 ) -> Problem:
-    """The problem of applying `weight` to `batch` rows, or output pixels, on the CPU."""
+    """The problem of applying `weight` to `batch` rows, or output pixels, on its device."""
     mask = weight.flatten(1) != 0
     fan_in = condensed.fan_in(mask)
     shape, nnz = tuple(weight.shape), int(mask.sum())
     given = tuple((arguments or {}).items())
     blocked = weight.dim() == 2 and bsr.block_of(mask) != (1, 1)
     group = nm.group_of(mask) if weight.dim() == 2 else None
-    cpu = torch.device("cpu")
+    device, values = weight.device, kernel.values
     return Problem(
-        kernel.op, shape, batch, nnz, dtype, cpu, training, fan_in, given, blocked, kernel.values, group
+        kernel.op, shape, batch, nnz, dtype, device, training, fan_in, given, blocked, values, group
     )
 
 
-def check_kernel(kernel: Kernel) -> int:
-    """Hold `kernel` against the masked dense product in fp64; returns how many problems it took on.
+def check_kernel(kernel: Kernel, device: str = "cpu") -> int:
+    """Hold `kernel` against the masked dense product in fp64 on `device`; returns how many problems it took on.
 
     Outputs and, in training, the gradients of the input, of the stored entries and of the bias, from random
     upstream gradients; for kernel and reference; over shapes, densities, batches and dtypes, non-contiguous
@@ -120,6 +120,7 @@ def check_kernel(kernel: Kernel) -> int:
     """
     ran = 0
     for weight, size, arguments in _problems(kernel.op):
+        weight = weight.to(device)
         for dtype, training in itertools.product(DTYPES, (False, True)):
             outputs = _dense(torch.empty(size, device="meta"), weight.to("meta"), None, arguments).numel()
             problem = problem_of(kernel, weight, outputs // len(weight), dtype, training, arguments)
@@ -160,10 +161,10 @@ def _check_problem(
     kernel: Kernel, weight: Tensor, size: tuple[int, ...], training: bool, arguments: dict[str, Any]
 ) -> None:
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(*size[:-1], 2 * size[-1], generator=generator).to(weight.dtype)[..., ::2]
-    bias = torch.randn(len(weight), generator=generator).to(weight.dtype)
+    x = torch.randn(*size[:-1], 2 * size[-1], generator=generator).to(weight)[..., ::2]
+    bias = torch.randn(len(weight), generator=generator).to(weight)
     exact = _dense(x, weight, bias, arguments)
-    upstream = torch.randn(exact.shape, generator=generator).to(weight.dtype)
+    upstream = torch.randn(exact.shape, generator=generator).to(weight)
     scale = _largest(_dense(x.abs(), weight.abs(), bias.abs(), arguments))
     _check_entries(kernel, weight)
     for run, with_bias in itertools.product((kernel.run, kernel.reference), (bias, None)):
@@ -231,7 +232,9 @@ def _dense_gradients(
 
 def _packed_like(kernel: Kernel, gradient: Tensor, weight: Tensor) -> Tensor:
     """The entries of a dense `gradient` where `kernel` stores those of `weight`; 0 where it stores a zero."""
-    positions = torch.arange(1, weight.numel() + 1, dtype=torch.float64).reshape(weight.shape)
+    positions = torch.arange(1, weight.numel() + 1, dtype=torch.float64, device=weight.device).reshape(
+        weight.shape
+    )
     stored = next(iter(kernel.pack(torch.where(weight != 0, positions, 0)).values())).long()
     return torch.cat([gradient.new_zeros(1), gradient.reshape(-1)])[stored]
 

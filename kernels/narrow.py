@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxsparse.formats import narrow
 from fxsparse.kernel import Cost, Entries, Kernel, Problem, register
-from fxsparse.kernels.csr.linear import CSR
+from fxsparse.kernels.csr.linear import CSR, CSR_ON_GPU
 from fxsparse.kernels.lookup.linear import LOOKUP
 from fxsparse.kernels.nm_lanes.linear import NM_LANES
 from fxsparse.kernels.striped.linear import STRIPED
@@ -61,3 +61,4 @@ def _with_scales(packed: Mapping[str, Tensor], scales: Tensor) -> Mapping[str, T
 NARROW = tuple(
     register(narrowed(kernel, name)) for name in narrow.DTYPES for kernel in (CSR, LOOKUP, STRIPED, NM_LANES)
 )
+NARROW_ON_GPU = tuple(register(narrowed(CSR_ON_GPU, name)) for name in narrow.DTYPES)

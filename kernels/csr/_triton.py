@@ -61,10 +61,11 @@ def multiply(
             for part in tl.static_range(UNROLL):
                 e = step + part * ENTRIES + entry
                 real = e < length[:, None]
-                column = tl.load(cols + begin[:, None] + e, mask=real, other=0).to(tl.int64)
-                weight = tl.load(values + begin[:, None] + e, mask=real, other=0).to(tl.float32)
+                at = begin[:, None] + e  # read once: what stays in the L1 are the inputs
+                column = tl.load(cols + at, mask=real, other=0, eviction_policy="evict_first").to(tl.int64)
+                weight = tl.load(values + at, mask=real, other=0, eviction_policy="evict_first")
                 gathered = tl.load(panel + column[:, :, None] * TOKENS, mask=real[:, :, None], other=0.0)
-                total += weight[:, :, None] * gathered.to(tl.float32)
+                total += weight.to(tl.float32)[:, :, None] * gathered.to(tl.float32)
         result = tl.sum(total, 1)  # [ROWS, TOKENS]
         if HAS_SCALES:
             result *= tl.load(scales + row, mask=known, other=0.0).to(tl.float32)[:, None]

@@ -28,11 +28,10 @@ def gradient_at(pairs: Sequence[tuple[Tensor, Tensor]], positions: Tensor, shape
 
 
 def row_index(positions: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Row pointers [out + 1] and columns [n], both int32, of flat `positions` in a weight [out, in]."""
+    """Row pointers [out + 1] and columns [n], both int32, of flat `positions`, ascending, in a weight [out, in]."""
     rows, columns = shape
-    crow = torch.zeros(rows + 1, dtype=torch.int32, device=positions.device)
-    crow[1:] = torch.bincount(positions // columns, minlength=rows).cumsum(0)
-    return crow, (positions % columns).int()
+    starts = torch.arange(rows + 1, device=positions.device) * columns
+    return torch.searchsorted(positions, starts, out_int32=True), (positions % columns).int()
 
 
 def _fake(grad: Tensor, x: Tensor, crow: Tensor, cols: Tensor) -> Tensor:

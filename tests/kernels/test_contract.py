@@ -33,6 +33,13 @@ def test_compiled_kernels_fulfil_the_contract(name, level, instruction_set):
     testing.check_kernel(registered()[name])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["cuda-csr", "cuda-csr-train", "cuda-condensed"])
+def test_gpu_kernels_fulfil_the_contract(name, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # of the dense product, where memory is poisoned
+    testing.check_kernel(registered()[name], "cuda")
+
+
 @pytest.mark.parametrize("level", INSTRUCTION_SETS)
 @pytest.mark.parametrize(
     "name", ["cpu-csr", "cpu-condensed", "cpu-lookup", "cpu-striped", "cpu-bsr", "cpu-nm"]

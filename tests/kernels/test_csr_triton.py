@@ -11,10 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxsparse.formats import condensed, csr, narrow
 from fxsparse.kernel import Problem, registered, tolerance, trained_by
-from fxsparse.kernels import csr_linear
+from fxsparse.kernels import condensed_linear, csr_linear, gradient_at
 from fxsparse.kernels.csr.tilings import tilings
 from fxsparse.kernels.library import ACTIVATIONS, activate
 from fxsparse.testing import poisoned_memory, sparse_weight
@@ -30,6 +32,10 @@ def with_room(weight: Tensor) -> tuple[Tensor, csr.CsrIndex]:
     index = csr.from_mask(weight != 0)
     roomy = csr.from_flat(csr.flat_of(index), index.shape, index.capacity + 5)
     return F.pad(csr.values_of(weight, index), (0, 5), value=NAN), roomy
+
+
+def parts_of(index: csr.CsrIndex) -> tuple[Tensor, ...]:
+    return index.crow, index.cols, index.ccol, index.rows_t, index.perm
 
 
 def close(got: Tensor, exact: Tensor, terms: int, scale: float) -> None:
@@ -132,7 +138,7 @@ def compare_backward() -> int:
         random = torch.Generator().manual_seed(seed)
         grad = torch.randn(*leading, shape[0], generator=random).to(dtype)
         x = torch.randn(*leading, 2 * shape[1], generator=random).to(dtype)[..., ::2]
-        parts = (index.crow, index.cols, index.ccol, index.rows_t, index.perm)
+        parts = parts_of(index)
         with poisoned_memory():
             made = backward_triton.backward(grad, x, values, *parts, True, True, True)
             sums = backward_triton.forward(
@@ -250,6 +256,9 @@ def test_entries_are_for_cuda_and_say_what_they_refuse() -> None:
         *expected,
         "it has no gradient: cuda-csr-train has",
     ]
+    narrow_values = replace(layer, values=torch.int8)
+    assert registered()["cuda-csr-int8"].refuses(narrow_values) == []
+    assert registered()["cuda-csr-int8"].cost(narrow_values).bytes == 512 * (1 + 2)
     uneven = "rows have different numbers of nonzeros"
     assert registered()["cuda-condensed"].refuses(elsewhere) == [*expected, "it has no gradient", uneven]
 
@@ -258,6 +267,33 @@ def test_compact_storage_trains_with_the_kernel_of_its_device() -> None:
     assert trained_by("linear", torch.device("cuda")).name == "cuda-csr-train"
     assert trained_by("linear", torch.device("cpu")).name == "cpu-csr-train"
     assert trained_by("linear", torch.device("cuda")).run is trained_by("linear", torch.device("cpu")).run
+
+
+NAMES = ("csr_forward", "csr_backward", "csr_sample", "condensed_forward")
+
+
+def test_half_precision_goes_through_the_ops_on_cuda() -> None:
+    seen = []
+
+    class Ops(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    values, index = with_room(sparse_weight((37, 53), 0.3))
+    sizes, lengths = ((3, 6, 53), values.shape, (37,)), [t.shape for t in parts_of(index)]
+    with FakeTensorMode(), Ops():
+        x, values, bias = (torch.empty(size, device="cuda", dtype=torch.float16) for size in sizes)
+        parts = [torch.empty(length, device="cuda", dtype=torch.int32) for length in lengths]
+        y = csr_linear(x, values, *parts, bias)
+        gradients = torch.ops.fxsparse.csr_backward(y, x, values, *parts, True, True, True)
+        gradient_at([(x, y)], torch.empty(9, device="cuda", dtype=torch.int64), (37, 53))
+        packed = torch.empty(20, 7, device="cuda", dtype=torch.float16)
+        condensed_linear(x, packed, packed.to(torch.int16), in_features=53)
+    assert [tuple(g.shape) for g in gradients] == list(sizes)
+    assert {g.device.type for g in (y, *gradients)} == {"cuda"}
+    ops = [name for name in seen if name.startswith("fxsparse")]
+    assert ops == [f"fxsparse.{op}.default" for op in NAMES]
 
 
 @pytest.mark.gpu
@@ -287,7 +323,7 @@ def test_a_gpu_gives_the_gradients_in_a_captured_graph_too(dtype: torch.dtype, t
         torch.randn(n, device="cuda").to(dtype) for n in ((tokens, 700), (130,), (tokens, 130))
     )
     leaves = [t.requires_grad_() for t in (x, values, bias)]
-    parts = (index.crow, index.cols, index.ccol, index.rows_t, index.perm)
+    parts = parts_of(index)
 
     def gradients() -> tuple[Tensor, ...]:
         return torch.autograd.grad(csr_linear(x, values, *parts, bias), leaves, upstream)
