@@ -24,6 +24,7 @@ MODULES = (
     "fxsparse.kernels.bsr._triton",
     "fxsparse.kernels.csr._triton",
     "fxsparse.kernels.csr.backward_triton",
+    "fxsparse.kernels.nm._triton",
     "fxsparse.kernels.top_mask._triton",
 )
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}

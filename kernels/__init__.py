@@ -18,6 +18,7 @@ from fxsparse.kernels.lanes.layout import from_lanes, to_lanes
 from fxsparse.kernels.lanes.max_pool import max_pool_lanes
 from fxsparse.kernels.lookup.linear import lookup_linear
 from fxsparse.kernels.narrow import NARROW
+from fxsparse.kernels.nm.linear import nm_linear
 from fxsparse.kernels.nm_lanes.linear import nm_lanes_linear
 from fxsparse.kernels.onednn.conv import onednn_conv2d
 from fxsparse.kernels.onednn.linear import onednn_linear
@@ -48,6 +49,7 @@ __all__ = [
     "max_pool2d",
     "max_pool_lanes",
     "nm_lanes_linear",
+    "nm_linear",
     "onednn_conv2d",
     "onednn_linear",
     "position_change",

@@ -1,10 +1,6 @@
 """The GPU's product with blocks, without a GPU: its numbers in Triton's interpreter, its code for other machines."""
 
-import os
-import subprocess
-import sys
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +8,9 @@ import torch
 from fxsparse.formats import bsr
 from fxsparse.kernel import Problem, registered
 from fxsparse.kernels import bsr_linear, trainable_bsr_linear
+from tests.kernels.interpreter import check_sums, interpreted
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).parents[2]
 
 
 def mask_of(rows: int, columns: int, block: int, density: float) -> torch.Tensor:
@@ -46,7 +42,7 @@ def compare(blocks: list[int], tokens: list[int], dtypes: list[torch.dtype]) -> 
         exact = x.double() @ weight.double().T
         for added in (bias, residual):
             exact += 0 if added is None else added.double()
-        check(y, activate(exact, ACTIVATIONS[code]), dtype, columns)
+        check_sums(y, activate(exact, ACTIVATIONS[code]), dtype, columns)
     return len(cases)
 
 
@@ -70,41 +66,20 @@ def compare_gradients(blocks: list[int], tokens: list[int], dtypes: list[torch.d
         with poisoned_memory():
             made = _triton.backward(grad, x, values, **packed, need_x=True, need_values=True, need_bias=True)
         exact = torch.where(mask, grad.double().T @ x.double(), 0)
-        check(made[0], grad.double() @ weight.double(), dtype, rows)
+        check_sums(made[0], grad.double() @ weight.double(), dtype, rows)
         index = [packed[name] for name in ("crow", "columns", "dense")]
-        check(bsr.to_dense(made[1], *index), exact, dtype, count)
-        check(made[2], grad.double().sum(0), dtype, count)
+        check_sums(bsr.to_dense(made[1], *index), exact, dtype, count)
+        check_sums(made[2], grad.double().sum(0), dtype, count)
         tile = launch.of_sample(block, block, dtype.itemsize)[0].tokens
         parts.add(launch.splits_of_sample(max(1, len(values)), count, tile, 4))
     assert max(parts) > (max(tokens) > 255)
     return len(cases)
 
 
-def check(made: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype, terms: int) -> None:
-    from fxsparse.testing import tolerance
-
-    assert made.dtype == dtype
-    error = (made.double() - exact).abs().max() / exact.abs().max().clamp(min=1)
-    assert error < tolerance(dtype, terms), (made.shape, dtype, terms, error)
-
-
-def interpreted(*calls: str) -> list[str]:
-    code = "import torch\nfrom tests.kernels.test_bsr_triton import compare, compare_gradients\n"
-    run = subprocess.run(
-        [sys.executable, "-c", code + "\n".join(f"print({call})" for call in calls)],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout.split()
-
-
 def test_the_interpreter_gives_the_product_and_its_gradients() -> None:
     types = "[torch.float32, torch.bfloat16, torch.float16]"
     made = interpreted(
+        __name__,
         f"compare([16, 32], [1, 17], {types})",
         "compare([16], [1100], [torch.float32])",  # more tiles than go together
         f"compare_gradients([16, 32], [1, 40], {types})",

@@ -1,0 +1,1 @@
+"""Linear layers with N:M weights."""
