@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 
 MODULES = (
     "fxsparse.kernels.bsr._triton",
+    "fxsparse.kernels.csr._conv_triton",
     "fxsparse.kernels.csr._triton",
     "fxsparse.kernels.csr.backward_triton",
     "fxsparse.kernels.nm._triton",

@@ -5,6 +5,7 @@ The weight is the matrix [out, in / groups * kernel] with the flat positions of 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fxsparse.formats import column_blocks
 from fxsparse.kernel import Cost, Entries, Kernel, Problem, register
-from fxsparse.kernels import cpu
+from fxsparse.kernels import cpu, gpu
 from fxsparse.kernels.csr import patches
 from fxsparse.kernels.csr.conv import as_given, as_images, check_size, window
 from fxsparse.kernels.library import (
@@ -26,8 +27,12 @@ from fxsparse.kernels.library import (
     autocast,
     check_images,
     define,
+    on_gpu,
     refuse_gradient,
 )
+
+WIDEST_ON_GPU = 2**15
+"""Columns of a block at most: there rows do not wait for each other, so that blocks only keep the numbers short."""
 
 
 def csr_conv_infer(
@@ -59,7 +64,8 @@ def csr_conv_infer(
     images, added = as_images(x, len(arguments["kernel_size"]))
     if residual is not None:
         residual, _ = as_images(residual.to(x.dtype), len(arguments["kernel_size"]))
-    run = reference if x.dtype not in COMPILED else torch.ops.fxsparse.csr_conv_inference.default
+    known = gpu.DTYPES if x.is_cuda else COMPILED
+    run = reference if x.dtype not in known else torch.ops.fxsparse.csr_conv_inference.default
     code = activation_code(activation)
     return as_given(run(images, values, start, columns, bias, residual, code, numbers), added)
 
@@ -75,7 +81,7 @@ def reference(
     window: Sequence[int],
 ) -> Tensor:
     """The op in plain PyTorch: the dense convolution of the unpacked weight, on images and in at least fp32."""
-    _check(x, values, bias, window)
+    check(x, values, bias, window)
     groups, (top, left, bottom, right) = window[10], window[4:8]
     wide = torch.promote_types(x.dtype, torch.float32)
     channels = x.shape[1] // groups
@@ -90,14 +96,14 @@ def reference(
     return activate(y, ACTIVATIONS[activation]).to(x.dtype).contiguous()
 
 
-def _check(x: Tensor, values: Tensor, bias: Tensor | None, window: Sequence[int]) -> None:
+def check(x: Tensor, values: Tensor, bias: Tensor | None, window: Sequence[int]) -> None:
     """`check_images` for values that are fp32 in weights of half precision, too: there the bias tells its dtype."""
     half = values.dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16)
     check_images(x, bias if bias is not None else x if half else values, window[11])
 
 
 def _fake(x, values, start, columns, bias, residual, activation, window):
-    _check(x, values, bias, window)
+    check(x, values, bias, window)
     return x.new_empty(x.shape[0], start.shape[1] - 1, *patches.output_size(x.shape[2:], window))
 
 
@@ -109,19 +115,28 @@ define(
 )
 
 
+def _on_gpu(*args):
+    from fxsparse.kernels.csr import _conv_triton
+
+    return _conv_triton.forward(*args)
+
+
+on_gpu("csr_conv_inference", _on_gpu)
+
+
 @register_flop_formula(torch.ops.fxsparse.csr_conv_inference)
 def _flops(x_shape, values_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * values_shape[0] * x_shape[0] * prod(patches.output_size(x_shape[2:], args[-1]))
 
 
-def _pack(weight: Tensor) -> Mapping[str, Tensor]:
-    return _buffers(column_blocks.from_dense(weight.flatten(1)))
+def _pack(weight: Tensor, widest: int = column_blocks.WIDEST) -> Mapping[str, Tensor]:
+    return _buffers(column_blocks.from_dense(weight.flatten(1), widest))
 
 
-def _pack_entries(entries: Entries) -> Mapping[str, Tensor]:
+def _pack_entries(entries: Entries, widest: int = column_blocks.WIDEST) -> Mapping[str, Tensor]:
     rows, columns = entries.indices
     shape = (entries.shape[0], prod(entries.shape[1:]))
-    return _buffers(column_blocks.from_entries(entries.values, rows, columns, shape))
+    return _buffers(column_blocks.from_entries(entries.values, rows, columns, shape, widest))
 
 
 def _buffers(blocks: column_blocks.ColumnBlocks) -> Mapping[str, Tensor]:
@@ -144,9 +159,19 @@ def _refuses(problem: Problem) -> list[str]:
     reasons = cpu.refuses(problem)
     if problem.training:
         reasons.append("it has no gradient: cpu-csr-conv-train has")
-    if problem.shape[1] == 1 and dict(problem.arguments).get("groups", 1) > 1:
-        reasons.append("the convolution is depthwise: the dense one is the faster")
-    return reasons
+    return reasons + _refuses_depthwise(problem)
+
+
+def _refuses_on_gpu(problem: Problem) -> list[str]:
+    reasons = gpu.refuses(problem)
+    if problem.training:
+        reasons.append("it has no gradient: on a GPU convolutions train dense under a mask")
+    return reasons + _refuses_depthwise(problem)
+
+
+def _refuses_depthwise(problem: Problem) -> list[str]:
+    is_depthwise = problem.shape[1] == 1 and dict(problem.arguments).get("groups", 1) > 1
+    return ["the convolution is depthwise: the dense one is the faster"] if is_depthwise else []
 
 
 def _cost(problem: Problem) -> Cost:
@@ -156,4 +181,17 @@ def _cost(problem: Problem) -> Cost:
 
 CSR_CONV = register(
     Kernel("cpu-csr-conv", "conv2d", "csr", _pack, csr_conv_infer, _reference, _refuses, _cost, _pack_entries)
+)
+CSR_CONV_ON_GPU = register(
+    Kernel(
+        "cuda-csr-conv",
+        "conv2d",
+        "csr",
+        partial(_pack, widest=WIDEST_ON_GPU),
+        csr_conv_infer,
+        _reference,
+        _refuses_on_gpu,
+        _cost,
+        partial(_pack_entries, widest=WIDEST_ON_GPU),
+    )
 )

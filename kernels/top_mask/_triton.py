@@ -201,9 +201,9 @@ def variants() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any]]]:
     for dtype in DTYPES:
         bits = bits_of(dtype)
         for block in (2**power for power in range(4, held(bits).bit_length())):
-            given = [dtype, number, flags, counter, block, bits, block]
+            given = [dtype, number, flags, counter, block - 1, bits, block]
             yield _variant(f"top of rows of {block}, {dtype}", select_in_row, given, block)
-        sizes, last = [16, 16, 16], [bits // 8, bits, TILE]
+        sizes, last = [3, TILE + 1, 3], [bits // 8, bits, TILE]
         for digit in range(bits // 8):
             given = [dtype, number, counter, counter, *sizes, digit, bits, TILE]
             yield _variant(f"digit {digit} of {dtype}", count_digits, given, TILE)
