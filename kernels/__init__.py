@@ -23,6 +23,7 @@ from fxsparse.kernels.nm_lanes.linear import nm_lanes_linear
 from fxsparse.kernels.onednn.conv import onednn_conv2d
 from fxsparse.kernels.onednn.linear import onednn_linear
 from fxsparse.kernels.pool.max_pool import max_pool2d
+from fxsparse.kernels.semi_structured.linear import semi_structured_linear
 from fxsparse.kernels.soft_topk.shift import soft_topk_shift
 from fxsparse.kernels.striped.linear import striped_linear
 from fxsparse.kernels.top_mask.select import top_of_rows
@@ -54,6 +55,7 @@ __all__ = [
     "onednn_linear",
     "position_change",
     "scaled_dot_product_attention",
+    "semi_structured_linear",
     "soft_topk_shift",
     "striped_linear",
     "to_lanes",

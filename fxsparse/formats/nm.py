@@ -35,7 +35,7 @@ def pack(weight: Tensor, group: tuple[int, int] | None = None) -> Mapping[str, T
     Raises:
         PatternError: a group with more than N nonzeros, or inputs that are no multiple of M.
     """
-    group = group_of(weight != 0) if group is None else _checked(weight, *group)
+    group = group_of(weight != 0) if group is None else check(weight, *group)
     if group is None:
         raise PatternError(
             f"N:M needs at most M / 2 nonzeros in every group of M inputs, M of {GROUPS}: a weight "
@@ -61,8 +61,8 @@ def to_dense(values: Tensor, positions: Tensor, group: Tensor) -> Tensor:
     return dense.scatter(2, positions.unflatten(1, (-1, n)).long(), groups).flatten(1)
 
 
-def _checked(weight: Tensor, n: int, m: int) -> tuple[int, int]:
-    """The (N, M) if the weight keeps it."""
+def check(weight: Tensor, n: int, m: int) -> tuple[int, int]:
+    """(N, M); PatternError unless `weight` [out, in] has at most N nonzeros in every aligned group of M inputs."""
     if weight.shape[1] % m or most_in_group(weight != 0, m) > n:
         raise PatternError(
             f"expected at most {n} nonzeros in every aligned group of {m} inputs, got a weight {list(weight.shape)} "

@@ -24,10 +24,10 @@ class Launch:
 
 
 def of_tiles(tokens: int, n: int, m: int, itemsize: int) -> Sequence[Launch]:
-    """For tensor cores: 128 bytes of inputs at a time; fewer rows where a group has more values to be put in place."""
+    """For tensor cores: 128 bytes of inputs at a time; fewer rows for a few tokens or many values."""
     most = min(128, max(16, 1 << max(0, tokens - 1).bit_length()))
     inputs = max(128 // itemsize, m)
-    first = Launch(128 if n <= 2 else 64, most, inputs, 8 if most >= 64 else 4, 3)
+    first = Launch(128 if n <= 2 and most >= 64 else 64, most, inputs, 8 if most >= 64 else 4, 3)
     others = [
         replace(first, rows=first.rows // 2),
         replace(first, warps=12 - first.warps),

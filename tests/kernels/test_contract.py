@@ -33,8 +33,12 @@ def test_compiled_kernels_fulfil_the_contract(name, level, instruction_set):
     testing.check_kernel(registered()[name])
 
 
+ON_TENSOR_CORES = ("cuda-bsr", "cuda-bsr-train", "cuda-nm")
+"""GPU kernels whose reference runs on the CPU, by the same entry."""
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["cuda-csr", "cuda-csr-train", "cuda-condensed"])
+@pytest.mark.parametrize("name", ["cuda-csr", "cuda-csr-train", "cuda-condensed", *ON_TENSOR_CORES])
 def test_gpu_kernels_fulfil_the_contract(name, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # of the dense product, where memory is poisoned
     testing.check_kernel(registered()[name], "cuda")
@@ -81,6 +85,7 @@ def test_a_residual_of_another_dtype_is_added_after_and_of_another_shape_is_refu
 
 
 LINEAR = ("cpu-csr", "cpu-csr-train", "cpu-condensed", "cpu-lookup", "cpu-striped", "cpu-bsr", "cpu-nm")
+LINEAR += ON_TENSOR_CORES
 
 
 @pytest.mark.parametrize("name", LINEAR)

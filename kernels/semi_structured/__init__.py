@@ -1,0 +1,1 @@
+"""2:4 weights on the sparse tensor cores of a GPU, through PyTorch."""
