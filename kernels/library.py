@@ -144,10 +144,16 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any],
 def on_gpu(name: str, run: Callable[..., Any]) -> None:
     """Let ``fxsparse::<name>`` on CUDA tensors call `run`, which imports its Triton kernels when it is called.
 
-    Where Triton is not installed the reference runs.
+    It runs on the device of its first argument, whichever is the current one.  Where Triton is not installed the
+    reference runs.
     """
+
+    def there(*args: Any) -> Any:
+        with torch.cuda.device(args[0].device):  # Triton launches on the current device
+            return run(*args)
+
     if importlib.util.find_spec("triton") is not None:
-        _LIBRARY.impl(name, run, "CUDA")
+        _LIBRARY.impl(name, there, "CUDA")
 
 
 def autocast(x: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -180,7 +180,7 @@ def tiled(
         tiling.rows, tiling.entries, tiling.tokens, UNROLL, activation if whole else 0,
         weight.crow is not None, weight.empty_rows is not None, weight.scales is not None,
         whole and bias is not None, whole and added is not None,
-        num_warps=tiling.warps,
+        **tiling.options,
     )  # fmt: skip
     if not whole:
         finish[(triton.cdiv(y.numel(), _FINISHED),)](
@@ -229,7 +229,7 @@ def variants() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any]]]:
         ]
         held = f"{tiling.tokens} tokens, {tiling.rows} rows, {tiling.warps} warps"
         name = f"{'csr' if has_crow else 'condensed'} {dtype}, {held}"
-        yield name, multiply, dict(zip(multiply.arg_names, given, strict=True)), {"num_warps": tiling.warps}
+        yield name, multiply, dict(zip(multiply.arg_names, given, strict=True)), tiling.options
     for dtype in DTYPES:
         given = [torch.float32, dtype, dtype, dtype, 512, 512, 4, _FINISHED, 2, True, True]
         yield f"sum of parts {dtype}", finish, dict(zip(finish.arg_names, given, strict=True)), {}

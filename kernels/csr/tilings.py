@@ -20,6 +20,11 @@ class Tiling:
     splits: int = 1
     """Programs that share the entries of a row; their sums are added after."""
 
+    @property
+    def options(self) -> dict[str, int]:
+        """Of the launch.  Left alone, the assembler of sm_100 spills rather than take more than 32 registers."""
+        return {"num_warps": self.warps} | ({"maxnreg": 64} if self.tokens > 1 else {})
+
 
 UNROLL = 4
 """Steps along the rows whose loads are under way at once."""

@@ -10,6 +10,7 @@ from torch import nn
 from fxsparse import Plan, compile, module
 from fxsparse.errors import PlanError
 from fxsparse.methods import gmp, gse, rigl, sr_ste
+from fxsparse.passes import choose_storage
 from fxsparse.pattern import NM, Block
 from fxsparse.reparam import HardMask
 
@@ -62,6 +63,15 @@ def test_what_a_method_pattern_or_plan_rules_out(plan, reason):
     [(storage, why)] = storages(plan, nn.Linear(16, 16)).values()
     assert storage == "masked"
     assert reason in why
+
+
+def test_on_cuda_linear_layers_train_with_the_kernel_for_it(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(choose_storage, "_device", lambda *_: torch.device("cuda"))
+    sparse = compile(nn.Linear(16, 4), Plan(sparsity=0.5, storage="compact"))
+    [row] = sparse.report.to_dict()["layers"]
+    assert (row["kernel"], row["reason"]) == ("cuda-csr-train", "the plan asks for compact storage")
+    assert sparse(torch.ones(2, 16)).shape == (2, 4)
 
 
 def test_auto_takes_what_measured_faster_and_says_by_how_much():
