@@ -123,12 +123,16 @@ def limit_us(kernel: Kernel, problem: Problem) -> float:
 
     The roofs are measured once, on the threads of this process: for FLOPs the faster of torch's dense product and
     independent multiply-adds in C++, for bytes the faster of torch's dot product and a C++ loop, over no more bytes
-    than the weight has, so that they come from the cache that may hold it.  Where other work disturbed that
-    measurement a kernel may come below the limit by as much.
+    than the weight has, so that they come from the cache that may hold it.  On a GPU they are those of PyTorch's dense
+    product and of reading.  Where other work disturbed that measurement a kernel may come below the limit by as much.
     """
-    from fxsparse.kernels import cpu
+    from fxsparse.kernels import cpu, gpu
 
     cost = kernel.cost(problem)
+    if problem.device.type == "cuda":
+        flops = gpu.flops_per_second(problem.dtype, problem.device)
+        read = gpu.bytes_per_second(1 << max(0, cost.bytes.bit_length() - 1), problem.device)
+        return 1e6 * max(cost.flops / flops, cost.bytes / read)
     flops = max(machine.flops_per_second(problem.dtype), cpu.flops_per_second())
     size = 1 << min(27, max(14, cost.bytes.bit_length() - 1))  # 16 KiB to 128 MiB
     read = max(machine.bytes_per_second(max(size, 1 << 18)), cpu.bytes_per_second(size))
@@ -152,10 +156,15 @@ def _measured(
     problem: Problem, usable, refusals, call, rounds: int
 ) -> tuple[dict[str, float], dict[str, list[str]]]:
     """Microseconds of every usable kernel whose result is right, and why the others are not among them."""
+    from fxsparse.kernels.gpu import tuning
+
     refusals = dict(refusals)
     timers = {}
     for kernel in usable:
-        timer, output = _prepared(kernel, problem, *call)
+        with tuning.measuring():
+            timer, output = _prepared(kernel, problem, *call)
+            if problem.device.type == "cuda":
+                timer()  # launches of the gradients are found here, and not while others are timed
         x, weight, *rest = call
         error = _error(output, problem, x, stored(kernel, weight), *rest)
         allowed = tolerance(problem.dtype, torch.Size(problem.shape[1:]).numel() + 1)

@@ -74,13 +74,21 @@ def bytes_per_second(size: int) -> float:
     return size / least_seconds(key, lambda: _product(size // 8, dtype=torch.float32))
 
 
-def least_seconds(key: object, prepare: Callable[[], Callable[[], object]]) -> float:
-    """Seconds of the call that `prepare` makes, the least of 20; measured once on each machine, then remembered."""
+def least_seconds(
+    key: object,
+    prepare: Callable[[], Callable[[], object]],
+    clock: Callable[[Callable[[], object]], float] | None = None,
+) -> float:
+    """Seconds of the call that `prepare` makes, the least of 20; measured once on each machine, then remembered.
+
+    `clock` gives the seconds of one call; by default those of the processor.
+    """
+    clock = clock or _seconds
     if key not in _SECONDS:
         found = recall(key)
         if found is None:
             call = prepare()
-            found = min(_seconds(call) for _ in range(20))
+            found = min(clock(call) for _ in range(20))
             remember(key, found)
         _SECONDS[key] = found
     return _SECONDS[key]

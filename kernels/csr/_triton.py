@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fxsparse.kernels.csr.tilings import UNROLL, Tiling, launched, tilings
-from fxsparse.kernels.gpu import DTYPES, multiprocessors, panels_triton
+from fxsparse.kernels.gpu import DTYPES, multiprocessors, panels_triton, tuning
 from fxsparse.kernels.gpu.epilogue_triton import activate
 from fxsparse.kernels.gpu.panels_triton import panels_of
 from fxsparse.kernels.library import check_input
@@ -136,6 +136,17 @@ class Rows:
         mean = self.values.numel() / max(1, self.active)
         return tilings(tokens, self.outputs, mean, dtype, multiprocessors(self.values.device))
 
+    def tiling(self, x: Tensor) -> Tiling:
+        """The fastest form for x [tokens, in], as far as it is known."""
+        sizes = (*x.shape, self.outputs, self.values.numel(), x.dtype, self.values.dtype, self.columns.dtype)
+        return tuning.fastest(
+            __name__,
+            (*sizes, self.crow is None),
+            lambda: self.tilings(len(x), x.dtype),
+            lambda form: tiled(panels_of(x, form.tokens), len(x), self, form),
+            x.device,
+        )
+
 
 def linear(
     x: Tensor, weight: Rows, bias: Tensor | None, activation: int, residual: Tensor | None = None
@@ -153,7 +164,7 @@ def linear(
     flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     if 0 in shape:
         return x.new_empty(shape)
-    tiling = weight.tilings(len(flat), x.dtype)[0]
+    tiling = weight.tiling(flat)
     y = tiled(panels_of(flat, tiling.tokens), len(flat), weight, tiling, bias, activation, residual)
     return y.view(shape)
 

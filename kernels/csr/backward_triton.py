@@ -86,7 +86,7 @@ def backward(
     grad_x, grad_values, grad_bias = x.new_empty(0), values.new_empty(0), grad.new_empty(0)
     # Unused slots of `perm` are -1: they stand after the last entry, and nobody reads what they get.
     columns = Rows(values[perm] if need_x else values, rows_t, ccol)
-    tiling = columns.tilings(tokens, grad.dtype)[0]
+    tiling = columns.tiling(flat)
     grads = panels_of(flat, tiling.tokens) if need_x or need_values else flat
     if need_x:
         grad_x = tiled(grads, tokens, columns, tiling) if x.numel() else x.new_empty(tokens, x.shape[-1])

@@ -1,6 +1,15 @@
-"""The Triton kernels: what they need, and what they do to a sum at its end (`epilogue_triton`)."""
+"""The Triton kernels: needs, launches (`tuning`), roofs of the GPU, and what ends a product (`epilogue_triton`)."""
 
 from fxsparse.kernels.gpu.device import INTERPRETED, multiprocessors, precision
 from fxsparse.kernels.gpu.needs import DTYPES, refuses
+from fxsparse.kernels.gpu.roofs import bytes_per_second, flops_per_second
 
-__all__ = ["DTYPES", "INTERPRETED", "multiprocessors", "precision", "refuses"]
+__all__ = [
+    "DTYPES",
+    "INTERPRETED",
+    "bytes_per_second",
+    "flops_per_second",
+    "multiprocessors",
+    "precision",
+    "refuses",
+]

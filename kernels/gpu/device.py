@@ -1,6 +1,8 @@
 """What launches ask of a device and of PyTorch's settings."""
 
 import os
+import time
+from collections.abc import Callable
 
 import torch
 
@@ -16,3 +18,25 @@ def multiprocessors(device: torch.device) -> int:
 def precision() -> str:
     """Of fp32 products: as PyTorch's own are set to be."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def name_of(device: torch.device) -> str:
+    """What a GPU is called; "cpu" of the interpreter."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def seconds(call: Callable[[], object], device: torch.device, calls: int) -> float:
+    """Of one of several calls in a row, after one that does not count; on a GPU by its own clock."""
+    call()
+    if device.type != "cuda":
+        began = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return (time.perf_counter() - began) / calls
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    for _ in range(calls):
+        call()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1e3 / calls

@@ -1,0 +1,143 @@
+"""Launches of GPU kernels, measured by a clock that the tests hold."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from fxsparse.kernels.gpu import tuning
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+pytest.importorskip("triton")
+
+
+@dataclass(frozen=True)
+class Launch:
+    warps: int
+
+
+LAUNCHES = (Launch(4), Launch(8), Launch(2))
+SECONDS = {4: 3.0e-3, 8: 1.0e-3, 2: 2.0e-3}
+
+
+@pytest.fixture
+def clock(monkeypatch, tmp_path):
+    """What was run, in order; the times are those of SECONDS, and nothing is known before."""
+    monkeypatch.setenv("FXSPARSE_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuning, "_TAKEN", {})
+    ran = []
+
+    def seconds(call, device, calls):
+        call()
+        return SECONDS[ran[-1].warps]
+
+    monkeypatch.setattr(tuning, "seconds", seconds)
+    return ran
+
+
+def take(ran, sizes=(1,), launches=LAUNCHES):
+    return tuning.fastest("fxsparse.kernels.gpu.tuning", sizes, lambda: launches, ran.append, CPU)
+
+
+def test_nothing_is_run_before_somebody_may_measure(clock):
+    assert take(clock) == Launch(4)
+    assert clock == []
+
+
+def test_the_fastest_is_taken_and_kept_for_its_sizes_alone(clock):
+    take(clock)
+    with tuning.measuring():
+        assert take(clock) == Launch(8)
+    assert clock == [*LAUNCHES] * 3
+    assert take(clock) == Launch(8)
+    assert take(clock, sizes=(2,)) == Launch(4)
+    assert len(clock) == 9
+
+
+def test_later_processes_take_what_was_found_unless_it_is_no_longer_offered(clock, monkeypatch):
+    with tuning.measuring():
+        take(clock)
+    monkeypatch.setattr(tuning, "_TAKEN", {})
+    assert take(clock) == Launch(8)
+    monkeypatch.setattr(tuning, "_TAKEN", {})
+    assert take(clock, launches=LAUNCHES[::2]) == Launch(4)
+    assert len(clock) == 9
+
+
+def test_other_code_is_measured_again(clock, monkeypatch):
+    with tuning.measuring():
+        take(clock)
+    monkeypatch.setattr(tuning, "_TAKEN", {})
+    monkeypatch.setattr(tuning, "_version", lambda kernel: "another")
+    assert take(clock) == Launch(4)
+
+
+def test_the_search_is_bounded(clock, monkeypatch):
+    monkeypatch.setattr(tuning, "SECONDS", 4 * SECONDS[4])
+    with tuning.measuring():
+        assert take(clock) == Launch(4)  # the others had no turn
+    assert clock == [Launch(4)]
+
+
+def test_one_way_is_not_measured(clock):
+    with tuning.measuring():
+        assert take(clock, launches=LAUNCHES[:1]) == Launch(4)
+    assert clock == []
+
+
+def test_measuring_ends_with_its_block(clock):
+    with pytest.raises(ZeroDivisionError), tuning.measuring():
+        1 / 0  # noqa: B018
+    take(clock)
+    assert clock == []
+
+
+def products() -> list[bool]:
+    """Runs in the interpreter: a product while its launches are measured, and after; what is known then."""
+    from fxsparse.kernels.csr import _triton
+
+    torch.manual_seed(0)
+    weight = torch.randn(6, 40) * (torch.rand(6, 40) < 0.3)
+    crow = torch.cat([torch.zeros(1), (weight != 0).sum(1).cumsum(0)]).int()
+    arguments = weight[weight != 0], crow, weight.nonzero()[:, 1].int(), 40, None, 0
+    x = torch.randn(2, 40)
+    with tuning.measuring():
+        y = _triton.forward(x, *arguments)
+    torch.testing.assert_close(y, x @ weight.T)
+    torch.testing.assert_close(_triton.forward(x, *arguments), y)
+    return [taken.is_measured for taken in tuning._TAKEN.values()]
+
+
+def test_products_by_nonzeros_measure_their_launches_and_stay_right(tmp_path):
+    code = "from tests.kernels.test_gpu_tuning import products\nprint(products())"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "FXSPARSE_CACHE": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "[True]"
+    assert len(list((tmp_path / "measured").glob("*.json"))) == 1
+
+
+@pytest.mark.gpu
+def test_a_choice_on_a_gpu_measures_launches_and_ordinary_calls_do_not(monkeypatch, tmp_path):
+    from fxsparse import choosing
+    from fxsparse.kernel import Problem
+
+    monkeypatch.setenv("FXSPARSE_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuning, "_TAKEN", {})
+    cuda = torch.device("cuda", torch.cuda.current_device())
+    weight = torch.randn(512, 1024, device=cuda) * (torch.rand(512, 1024, device=cuda) < 0.1)
+    x = torch.randn(64, 1024, device=cuda)
+    for training in (False, True):
+        nnz = int(weight.count_nonzero())
+        arguments = (("in_features", 1024),)
+        problem = Problem("linear", (512, 1024), 64, nnz, x.dtype, cuda, training, arguments=arguments)
+        choice = choosing.choose(problem, x, weight)
+        assert ("cuda-csr-train" if training else "cuda-csr") in choice.times_us
+    assert any(taken.is_measured for taken in tuning._TAKEN.values())
