@@ -37,8 +37,11 @@ ON_TENSOR_CORES = ("cuda-bsr", "cuda-bsr-train", "cuda-nm")
 """GPU kernels whose reference runs on the CPU, by the same entry."""
 
 
+GPU_KERNELS = ("cuda-csr", "cuda-csr-train", "cuda-condensed", "cuda-csr-conv", *ON_TENSOR_CORES)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["cuda-csr", "cuda-csr-train", "cuda-condensed", *ON_TENSOR_CORES])
+@pytest.mark.parametrize("name", GPU_KERNELS)
 def test_gpu_kernels_fulfil_the_contract(name, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # of the dense product, where memory is poisoned
     testing.check_kernel(registered()[name], "cuda")

@@ -3,6 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxsparse.kernels import cpu
 from fxsparse.kernels.csr import topology
@@ -122,3 +123,30 @@ def test_other_layouts_are_refused():
         torch.ops.fxsparse.csr_move_(draw(12, 7, 0), *index)
     with pytest.raises(RuntimeError, match="expected new positions as contiguous int64"):
         torch.ops.fxsparse.position_change(flat, flat[::2])
+
+
+class Reads(TorchDispatchMode):
+    """Counts ops that make the host wait for numbers of a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
+            by_positions = func is torch.ops.aten.index.Tensor and all(
+                i.dtype == torch.int64 for i in args[1]
+            )
+            self.found += [] if by_positions else [str(func)]
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_move_reads_nothing_and_a_change_one_number():
+    flat = draw(12, 4, 0)
+    with Reads() as reads:
+        topology.move_(flat, *blank(3, 4, 6))
+        topology.move_(flat, *blank(3, 4, 6, transposed=False))
+    assert reads.found == []
+    with Reads() as reads:
+        topology.position_change(flat, draw(12, 5, 1))
+    assert reads.found == ["aten._local_scalar_dense.default"]
