@@ -65,9 +65,10 @@ def compare_forward() -> int:
     from fxsparse.kernels.condensed import _triton as by_fan_in
     from fxsparse.kernels.csr import _triton as by_rows
 
-    cases = list(product((1, 20), SHAPES, (0.0, 0.2, 1.0), (False, True)))
-    for seed, (tokens, shape, density, constant) in enumerate(cases):
-        dtype, code, tokens = DTYPES[seed // 2 % 3], seed % len(ACTIVATIONS), tokens + seed % 3
+    cases = list(product((1, 20), SHAPES, (0.0, 0.2, 1.0)))
+    for case, (tokens, shape, density) in enumerate(cases):
+        constant, seed = case % 2 == 1, case // 2
+        dtype, code, tokens = DTYPES[seed % 3], case % len(ACTIVATIONS), tokens + seed % 3
         weight = sparse_weight(shape, density, constant_fan_in=constant).to(dtype)
         x, bias, residual, added = inputs(shape, tokens, dtype, seed)
         with poisoned_memory():
@@ -76,7 +77,7 @@ def compare_forward() -> int:
                 y = by_fan_in.forward(x, *packed_in_order(packed), shape[1], bias, code, residual)
             else:
                 values, index = with_room(weight)
-                cols = index.cols.to(torch.int16 if seed % 4 else torch.int32)
+                cols = index.cols.to(torch.int16 if seed % 2 else torch.int32)
                 y = by_rows.forward(x, values, index.crow, cols, shape[1], bias, code, residual)
         exact = activate(x.double() @ weight.double().T + added, ACTIVATIONS[code])
         assert y.dtype == dtype
@@ -132,9 +133,9 @@ def compare_backward() -> int:
     """In the interpreter: gradients beside the exact ones, the stored entries' 0 where there are none."""
     from fxsparse.kernels.csr import backward_triton
 
-    cases = [*product(SHAPES, (0.0, 0.2, 1.0), ((), (3, 6))), ((37, 53), 0.2, (0,))]
+    cases = [*product(SHAPES, (0.0, 0.2, 1.0), [(3, 6)]), ((37, 53), 0.2, ()), ((37, 53), 0.2, (0,))]
     for seed, (shape, density, leading) in enumerate(cases):
-        dtype = DTYPES[seed // 2 % 3]
+        dtype = DTYPES[(seed + seed // 3) % 3]
         weight = sparse_weight(shape, density).to(dtype)
         values, index = with_room(weight)
         random = torch.Generator().manual_seed(seed)
@@ -196,7 +197,7 @@ def test_the_interpreter_gives_products_and_gradients() -> None:
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == "[36, 12, 2, 19, 4]"
+    assert run.stdout.strip() == "[18, 12, 2, 11, 4]"
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
