@@ -6,7 +6,7 @@ in a cache for the next.
 
 from collections.abc import Iterator, Sequence
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,15 +14,24 @@ import triton.language as tl
 from torch import Tensor
 
 from fxsparse.kernels.csr import conv_inference, patches
-from fxsparse.kernels.gpu import DTYPES
+from fxsparse.kernels.gpu import DTYPES, tuning
 from fxsparse.kernels.gpu.epilogue_triton import activate
 
+OPTIONS = {"num_warps": 4}
+"""Of every launch: 4 or 8 sums of a thread, as 16 take more registers than leave room for enough programs."""
+
+
+class Tile(NamedTuple):
+    """What a program holds at a time."""
+
+    pixels: int
+    entries: int
+    """Gathered together for each of them."""
+
+
 PIXELS = (32, 64, 128, 256)
-"""Of a tile: all that are launched."""
-SUMS = 2048
-"""Of a program, pixels times entries that are gathered together."""
-OPTIONS = {"num_warps": SUMS // 512}
-"""How programs are launched: 16 sums of a thread."""
+TILES = tuple(Tile(pixels, sums // pixels) for sums, pixels in product((1024, 512), PIXELS))
+"""All that are launched."""
 
 
 @triton.jit
@@ -96,20 +105,27 @@ def forward(
     if y.numel() == 0:
         return y
     pixels, added = len(x) * height * width, None if residual is None else residual.contiguous()
-    tile = tile_of(pixels)
-    convolve[(rows * triton.cdiv(pixels, tile),)](
-        x.contiguous(), values, start, columns, bias, added, y,
-        pixels, rows, len(start), max(1, -(-fan_in // len(start))), *x.shape[1:], height, width,
-        rows // window[10], x.shape[1] // window[10],
-        *window[:6], *window[8:10], any(window[4:8]), tile, SUMS // tile, activation, bias is not None,
-        added is not None, **OPTIONS,
-    )  # fmt: skip
+    x = x.contiguous()
+
+    def run(tile: Tile) -> None:
+        convolve[(rows * triton.cdiv(pixels, tile.pixels),)](
+            x, values, start, columns, bias, added, y,
+            pixels, rows, len(start), max(1, -(-fan_in // len(start))), *x.shape[1:], height, width,
+            rows // window[10], x.shape[1] // window[10],
+            *window[:6], *window[8:10], any(window[4:8]), tile.pixels, tile.entries, activation,
+            bias is not None, added is not None, **OPTIONS,
+        )  # fmt: skip
+
+    sizes = (*x.shape, rows, values.numel(), *window, x.dtype, values.dtype)
+    run(tuning.fastest(__name__, sizes, lambda: tiles_for(pixels), run, x.device))
     return y
 
 
-def tile_of(pixels: int) -> int:
-    """Pixels of a tile: as many as there are, within `PIXELS`."""
-    return next((tile for tile in PIXELS if tile >= pixels), PIXELS[-1])
+def tiles_for(pixels: int) -> tuple[Tile, ...]:
+    """The tiles to try for so many pixels of all samples; the first, as wide as they are, is to be taken unmeasured."""
+    fitting = [tile for tile in TILES if tile.pixels < 2 * pixels] or [TILES[0]]
+    first = max(fitting, key=lambda tile: (tile.pixels, tile.entries))
+    return first, *(tile for tile in fitting if tile != first)
 
 
 def variants() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any]]]:
@@ -120,8 +136,8 @@ def variants() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any]]]:
     """
     windows = {"1x1": (1, 1, 1, 1, 0, 0, 1, 1, False), "3x3": (3, 3, 1, 1, 1, 1, 1, 1, True)}
     windows["7x7, stride 2"] = (7, 7, 2, 2, 3, 3, 1, 1, True)
-    for dtype, tile, (name, numbers) in product(DTYPES, PIXELS, windows.items()):
+    for dtype, tile, (name, numbers) in product(DTYPES, TILES, windows.items()):
         given: list[Any] = [dtype, torch.float32, torch.int32, torch.int16, dtype, dtype, dtype, *[7] * 11]
-        given += [*numbers, tile, SUMS // tile, 2, True, True]
+        given += [*numbers, *tile, 2, True, True]
         arguments = dict(zip(convolve.arg_names, given, strict=True))
-        yield f"conv {name} {dtype}, {tile} pixels", convolve, arguments, OPTIONS
+        yield f"conv {name} {dtype}, {tile.pixels} pixels x {tile.entries}", convolve, arguments, OPTIONS

@@ -84,10 +84,19 @@ def test_forms_compile_ahead_of_time_without_spills(capability: int, monkeypatch
     from benchmarks.triton_ahead import compiled
     from fxsparse.kernels.csr._conv_triton import variants
 
-    asked = ("conv 7x7, stride 2 torch.float32, 64 pixels", "conv 1x1 torch.bfloat16, 256 pixels")
+    asked = ("conv 7x7, stride 2 torch.float32, 64 pixels x 16", "conv 1x1 torch.bfloat16, 256 pixels x 4")
     made = [compiled(*v, capability) for v in variants() if v[0] in asked]
     assert len(made) == len(asked)
     assert {row["spilled bytes"] for row in made} == {0}
+
+
+def test_the_first_tile_is_as_wide_as_the_pixels_and_all_are_compiled_ahead() -> None:
+    from fxsparse.kernels.csr._conv_triton import TILES, tiles_for, variants
+
+    assert [tiles_for(pixels)[0] for pixels in (1, 32, 49, 3136)] == [(32, 32), (32, 32), (64, 16), (256, 4)]
+    assert set(tiles_for(10**6)) == set(TILES)
+    ahead = {(v[2]["TILE"], v[2]["ENTRIES"]) for v in variants()}
+    assert ahead == set(TILES)
 
 
 def test_it_is_for_inference_on_cuda() -> None:
