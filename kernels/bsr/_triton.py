@@ -168,7 +168,8 @@ def _multiply(
         return
     _, width, height = values.shape
     shape = (width, height, height, 1) if places is None else (height, width, 1, height)
-    how = launch.of_product(len(x), height * width, x.element_size())[0]
+    on_tensor_cores = x.dtype != torch.float32 or precision() == "tf32"
+    how = launch.of_product(len(x), height * width, x.element_size(), on_tensor_cores)[0]
     lines = len(pointers) - 1
     multiply[(lines * triton.cdiv(len(x), how.tokens),)](
         x, values, pointers, others, places, order, bias, residual, y,
@@ -205,27 +206,25 @@ def variants() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any]]]:
 
     A tensor is given as its dtype.
     """
-    index = [torch.int32] * 4
-    for dtype, (height, width) in product(DTYPES, TENSOR_BLOCKS):
-        size, exact = f"{height}x{width} {dtype}", "tf32" if dtype == torch.float32 else "ieee"
+    index, exact = [torch.int32] * 4, ((torch.float32, "tf32"), *((dtype, "ieee") for dtype in DTYPES))
+    for (dtype, rounded), (height, width) in product(exact, TENSOR_BLOCKS):
+        is_plain = dtype == torch.float32 and rounded == "ieee"
+        size = f"{height}x{width} {dtype}{' unrounded' if is_plain else ''}"
         for tile in (16, 32, 64, 128):
-            how = launch.of_product(tile, height * width, dtype.itemsize)[0]
+            how = launch.of_product(tile, height * width, dtype.itemsize, not is_plain)[0]
             if how.tokens != tile:
                 continue
             given = [dtype, dtype, *index, dtype, dtype, dtype, tile, 4, width, height]
-            flags = [tile, launch.BAND, 2, False, True, True, True, exact, False]
+            flags = [tile, launch.BAND, 2, False, True, True, True, rounded, False]
             shape = [width, height, height, 1]
             arguments = dict(zip(multiply.arg_names, given + shape + flags, strict=True))
             yield f"bsr {size}, {tile} tokens", multiply, arguments, how.options
-            shape, flags = (
-                [height, width, 1, height],
-                [tile, launch.BAND, 0, True, True, False, False, exact, False],
-            )
+            shape = [height, width, 1, height]
+            flags = [tile, launch.BAND, 0, True, True, False, False, rounded, False]
             arguments = dict(zip(multiply.arg_names, given + shape + flags, strict=True))
             yield f"bsr input gradient {size}, {tile} tokens", multiply, arguments, how.options
         how = launch.of_sample(height, width, dtype.itemsize)[0]
         given = [dtype, dtype, *index[:3], torch.float32, 64, 8, 64, height, width]
-        arguments = dict(
-            zip(sample.arg_names, [*given, height, width, how.tokens, exact, False], strict=True)
-        )
+        given += [height, width, how.tokens, rounded, False]
+        arguments = dict(zip(sample.arg_names, given, strict=True))
         yield f"bsr weight gradient {size}", sample, arguments, how.options

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, isqrt
 
 _LARGE = 1 << 15
 _TILES = (16, 32, 64, 128)
@@ -22,13 +22,15 @@ class Launch:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-def of_product(tokens: int, entries: int, itemsize: int) -> Sequence[Launch]:
+def of_product(tokens: int, entries: int, itemsize: int, tensor_cores: bool = True) -> Sequence[Launch]:
     """For outputs or input gradients with blocks of so many entries: as many tokens in a tile as there are, up to 128.
 
-    Fewer beside large blocks.  The largest tiles of fp32 go by 4 warps: with 8 they spill on sm_100.
+    Fewer beside large blocks, and fewer still without `tensor_cores`, in fp32 where PyTorch is to round nothing.  The
+    largest tiles of fp32 go by 4 warps: with 8 they spill on sm_100.
     """
     size = entries * itemsize
     most = min(64 if size >= _LARGE else 128, max(16, 1 << max(0, tokens - 1).bit_length()))
+    most = most if tensor_cores else min(most, 2048 // isqrt(entries))
     tiles = [most, *(tile for tile in reversed(_TILES) if most // 4 <= tile < most)]
     stages = 2 if size > _LARGE else 3
     most_by_8 = 1 << (20 if itemsize == 4 else 21)

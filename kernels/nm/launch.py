@@ -41,10 +41,6 @@ def of_gather(tokens: int, rows: int, multiprocessors: int) -> Sequence[Launch]:
     padded = 1 << max(0, tokens - 1).bit_length()
     most = 8 // max(1, padded // 2)
     height = next((h for h in (8, 4, 2) if h <= most and rows >= 4 * h * multiprocessors), 1)
-    first = Launch(height, padded, 256, 4, 3)
-    return [
-        first,
-        replace(first, inputs=512),
-        replace(first, rows=max(1, height // 2)),
-        replace(first, warps=2),
-    ]
+    first = Launch(height, padded, 512 if padded == 1 else 256, 4, 3)
+    other = replace(first, inputs=768 - first.inputs)
+    return [first, other, replace(first, rows=max(1, height // 2)), replace(first, warps=2)]

@@ -1,4 +1,8 @@
-"""Inference of 2:4 linear layers on a GPU's sparse tensor cores: PyTorch's semi-structured tensors, by cuSPARSELt."""
+"""Inference of 2:4 linear layers on a GPU's sparse tensor cores: PyTorch's semi-structured tensors, by cuSPARSELt.
+
+No training: the gradient of the input multiplies the transposed weight, which is 2:4 for masks alone that PyTorch draws
+itself, in tiles of 4 x 4 (``prune_dense_static_sort``), and every step would have to compress new values.
+"""
 
 import warnings
 from collections.abc import Mapping
@@ -34,8 +38,8 @@ def semi_structured_linear(
     """
     activation_code(activation)
     refuse_gradient(x)
-    x, bias, residual = (_cast(t, packed) for t in (x, bias, residual))
-    assert x is not None
+    if torch.is_autocast_enabled(packed.device.type) and x.is_floating_point():
+        x, bias, residual = x.to(packed.dtype), _cast(bias, packed), _cast(residual, packed)
     check_input(x, packed, dense.shape[2])
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     with torch.autocast(x.device.type, enabled=False):
@@ -52,6 +56,7 @@ def pack(weight: Tensor) -> Mapping[str, Tensor]:
     """
     nm.check(weight, 2, 4)
     packed = _quietly(to_sparse_semi_structured, weight.contiguous()).packed
+    assert packed is not None
     return {"packed": packed, "dense": torch.empty(0, *weight.shape, dtype=torch.uint8, device=weight.device)}
 
 
@@ -70,9 +75,7 @@ def _quietly(make, *args):
 
 
 def _cast(tensor: Tensor | None, packed: Tensor) -> Tensor | None:
-    if tensor is None or not torch.is_autocast_enabled(packed.device.type) or not tensor.is_floating_point():
-        return tensor
-    return tensor.to(packed.dtype)
+    return None if tensor is None else tensor.to(packed.dtype)
 
 
 def _run(

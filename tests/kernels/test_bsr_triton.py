@@ -97,15 +97,13 @@ def test_the_largest_forms_compile_ahead_of_time_without_spills(
     from fxsparse.kernels.bsr import _triton
 
     large = ("128x128 torch.float32, 64", "128x128 torch.bfloat16, 64", "64x64 torch.bfloat16, 128")
-    large += (
-        "64x64 torch.bfloat16, 16",
-        "weight gradient 128x128 torch.float32",
-        "weight gradient 64x64 torch.b",
-    )
-    made = [compiled(*v, capability) for v in _triton.variants() if any(name in v[0] for name in large)]
-    assert len(made) == 10
+    large += ("64x64 torch.bfloat16, 16", "gradient 64x64 torch.float32 unrounded, 32")
+    large += ("weight gradient 128x128 torch.b", "weight gradient 64x64 torch.b")
+    asked = [v for v in _triton.variants() if any(name in v[0] for name in large)]
+    made = [compiled(*v, capability) for v in asked]
+    assert len(made) == len(asked) == 11
     assert {row["spilled bytes"] for row in made} == {0}
-    assert all("mma" in row["tensor cores"] for row in made)
+    assert all(("mma" in row["tensor cores"]) != ("unrounded" in row["kernel"]) for row in made)
 
 
 def test_every_tile_and_block_is_a_form_that_is_compiled_ahead() -> None:
@@ -114,7 +112,7 @@ def test_every_tile_and_block_is_a_form_that_is_compiled_ahead() -> None:
     names = {name for name, *_ in _triton.variants()}
     assert {f"bsr {b}x{b} torch.bfloat16, 16 tokens" for b in (16, 32, 64, 128)} <= names
     assert "bsr input gradient 16x16 torch.float16, 128 tokens" in names
-    assert len(names) == 3 * (4 * 2 * 4 + 4 - 2)
+    assert len(names) == 3 * (4 * 2 * 4 + 4 - 2) + 2 * (1 + 2 + 3 + 4) + 4
 
 
 def test_launches_are_few_and_the_default_is_the_first() -> None:
@@ -123,6 +121,7 @@ def test_launches_are_few_and_the_default_is_the_first() -> None:
     assert launch.of_product(1, 64 * 64, 2)[0] == launch.Launch(16, 4, 3)
     assert launch.of_product(4096, 64 * 64, 2)[0] == launch.Launch(128, 8, 3)
     assert launch.of_product(4096, 128 * 128, 4)[0] == launch.Launch(64, 4, 2)
+    assert launch.of_product(4096, 128 * 128, 4, tensor_cores=False)[0] == launch.Launch(16, 8, 2)
     for tokens, block, itemsize in product((1, 16, 100, 4096), (16, 32, 64, 128), (2, 4)):
         found = launch.of_product(tokens, block * block, itemsize)
         assert len(set(found)) == len(found) <= 5

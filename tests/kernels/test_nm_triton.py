@@ -77,7 +77,7 @@ def test_launches_are_few_and_the_default_is_the_first() -> None:
     from fxsparse.kernels.nm import launch
 
     assert launch.of_tiles(4096, 2, 4, 2)[0] == launch.Launch(128, 128, 64, 8, 3)
-    assert launch.of_gather(1, 4096, 132)[0] == launch.Launch(4, 1, 256, 4, 3)
+    assert launch.of_gather(1, 4096, 132)[0] == launch.Launch(4, 1, 512, 4, 3)
     assert launch.of_gather(8, 14336, 132)[0] == launch.Launch(2, 8, 256, 4, 3)
     for tokens, (n, m), itemsize in product((9, 40, 5000), ((1, 4), (8, 16)), (2, 4)):
         found = launch.of_tiles(tokens, n, m, itemsize)
