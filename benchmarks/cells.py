@@ -5,15 +5,19 @@ result, seconds and environment; a cell whose settings are in it already is not 
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import torch
@@ -83,12 +87,13 @@ def read_cells(path: Path) -> list[Cell]:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, processor and threads of this process."""
+    """Versions, processor and threads of this process, and the GPU where there is one."""
     return {
         "processor": processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        **_gpu(),
     }
 
 
@@ -113,6 +118,20 @@ def parser(description: str | None, output: str | None = None) -> argparse.Argum
         help="JSON of finished cells; those in it are not run again (default: %(default)s)",
     )
     return made
+
+
+@functools.cache
+def _gpu() -> dict[str, Any]:
+    """Name, driver, CUDA and Triton of the GPU that torch would use; nothing without one."""
+    if not torch.cuda.is_available():
+        return {}
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = (
+        subprocess.run(command, capture_output=True, text=True, check=False) if which("nvidia-smi") else None
+    )
+    driver = done.stdout.split()[0] if done and done.returncode == 0 and done.stdout.split() else "unknown"
+    versions = {"driver": driver, "cuda": torch.version.cuda, "triton": metadata.version("triton")}
+    return {"gpu": torch.cuda.get_device_name(), **versions}
 
 
 def _announce(ahead: int, total: int, seconds: float | None) -> str:
