@@ -12,6 +12,8 @@ from benchmarks.gpu.clock import Ready, times
 
 _LARGE, _SMALL = 1 << 30, 1 << 24
 """Bytes of what lies in memory, and of what lies in the L2 cache."""
+_MOST = 64
+"""Copies; fewer bytes than that only where a weight is tiny."""
 
 
 @functools.cache
@@ -38,10 +40,11 @@ def bytes_per_second(device: torch.device) -> dict[str, float]:
 
 
 def copies(weight_bytes: int, device: torch.device) -> int:
-    """How many copies of a weight are more than any cache holds: four times the L2, so that each comes from memory."""
+    """How many copies of a weight take four times the L2, so that each comes from memory; at most 64."""
     if device.type != "cuda":
         return 2
-    return math.ceil(4 * torch.cuda.get_device_properties(device).L2_cache_size / weight_bytes)
+    size = torch.cuda.get_device_properties(device).L2_cache_size
+    return min(_MOST, math.ceil(4 * size / weight_bytes))
 
 
 def _highest_clock(device: torch.device) -> float | None:

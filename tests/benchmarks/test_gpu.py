@@ -105,7 +105,7 @@ def test_a_rival_that_is_wrong_or_not_there_is_named_and_dense_has_to_run():
     def absent():
         raise NotImplementedError("not here\nat all")
 
-    dense = Rival("dense", lambda: [lambda: x], (exact,))
+    dense = Rival("dense", lambda: [x.clone], (exact,))
     wrong = Rival("wrong", lambda: [lambda: x * 1.001], (exact,))
     lost = Rival("nan", lambda: [lambda: x * float("nan")], (exact,))
     found = compare([dense, wrong, lost, Rival("absent", absent, (exact,))], CPU)
@@ -113,6 +113,9 @@ def test_a_rival_that_is_wrong_or_not_there_is_named_and_dense_has_to_run():
     assert found["missing"]["absent"] == "NotImplementedError: not here"
     assert "expected a relative error of at most 1e-04, got 1.0e-03" in found["missing"]["wrong"]
     assert "got nan" in found["missing"]["nan"]
+    y = x.clone()
+    found = compare([dense, Rival("unwritten", lambda: [lambda: y], (exact,))], CPU)
+    assert "got nan" in found["missing"]["unwritten"]
     with pytest.raises(ValueError, match="expected wrong to run"):
         compare([wrong, dense], CPU)
 
@@ -126,7 +129,7 @@ def test_tf32_is_set_for_a_rival_alone():
     one = (torch.ones(1).double(),)
     rivals._checked(Rival("dense", make, one))
     rivals._checked(Rival("tf32", make, one, tf32=True))
-    assert seen == [False, True]
+    assert seen == [False, False, True, True]
     assert torch.backends.cuda.matmul.allow_tf32 == before
 
 
@@ -205,6 +208,7 @@ def test_a_gpus_caches_and_versions_are_asked_for(monkeypatch):
     properties = SimpleNamespace(L2_cache_size=100, multi_processor_count=2, name="G")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     assert roofs.copies(150, torch.device("cuda")) == 3
+    assert roofs.copies(1, torch.device("cuda")) == 64
     said = SimpleNamespace(returncode=0, stdout="1980\n")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: said)
     monkeypatch.setattr("shutil.which", lambda name: name)
