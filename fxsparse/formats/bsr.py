@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fxsparse.errors import PatternError
+
 BLOCKS = ((32, 32), (16, 16), (8, 8), (4, 4), (2, 2), (1, 16), (1, 8), (1, 4), (16, 1), (8, 1), (4, 1))
 """Rows and columns of the blocks that are looked for, the largest first."""
 
@@ -56,19 +58,57 @@ def pack_for_inference(weight: Tensor) -> dict[str, Tensor]:
 
 
 def pack_for_training(weight: Tensor) -> dict[str, Tensor]:
-    """What `pack_for_inference` makes, and the same blocks by block column.
+    """What `pack_for_inference` makes, and the same blocks `by_column`."""
+    packed = pack_for_inference(weight)
+    return packed | by_column(packed)
+
+
+def by_column(packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The blocks of `pack_for_inference` or `joined` by block column, then row.
 
     ``ccol`` [block columns + 1], ``rows_t`` [blocks], the block row of each, ``perm`` [blocks], its place in
     ``values``, and ``order_t`` [block columns], by falling length; all int32.
     """
-    packed = pack_for_inference(weight)
-    crow, columns, width = packed["crow"], packed["columns"].long(), packed["values"].shape[1]
-    counts = torch.bincount(columns, minlength=weight.shape[1] // width)
-    ccol = torch.zeros(len(counts) + 1, dtype=torch.int32, device=weight.device)
+    crow, columns, dense = packed["crow"], packed["columns"].long(), packed["dense"]
+    counts = torch.bincount(columns, minlength=dense.shape[2] // packed["values"].shape[1])
+    ccol = torch.zeros(len(counts) + 1, dtype=torch.int32, device=crow.device)
     ccol[1:] = counts.cumsum(0)
     perm = columns.argsort(stable=True)
-    by_column = {"ccol": ccol, "rows_t": rows_of(crow)[perm].int(), "perm": perm.int()}
-    return {**packed, **by_column, "order_t": by_falling_length(ccol)}
+    order_t = by_falling_length(ccol)
+    return {"ccol": ccol, "rows_t": rows_of(crow)[perm].int(), "perm": perm.int(), "order_t": order_t}
+
+
+def joined(parts: Sequence[Mapping[str, Tensor]], share_input: bool = True) -> dict[str, Tensor]:
+    """One weight of several small ones from `pack_for_inference`, so that one launch serves them all.
+
+    Its outputs are theirs, one after another.  With `share_input` all read one input, as query, key and value do, else
+    each reads its own, one after another.  Differentiable in their ``values``.
+
+    Raises:
+        PatternError: blocks of several sizes, or shared inputs of several widths.
+    """
+    blocks, widths = {p["values"].shape[1:] for p in parts}, [p["dense"].shape[2] for p in parts]
+    if len(blocks) != 1 or (share_input and len(set(widths)) != 1):
+        raise PatternError(
+            f"expected weights with blocks of one size{' and inputs of one width' if share_input else ''}, got blocks "
+            f"{[list(p['values'].shape[1:]) for p in parts]} and widths {widths}. Launch them one by one."
+        )
+    width, first_block, first_column = parts[0]["values"].shape[1], 0, 0
+    crows, columns = [parts[0]["crow"][:1]], []
+    for part in parts:
+        crows.append(part["crow"][1:] + first_block)
+        columns.append(part["columns"] + first_column)
+        first_block += len(part["columns"])
+        first_column += 0 if share_input else part["dense"].shape[2] // width
+    crow, dense = torch.cat(crows), parts[0]["dense"]
+    shape = 0, sum(p["dense"].shape[1] for p in parts), widths[0] if share_input else sum(widths)
+    return {
+        "values": torch.cat([p["values"] for p in parts]),
+        "crow": crow,
+        "columns": torch.cat(columns),
+        "dense": dense.new_empty(shape),
+        "order": by_falling_length(crow),
+    }
 
 
 def by_falling_length(pointers: Tensor) -> Tensor:

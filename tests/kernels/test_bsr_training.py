@@ -75,6 +75,25 @@ def test_ops_pass_opcheck_and_count_flops():
         assert counter.get_total_flops() == sum(needed[:2]) * one
 
 
+def test_joined_weights_train_as_they_do_alone():
+    weights = [packed_weight(seed=seed)[0] for seed in (0, 1)]
+    parts = [bsr.pack_for_inference(weight) for weight in weights]
+    values = [part["values"].requires_grad_() for part in parts]
+    joined = bsr.joined(parts)
+    x = torch.randn(5, 48)
+    y = trainable_bsr_linear(x, **joined, **bsr.by_column(joined))
+    torch.testing.assert_close(y, F.linear(x, torch.cat(weights)))
+    upstream = torch.randn(5, 128)
+    for part, one, grad in zip(
+        parts, torch.autograd.grad(y, values, upstream), upstream.split(64, 1), strict=True
+    ):
+        alone = bsr.to_dense(one, part["crow"], part["columns"], part["dense"])
+        exact = (grad.T @ x) * bsr.to_dense(
+            torch.ones_like(one), part["crow"], part["columns"], part["dense"]
+        )
+        torch.testing.assert_close(alone, exact)
+
+
 def test_autocast_trains_single_precision_values():
     weight, packed = packed_weight()
     values = packed.pop("values").requires_grad_()

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from fxsparse.errors import PatternError
 from fxsparse.formats import bsr
 
 
@@ -56,3 +57,24 @@ def test_bfloat16_lies_in_pairs_of_columns(block):
         first = int(packed["columns"][0]) * width
         row = int((packed["crow"] > 0).nonzero()[0]) - 1
         assert packed["values"][0, 0, 0].tolist() == weight[row * height, first : first + 2].tolist()
+
+
+def test_small_weights_are_joined_into_one():
+    weights = [blocked((16, 16), rows, 3, seed) for seed, rows in enumerate((2, 1, 4))]
+    parts = [bsr.pack_for_inference(weight) for weight in weights]
+    for share, exact in ((True, torch.cat(weights)), (False, torch.block_diag(*weights))):
+        joined = bsr.joined(parts, share)
+        expected = bsr.pack_for_inference(exact)
+        assert list(joined) == list(expected)
+        assert all(torch.equal(joined[name], expected[name]) for name in joined)
+        turned, again = bsr.by_column(joined), bsr.pack_for_training(exact)
+        assert all(torch.equal(turned[name], again[name]) for name in turned)
+
+
+def test_blocks_or_inputs_of_several_sizes_are_not_joined():
+    parts = [bsr.pack_for_inference(blocked((16, 16), 2, columns)) for columns in (3, 4)]
+    assert bsr.joined(parts, share_input=False)["dense"].shape == (0, 64, 112)
+    with pytest.raises(PatternError, match="inputs of one width"):
+        bsr.joined(parts)
+    with pytest.raises(PatternError, match="blocks of one size"):
+        bsr.joined([parts[0], bsr.pack_for_inference(blocked((32, 32)))], share_input=False)
