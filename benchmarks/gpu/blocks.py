@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu.clock import FAILURES, Call, Ready, times
-from benchmarks.gpu.rivals import OURS, Rival, chosen, compare, kernel, triton_errors
+from benchmarks.gpu.rivals import OURS, Rival, chosen, compare, kernel, normal, triton_errors
 from fxsparse.formats import bsr
 from fxsparse.kernel import registered
 
@@ -39,11 +39,11 @@ def measure(settings: Mapping[str, Any], device: torch.device) -> dict[str, Any]
     kept = torch.rand(size // block, size // block, generator=generator, device=device).flatten()
     kept = torch.zeros_like(kept).index_fill_(0, kept.topk(max(1, round(DENSITY * len(kept)))).indices, 1)
     mask = kept.view(size // block, -1).repeat_interleave(block, 0).repeat_interleave(block, 1).bfloat16()
-    weight = torch.randn(size, size, generator=generator, device=device).bfloat16() * mask
-    x = torch.randn(settings["tokens"], size, generator=generator, device=device).bfloat16()
+    weight = normal(generator, size, size).bfloat16() * mask
+    x = normal(generator, settings["tokens"], size).bfloat16()
     taken = chosen(weight, x, training=settings["backward"])
     if settings["backward"]:
-        upstream = torch.randn(len(x), size, generator=generator, device=device).bfloat16()
+        upstream = normal(generator, len(x), size).bfloat16()
         found = compare(_training(x, weight, mask, upstream), device)
     else:
         found = compare(_forward(x, weight, block), device)
@@ -126,7 +126,7 @@ def _torch_triton(
 
     tried = {"its own": partial(call, None)}
     for columns, warps, stages in metas:
-        meta = {"SPLIT_N": x_t.shape[1] // columns, "GROUP_SIZE_ROW": 4}
+        meta = {"SPLIT_N": max(1, x_t.shape[1] // columns), "GROUP_SIZE_ROW": 4}
         run = partial(call, {**meta, "num_warps": warps, "num_stages": stages})
         try:
             run()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu.clock import precision
-from benchmarks.gpu.rivals import OURS, Rival, compare, kernel, problem
+from benchmarks.gpu.rivals import OURS, Rival, compare, kernel, normal, problem
 from fxsparse.choosing import choose
 
 SECONDS = 1.3
@@ -60,8 +60,8 @@ def inputs(settings: Mapping[str, Any], device: torch.device) -> tuple[Tensor, T
     else:
         mask = (score < density).float()
     mask = mask.repeat_interleave(block, 0).repeat_interleave(block, 1)
-    weight = torch.randn(mask.shape, generator=generator, device=device) * mask
-    x = torch.randn(settings["batch"], settings["in"], generator=generator, device=device)
+    weight = normal(generator, *mask.shape) * mask
+    x = normal(generator, settings["batch"], settings["in"])
     return weight.to(dtype), x.to(dtype)
 
 

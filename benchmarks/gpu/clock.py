@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from subprocess import SubprocessError
 
 import torch
 from torch import Tensor
@@ -19,8 +20,9 @@ from fxsparse.timing import interleaved_samples
 Call = Callable[[], Tensor | Sequence[Tensor]]
 Spread = list[float]
 """Microseconds of a call: least, lower quartile, median, upper quartile."""
-FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, ImportError, AssertionError, KeyError)
-"""What is caught of rivals that are not available; torch's own errors are RuntimeErrors."""
+FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, ImportError, AssertionError, LookupError)
+FAILURES += (ArithmeticError, OSError, SubprocessError)
+"""What is caught of rivals that are not available: torch's own errors are RuntimeErrors; compilers are processes."""
 SAMPLE_US, CAPTURED, ROUNDS = 1000, 64, (7, 51)
 """The least that a sample takes, the most calls in a graph, the fewest and most samples."""
 

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import layer_methods
 from benchmarks.gpu.clock import Call
-from benchmarks.gpu.rivals import OURS, Rival, chosen, compare, csr32, kernel
+from benchmarks.gpu.rivals import OURS, Rival, chosen, compare, csr32, kernel, normal
 from benchmarks.gpu.roofs import bytes_per_second, copies
 from fxsparse.kernel import registered
 
@@ -31,10 +30,11 @@ def grid(quick: bool, tiny: bool) -> list[dict[str, Any]]:
 @torch.no_grad()
 def measure(settings: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """What `compare` returns, and "limits": {"DRAM": {rival: microseconds}}, "bytes" of weights, "copies" of them."""
-    torch.manual_seed(0)
-    out, width = settings["out"], settings["in"]
-    weight = layer_methods.layer(out, settings["fan_in"], torch.bfloat16, out, width)[0].to(device)
-    x = torch.randn(settings["batch"], width, device=device, dtype=torch.bfloat16)
+    generator = torch.Generator(device).manual_seed(0)
+    out, width, fan_in = settings["out"], settings["in"], settings["fan_in"]
+    columns = normal(generator, out, width).topk(fan_in, 1).indices
+    weight = torch.zeros(out, width, device=device).scatter_(1, columns, normal(generator, out, fan_in))
+    weight, x = weight.bfloat16(), normal(generator, settings["batch"], width).bfloat16()
     exact = F.linear(x.double(), weight.double())
     taken = chosen(weight, x)
     held = {"dense": weight.nbytes, "cuSPARSE CSR": int(weight.count_nonzero()) * 6 + 4 * (out + 1)}

@@ -36,7 +36,7 @@ def measure(settings: Mapping[str, Any], device: torch.device) -> dict[str, Any]
     torch.manual_seed(0)
     rows, fan_in, out, width = (settings[name] for name in ("rows", "fan_in", "out", "in"))
     weight, bias = (t.to(device) for t in layer_methods.layer(rows, fan_in, torch.float32, out, width))
-    x = torch.randn(settings["batch"], width, device=device)
+    x = torch.randn(settings["batch"], width).to(device)
     exact = F.linear(x.double(), weight.double(), bias.double())
     with precision(False):
         taken = chosen(weight, x, bias)

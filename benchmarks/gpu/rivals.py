@@ -90,6 +90,15 @@ def problem(weight: Tensor, x: Tensor, training: bool = False) -> Problem:
     return problem_of(registered()["dense"], weight, len(x), weight.dtype, training, arguments)
 
 
+def normal(generator: torch.Generator, *shape: int) -> Tensor:
+    """Normal numbers on the generator's device, none of them 0, as a few of millions would be.
+
+    Not from the default generator, which a CUDA graph that failed leaves unusable.
+    """
+    values = torch.randn(shape, generator=generator, device=generator.device)
+    return values.masked_fill_(values == 0, 1)
+
+
 def csr32(weight: Tensor) -> Tensor:
     """`weight` as torch's CSR tensor with int32 indices, which its libraries are fastest with."""
     csr = weight.to_sparse_csr()

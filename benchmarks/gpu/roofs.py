@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.clock import Ready, times
+from benchmarks.gpu.rivals import normal
 
 _LARGE, _SMALL = 1 << 30, 1 << 24
 """Bytes of what lies in memory, and of what lies in the L2 cache."""
@@ -24,7 +25,7 @@ def bytes_per_second(device: torch.device) -> dict[str, float]:
     again; L1 is not measured but 128 bytes for each multiprocessor and cycle at the highest clock.
     """
     large, small = (_LARGE, _SMALL) if device.type == "cuda" else (1 << 16, 1 << 14)
-    one = torch.randn(large // 4, device=device)
+    one = normal(torch.Generator(device).manual_seed(0), large // 4)
     other, many = torch.empty_like(one), one[: small // 4].expand(32, -1)
 
     def copy() -> Tensor:

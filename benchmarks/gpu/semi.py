@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
 from benchmarks.gpu.clock import Call
-from benchmarks.gpu.rivals import Rival, chosen, compare, kernel
+from benchmarks.gpu.rivals import Rival, chosen, compare, kernel, normal
 from fxsparse.pattern import NM
 
 SECONDS = 12.0
@@ -26,7 +26,7 @@ def measure(settings: Mapping[str, Any], device: torch.device) -> dict[str, Any]
     """What `compare` returns, with 2:4 by magnitude."""
     size = settings["size"]
     generator = torch.Generator(device).manual_seed(0)
-    weight, x = (torch.randn(size, size, generator=generator, device=device) for _ in range(2))
+    weight, x = (normal(generator, size, size) for _ in range(2))
     weight = (weight * NM(2, 4).project(weight.abs(), 0)).bfloat16()
     x = x.bfloat16()
     exact = F.linear(x.double(), weight.double())
