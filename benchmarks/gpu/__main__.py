@@ -102,8 +102,12 @@ def _options(words: Sequence[str] | None) -> argparse.Namespace:
     made = parser(__doc__, output="benchmarks/results/gpu.json")
     made.add_argument("--part", nargs="+", default=list(PARTS), choices=list(PARTS))
     made.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    made.add_argument("--tiny", action="store_true", help="small shapes, whose times say nothing")
+    made.add_argument(
+        "--tiny", action="store_true", help="small shapes, whose times say nothing; kept with -o only"
+    )
     options = made.parse_args(words)
+    if options.tiny and options.output == made.get_default("output"):
+        options.output = None
     if options.device == "cuda" and not torch.cuda.is_available():
         made.error(
             "expected a CUDA device, and there is none: --device cpu --tiny shows that everything runs"

@@ -101,6 +101,11 @@ def test_a_cell_that_fails_says_so_and_the_next_one_runs(tmp_path, monkeypatch, 
     assert "fxsparse cuda-csr" in printed
 
 
+def test_times_of_small_shapes_are_not_kept_among_the_results():
+    assert command._options(["--device", "cpu", "--tiny"]).output is None
+    assert str(command._options(["--device", "cpu"]).output) == "benchmarks/results/gpu.json"
+
+
 def test_there_is_no_silent_fallback_to_the_cpu():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
