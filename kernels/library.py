@@ -132,7 +132,8 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any],
     def run(*args: Any) -> Any:
         from fxsparse.kernels import cpu
 
-        if args[0].is_cpu and cpu.builds_for(name) and cpu.load():
+        strided = args[0].layout == torch.strided  # the C++ kernels are for no other
+        if args[0].is_cpu and strided and cpu.builds_for(name) and cpu.load():
             return getattr(torch.ops.fxsparse, name)(*args)
         return reference(*args)
 

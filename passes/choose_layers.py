@@ -6,7 +6,16 @@ from typing import ClassVar
 
 from torch.fx import GraphModule, Node
 
-from fxsparse.graph import Site, argument, attribute_nodes, operation_name, sites
+from fxsparse.graph import (
+    CONVOLUTION,
+    Site,
+    argument,
+    attribute_nodes,
+    canonical_names,
+    given_arguments,
+    operation_name,
+    sites,
+)
 from fxsparse.pipeline import PassContext, Transformed, WeightSpec
 from fxsparse.transforms import SparseWide
 
@@ -38,7 +47,7 @@ class ChooseLayers:
             calls = [site for graph in graphs for site in sites(graph, name)]
             reason = ends.get(name) or _refusal(spec, calls, wide)
             if reason is None and not wide:
-                reason = next((why for graph in graphs if (why := _read_otherwise(graph, name))), None)
+                reason = _why_kept(ctx.program.skeleton, graphs, name)
             if reason is None:
                 found.layers.append(name)
             else:
@@ -58,17 +67,30 @@ def _refusal(spec: WeightSpec, calls: list[Site], wide: bool) -> str | None:
     return None
 
 
-def _read_otherwise(gm: GraphModule, name: str) -> str | None:
-    """Why the module of a layer cannot be replaced: parts of it are read by more than its calls."""
-    found = sites(gm, name)
+def _why_kept(gm: GraphModule, graphs: Sequence[GraphModule], name: str) -> str | None:
+    """Why the module of a layer cannot be replaced: its calls differ, or more than they read its parts."""
+    found = [site for graph in graphs for site in sites(graph, name)]
+    biases = [argument(site.node, 2, "bias") for site in found]
+    if any(isinstance(bias, Node) and bias.op != "get_attr" for bias in biases):
+        return "the graph computes its bias"
+    names = {str(bias.target) for bias in biases if isinstance(bias, Node)}
+    if len(names) > 1 or (names and None in biases):
+        return "its calls add different biases"
+    options = {repr(given_arguments(site.node, CONVOLUTION)) for site in found if site.op != "linear"}
+    if len(options) > 1 or len({site.transposed for site in found}) > 1:
+        return "its calls read it in different ways"
+    tied = canonical_names(gm)
+    for bias in names:
+        others = [other for other, first in tied.items() if first == tied.get(bias) and other != bias]
+        if others:
+            return f"its bias is tied to {others[0]!r}"
     calls = {site.node for site in found}
-    for site in found:
-        bias = argument(site.node, 2, "bias")
-        if isinstance(bias, Node) and bias.op != "get_attr":
-            return "the graph computes its bias"
-    direct = [user for node in attribute_nodes(gm.graph, name) for user in node.users]
-    if any(user not in calls and calls.isdisjoint(user.users) for user in direct):
-        return "something other than its calls reads it"
+    for part, what in ((name, "it"), *((bias, "its bias") for bias in names)):
+        direct = [
+            user for graph in graphs for node in attribute_nodes(graph.graph, part) for user in node.users
+        ]
+        if any(user not in calls and calls.isdisjoint(user.users) for user in direct):
+            return f"something other than its calls reads {what}"
     return None
 
 

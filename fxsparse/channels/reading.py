@@ -98,9 +98,9 @@ class Reader:
         return len(self.shape(value) or ())
 
     def size(self, value: Any, dim: int) -> int | None:
-        """Size of a dimension; None where it is a symbol or not known."""
-        shape = self.shape(value)
-        size = None if shape is None else shape[dim]
+        """Size of a dimension; None where it is a symbol, not known or not there."""
+        shape = self.shape(value) or ()
+        size = shape[dim] if -len(shape) <= dim < len(shape) else None
         return size if isinstance(size, int) else None
 
     def axis(self, value: Node, dim: int) -> Axis:

@@ -39,7 +39,7 @@ def pack(weight: Tensor) -> Mapping[str, Tensor]:
     run = MOST // steps
     padded = F.pad(padded, (0, -padded.shape[1] % (run * INPUTS)))
     packed = nm.pack(padded, (steps, INPUTS))
-    by_lane = (len(padded) // INPUTS, INPUTS, -1, run, steps)
+    by_lane = (len(padded) // INPUTS, INPUTS, padded.shape[1] // (run * INPUTS), run, steps)
     shifts = 4 * torch.arange(run * steps).reshape(run, steps)
     places = (packed["positions"].reshape(by_lane).long() << shifts).sum((3, 4))
     return {

@@ -21,9 +21,10 @@ Chunks chunks_of(const Tensor& x, const Tensor& values, const Tensor& places, co
   check_input(x, values, dense.size(2), scales);
   const int64_t groups = values.size(0), runs = values.size(1), run = values.size(2), steps = values.size(3);
   const int64_t out = dense.size(1), in = dense.size(2);
-  STD_TORCH_CHECK(groups * kChunk16 >= out && runs * run * kChunk16 >= in && run * steps <= 8, "fxsparse: expected chunks "
-                  "for ", out, " x ", in, ", and at most 8 steps in a run, got ", groups, " groups of ", runs, " x ", run,
-                  " x ", steps);
+  STD_TORCH_CHECK(run > 0 && steps > 0 && run <= 8 && steps <= 8 && run * steps <= 8 &&
+                      groups == (out + kChunk16 - 1) / kChunk16 && runs == (in + run * kChunk16 - 1) / (run * kChunk16),
+                  "fxsparse: expected chunks for ", out, " x ", in, ", and 1 to 8 steps in a run, got ", groups,
+                  " groups of ", runs, " x ", run, " x ", steps);
   const auto* found = index32(places, groups * runs * kChunk16, "places");
   return {values.const_data_ptr(), stored_scalar(values, scales), reinterpret_cast<const uint32_t*>(found),
           groups, runs, run, steps, out};

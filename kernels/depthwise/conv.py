@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fxsparse.kernel import Cost, Kernel, Problem, register
+from fxsparse.kernel import OF_THE_WEIGHT, Cost, Kernel, Problem, register
 from fxsparse.kernels import cpu
 from fxsparse.kernels.csr import patches
 from fxsparse.kernels.csr.conv import as_given, as_images, check_size, window
@@ -33,7 +33,7 @@ def depthwise_conv(
     `arguments` are kernel_size, in_channels, stride, padding, dilation and groups as of ``F.conv2d``, or ``F.conv1d``
     where kernel_size is one number.  x [samples, channels, *size], or one sample without the first dimension, is of one
     floating dtype with weight [channels, 1, *kernel_size] and bias [channels].  Sums are in fp32 (fp64 for fp64).  The
-    result is contiguous.
+    result is contiguous.  What torch.compile sees is PyTorch's convolution: Inductor has a layout of its own for it.
 
     Raises:
         UnsupportedError: an input that requires a gradient.
@@ -42,9 +42,13 @@ def depthwise_conv(
     """
     refuse_gradient(x)
     x, weight, bias = autocast(x, weight, bias)
-    numbers = window(**arguments)
+    numbers, dimensions = window(**arguments), len(arguments["kernel_size"])
     check_size(x, arguments["kernel_size"], numbers)
-    images, added = as_images(x, len(arguments["kernel_size"]))
+    if torch.compiler.is_compiling():
+        given = {name: value for name, value in arguments.items() if name not in OF_THE_WEIGHT}
+        convolution: Any = F.conv1d if dimensions == 1 else F.conv2d
+        return activate(convolution(x, weight, bias, **given), activation)
+    images, added = as_images(x, dimensions)
     run: Any = reference if x.dtype not in COMPILED else torch.ops.fxsparse.depthwise_conv.default
     return as_given(run(images, weight, bias, activation_code(activation), numbers), added)
 

@@ -138,6 +138,18 @@ def test_autocast_leaves_integers_to_be_refused(name):
         entry.run(torch.ones(2, 32, dtype=torch.long), None, *buffers, in_features=32)
 
 
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_sparse_input_is_no_endless_call(name):
+    entry = registered()[name]
+    buffers = list(entry.pack(torch.eye(32)).values())
+    try:
+        y = entry.run(torch.eye(32).to_sparse(), None, *buffers, in_features=32)
+    except (RuntimeError, NotImplementedError) as error:
+        assert not isinstance(error, RecursionError)  # noqa: PT017
+    else:
+        assert torch.equal(y, torch.eye(32))
+
+
 CONVOLUTIONS = (
     ((8, 16, 3, 3), (8, 8), 1),
     ((8, 4, 3, 3), (8, 8), 4),

@@ -150,6 +150,21 @@ def test_compiles_whole_with_the_same_numbers(backend):
         torch.testing.assert_close(compiled(x), 2 * infer(x, weight, padding=1))
 
 
+@pytest.mark.parametrize("size", [(9,), (9, 8)])
+def test_a_compiler_sees_the_convolution_of_pytorch(size):
+    weight, x, seen = torch.randn(4, 1, *[3] * len(size)), torch.randn(2, 4, *size), []
+
+    def backend(gm, _):
+        seen.extend(str(node.target) for node in gm.graph.nodes if node.op == "call_function")
+        return gm.forward
+
+    compiled = torch.compile(lambda x: infer(x, weight, padding=1, activation="relu"), backend=backend)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), infer(x, weight, padding=1, activation="relu"))
+    assert any(f"conv{len(size)}d" in target for target in seen)
+    assert not any("fxsparse" in target for target in seen)
+
+
 def test_autocast_computes_in_bfloat16():
     weight, x = torch.randn(4, 1, 3, 3), torch.randn(2, 4, 8, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):

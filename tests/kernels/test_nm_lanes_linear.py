@@ -76,6 +76,9 @@ def test_broken_buffers_are_refused():
         nm_lanes_linear(x, values, places.long(), dense)
     with pytest.raises(RuntimeError, match="expected chunks for 70 x 600"):
         nm_lanes_linear(torch.randn(2, 600), values, places, torch.empty(0, 70, 600, dtype=torch.uint8))
+    for size in ((5, 0, 2, 4, 16), (5, 10, 2, 0, 16), (2**60 + 1, 1, 1, 0, 16)):
+        with pytest.raises(RuntimeError, match="and 1 to 8 steps in a run"):
+            nm_lanes_linear(x, torch.empty(size), places, dense)
 
 
 @COMPILED

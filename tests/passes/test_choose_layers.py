@@ -8,7 +8,7 @@ from fxsparse.passes import ChooseLayers, CollectWeights, Functionalize, InferSh
 from fxsparse.pipeline import PassContext, run_passes
 from fxsparse.report import Report
 from fxsparse.trace import capture
-from fxsparse.transforms import SparseDoped, SparseWide
+from fxsparse.transforms import SparseDoped, SparseFactorized, SparseParallel, SparseWide
 
 
 def chosen(model, x, transform=None, **plan):
@@ -99,3 +99,75 @@ def test_layers_whose_parts_are_read_otherwise_are_not_replaced_but_widened():
     made = fxsparse.compile(model, Plan(transform=SparseDoped(), sparsity=0.5), example_inputs=x)
     made(x).sum().backward()
     assert made.get_parameter("a.bias").grad is not None
+
+
+def linear(x, layer, bias):
+    return nn.functional.linear(x, layer.weight, bias)
+
+
+READ_OTHERWISE = {
+    "its calls add different biases": [
+        lambda m, y: linear(y, m.b, m.b.bias) + linear(2 * y, m.b, None),
+        lambda m, y: linear(y, m.b, None) + linear(2 * y, m.b, m.b.bias),
+        lambda m, y: linear(y, m.b, m.b.bias) + linear(2 * y, m.b, m.first.bias),
+        lambda m, y: linear(y, m.b, m.b.bias if m.training else None),
+    ],
+    "something other than its calls reads its bias": [lambda m, y: m.b(y) + m.b.bias.abs().sum()],
+}
+
+
+class Reading(nn.Module):
+    def __init__(self, middle):
+        super().__init__()
+        self.first, self.b, self.c, self.last = (nn.Linear(4, 4) for _ in range(4))
+        self.middle = middle
+
+    def forward(self, x):
+        return self.last(self.c(self.middle(self, self.first(x))))
+
+
+@pytest.mark.parametrize(("reason", "middle"), [(why, m) for why, ms in READ_OTHERWISE.items() for m in ms])
+def test_layers_whose_calls_differ_are_not_replaced(reason, middle):
+    model, x = Reading(middle), torch.randn(2, 4)
+    found = chosen(model, x, SparseDoped())
+    assert found.dense["b.weight"] == f"Sparse-IFT leaves it dense: {reason}"
+    assert found.layers == ["c.weight"]
+    for transform in (SparseDoped(), SparseFactorized(), SparseParallel()):
+        made = fxsparse.compile(model, Plan(transform=transform, sparsity=0.5), example_inputs=x)
+        made(x).sum().backward()
+        assert torch.equal(made.get_parameter("b.weight"), model.b.weight)
+
+
+class TwoWindows(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(4))
+
+    def forward(self, x):
+        y = self.a(x)
+        other = nn.functional.conv2d(y, self.b.weight, self.b.bias, padding=2, dilation=2)
+        return self.d(self.c(self.b(y) + other))
+
+
+def test_a_convolution_with_two_windows_is_not_replaced():
+    found = chosen(TwoWindows(), torch.randn(2, 3, 8, 8), SparseDoped())
+    assert found.layers == ["c.weight"]
+    assert found.dense["b.weight"].endswith("its calls read it in different ways")
+
+
+def test_layers_that_share_a_bias_are_not_replaced():
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5)))
+    model[2].bias = model[1].bias
+    found = chosen(model, torch.randn(2, 4), SparseParallel())
+    assert found.layers == ["3.weight"]
+    assert found.dense["1.weight"].endswith("its bias is tied to '2.bias'")
+
+
+def test_a_scaled_sum_of_a_weight_is_no_channel():
+    model, x = (
+        Reading(lambda m, y: y @ m.b.weight.t() + m.b.bias + m.b.weight.t().abs().sum() * 0.01),
+        torch.randn(2, 4),
+    )
+    made = fxsparse.compile(model, Plan(transform=SparseWide(), sparsity=0.75), example_inputs=x)
+    assert made(x).shape == (2, 4)
+    assert made.get_parameter("b.weight").shape == (8, 8)

@@ -49,3 +49,9 @@ def test_a_ninth_entry_of_a_chunk_is_refused():
     weight[1, 16:25] = 1
     with pytest.raises(PatternError, match=r"at most 8 nonzeros in every aligned chunk of 16 inputs, got 9"):
         nm_lanes.pack(weight)
+
+
+@pytest.mark.parametrize("shape", [(0, 16), (16, 0), (0, 0)])
+def test_a_weight_without_entries_is_packed(shape):
+    packed = nm_lanes.pack(torch.empty(shape))
+    assert nm_lanes.to_dense(**packed).shape == shape
