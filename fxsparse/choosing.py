@@ -1,11 +1,8 @@
 """The measured choice among the kernels that can run a call site, and the limit that the machine sets them."""
 
 import functools
-import hashlib
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -143,13 +140,8 @@ def _kernel_versions() -> tuple[str, ...]:
     """Every kernel with what its code is: times of other code say nothing."""
     from fxsparse.kernels import cpu
 
-    modules = {name: sys.modules.get(kernel.run.__module__) for name, kernel in registered().items()}
-    return cpu.version(), *(f"{n} {_digest(getattr(m, '__file__', None))}" for n, m in modules.items())
-
-
-@functools.cache
-def _digest(file: str | None) -> str:
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] if file else ""
+    modules = {name: kernel.run.__module__ for name, kernel in registered().items()}
+    return cpu.version(), *(f"{name} {machine.sources_digest(module)}" for name, module in modules.items())
 
 
 def _measured(

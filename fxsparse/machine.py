@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -60,6 +61,16 @@ def remember(key: object, value: Any) -> None:
             whole = Path(folder, file.name)
             whole.write_text(json.dumps({"key": repr(_stamped(key)), "value": value}))
             os.replace(whole, file)
+
+
+@functools.cache
+def sources_digest(module: str) -> str:
+    """Of an imported module's source, and of those beside it in its package: times of other code say nothing."""
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if file is None:
+        return ""
+    sources = sorted(Path(file).parent.glob("*.py")) if "." in module else [Path(file)]
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
 
 
 def flops_per_second(dtype: torch.dtype) -> float:

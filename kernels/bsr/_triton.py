@@ -3,7 +3,8 @@
 Blocks go through tensor cores whole: 64 x 64 of them are the tiles of a dense product, and skipping is free.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import product
 from math import ceil
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from fxsparse.formats.bsr import TENSOR_BLOCKS
 from fxsparse.kernels.bsr import launch, reference
-from fxsparse.kernels.gpu import DTYPES, INTERPRETED, multiprocessors, precision
+from fxsparse.kernels.gpu import DTYPES, INTERPRETED, multiprocessors, precision, tuning
 from fxsparse.kernels.gpu.epilogue_triton import activate
 from fxsparse.kernels.library import check_input
 
@@ -169,32 +170,44 @@ def _multiply(
     _, width, height = values.shape
     shape = (width, height, height, 1) if places is None else (height, width, 1, height)
     on_tensor_cores = x.dtype != torch.float32 or precision() == "tf32"
-    how = launch.of_product(len(x), height * width, x.element_size(), on_tensor_cores)[0]
     lines = len(pointers) - 1
-    multiply[(lines * triton.cdiv(len(x), how.tokens),)](
-        x, values, pointers, others, places, order, bias, residual, y,
-        len(x), lines, x.shape[1], y.shape[-1],
-        *shape, how.tokens, launch.BAND, activation, places is not None,
-        order is not None, bias is not None, residual is not None, precision(), INTERPRETED,
-        **how.options,
-    )  # fmt: skip
+
+    def run(how: launch.Launch) -> None:
+        multiply[(lines * triton.cdiv(len(x), how.tokens),)](
+            x, values, pointers, others, places, order, bias, residual, y,
+            len(x), lines, x.shape[1], y.shape[-1],
+            *shape, how.tokens, launch.BAND, activation, places is not None,
+            order is not None, bias is not None, residual is not None, precision(), INTERPRETED,
+            **how.options,
+        )  # fmt: skip
+
+    def launches() -> Sequence[launch.Launch]:
+        return launch.of_product(len(x), height * width, x.element_size(), on_tensor_cores)
+
+    sizes = (*x.shape, *values.shape, lines, x.dtype, places is None, precision())
+    run(tuning.fastest(__name__, sizes, launches, run, x.device))
 
 
 def _sample(grad: Tensor, x: Tensor, values: Tensor, columns: Tensor, rows_t: Tensor, perm: Tensor) -> Tensor:
     blocks, width, height = values.shape
     if blocks == 0 or len(x) == 0:
         return torch.zeros_like(values)
-    how = launch.of_sample(height, width, x.element_size())[0]
-    parts = launch.splits_of_sample(blocks, len(x), how.tokens, multiprocessors(x.device))
-    part = ceil(len(x) / parts / how.tokens) * how.tokens
-    made = values.new_empty(parts, *values.shape, dtype=values.dtype if parts == 1 else torch.float32)
-    sample[(blocks, parts)](
-        grad, x, columns, rows_t, perm, made,
-        len(x), blocks, part, grad.shape[1], x.shape[1],
-        height, width, how.tokens, precision(), INTERPRETED,
-        **how.options,
-    )  # fmt: skip
-    return made[0] if parts == 1 else made.sum(0).to(values.dtype)
+
+    def run(how: launch.Launch) -> Tensor:
+        parts = launch.splits_of_sample(blocks, len(x), how.tokens, multiprocessors(x.device))
+        part = ceil(len(x) / parts / how.tokens) * how.tokens
+        made = values.new_empty(parts, *values.shape, dtype=values.dtype if parts == 1 else torch.float32)
+        sample[(blocks, parts)](
+            grad, x, columns, rows_t, perm, made,
+            len(x), blocks, part, grad.shape[1], x.shape[1],
+            height, width, how.tokens, precision(), INTERPRETED,
+            **how.options,
+        )  # fmt: skip
+        return made[0] if parts == 1 else made.sum(0).to(values.dtype)
+
+    sizes = ("sample", *x.shape, *values.shape, grad.shape[1], x.dtype, precision())
+    launches = partial(launch.of_sample, height, width, x.element_size())
+    return run(tuning.fastest(__name__, sizes, launches, run, x.device))
 
 
 def _rows(x: Tensor) -> Tensor:

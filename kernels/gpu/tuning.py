@@ -5,11 +5,9 @@ way, which is right for most.
 """
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
 from functools import cache
-from pathlib import Path
+from importlib.metadata import version
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -23,7 +21,8 @@ SECONDS = 0.5
 """Of calls, after which no further one is made to find a launch: the search is bounded."""
 
 _TURNS, _CALLS = 3, 5
-_MEASURING: ContextVar[bool] = ContextVar("measuring", default=False)
+_measurers = 0
+"""Blocks of `measuring` that are open, in any thread: autograd runs gradients in threads of its own."""
 
 
 class _Taken(NamedTuple):
@@ -37,11 +36,12 @@ _TAKEN: dict[tuple[object, ...], _Taken] = {}
 @contextlib.contextmanager
 def measuring() -> Iterator[None]:
     """Let `fastest` measure: a block whose calls may wait for the device."""
-    token = _MEASURING.set(True)
+    global _measurers
+    _measurers += 1
     try:
         yield
     finally:
-        _MEASURING.reset(token)
+        _measurers -= 1
 
 
 def fastest(
@@ -57,7 +57,7 @@ def fastest(
     """
     key = (kernel, sizes, device)
     found = _TAKEN.get(key)
-    if found is None or (_MEASURING.get() and not found.is_measured):
+    if found is None or (_measurers and not found.is_measured):
         found = _TAKEN[key] = _found(key, launches(), run, device)
     return found.launch
 
@@ -73,7 +73,7 @@ def _found(
     for launch in launches:
         if repr(launch) == known:
             return _Taken(launch, True)
-    if not _MEASURING.get():
+    if not _measurers:
         return _Taken(launches[0], False)
     taken = _measured(launches, run, device)
     machine.remember(lasting, repr(taken))
@@ -82,24 +82,24 @@ def _found(
 
 def _measured(launches: Sequence[Launch], run: Callable[[Launch], object], device: torch.device) -> Launch:
     """The launch with the least time of its turns."""
+    from triton.runtime.errors import OutOfResources
+
     least: dict[int, float] = {}
     spent = 0.0
     for _ in range(_TURNS):
         for place, launch in enumerate(launches):
             if spent > SECONDS:
                 break
-            taken = seconds(lambda launch=launch: run(launch), device, _CALLS)
+            try:
+                taken = seconds(lambda launch=launch: run(launch), device, _CALLS)
+            except OutOfResources:  # this GPU has less shared memory than the launch takes
+                continue
             least[place] = min(taken, least.get(place, taken))
             spent += taken * (_CALLS + 1)
-    return launches[min(least, key=least.__getitem__)]
+    return launches[min(least, key=least.__getitem__, default=0)]
 
 
 @cache
 def _version(kernel: str) -> str:
-    """Of the kernel's source and of Triton: launches of other code say nothing."""
-    from importlib.metadata import version
-    from importlib.util import find_spec
-
-    spec = find_spec(kernel)
-    source = Path(spec.origin).read_bytes() if spec is not None and spec.origin else b""
-    return f"{hashlib.sha256(source).hexdigest()[:16]} {version('triton')}"
+    """Of Triton and of the sources beside the kernel's: launches of other code say nothing."""
+    return f"{machine.sources_digest(kernel)} {version('triton')}"

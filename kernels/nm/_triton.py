@@ -4,6 +4,7 @@ Many tokens multiply dense tiles on tensor cores; a few gather their inputs, whi
 """
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxsparse.kernels.gpu import DTYPES, INTERPRETED, multiprocessors, precision
+from fxsparse.kernels.gpu import DTYPES, INTERPRETED, multiprocessors, precision, tuning
 from fxsparse.kernels.gpu.epilogue_triton import activate
 from fxsparse.kernels.library import check_input
 from fxsparse.kernels.nm import launch
@@ -125,22 +126,34 @@ def forward(
 
 def _multiply(tensors: tuple, sizes: tuple[int, int], group: tuple[int, ...], flags: tuple) -> None:
     x, (tokens, rows), (n, m) = tensors[0], sizes, group
-    how = launch.of_tiles(tokens, n, m, x.element_size())[0]
-    multiply[triton.cdiv(rows, how.rows), triton.cdiv(tokens, how.tokens)](
-        *tensors, *sizes, x.shape[1], x.shape[1],
-        n, triton.next_power_of_2(n), m, how.rows, how.tokens, how.inputs, *flags, precision(), INTERPRETED,
-        **how.options,
-    )  # fmt: skip
+
+    def run(how: launch.Launch) -> None:
+        multiply[triton.cdiv(rows, how.rows), triton.cdiv(tokens, how.tokens)](
+            *tensors, *sizes, x.shape[1], x.shape[1],
+            n, triton.next_power_of_2(n), m, how.rows, how.tokens, how.inputs, *flags, precision(), INTERPRETED,
+            **how.options,
+        )  # fmt: skip
+
+    launches = partial(launch.of_tiles, tokens, n, m, x.element_size())
+    run(tuning.fastest(__name__, (*x.shape, rows, *group, x.dtype, precision()), launches, run, x.device))
 
 
 def _gather(tensors: tuple, sizes: tuple[int, int], group: tuple[int, ...], flags: tuple) -> None:
     x, values = tensors[:2]
-    how = launch.of_gather(*sizes, multiprocessors(x.device))[0]
-    gather[(triton.cdiv(sizes[1], how.rows),)](
-        *tensors, *sizes, values.shape[1], x.shape[1],
-        *group, how.rows, how.tokens, how.inputs, *flags,
-        **how.options,
-    )  # fmt: skip
+
+    def run(how: launch.Launch) -> None:
+        gather[(triton.cdiv(sizes[1], how.rows),)](
+            *tensors, *sizes, values.shape[1], x.shape[1],
+            *group, how.rows, how.tokens, how.inputs, *flags,
+            **how.options,
+        )  # fmt: skip
+
+    launches = partial(launch.of_gather, *sizes, multiprocessors(x.device))
+    run(
+        tuning.fastest(
+            __name__, ("gather", *x.shape, *values.shape, *group, x.dtype), launches, run, x.device
+        )
+    )
 
 
 def variants() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any]]]:

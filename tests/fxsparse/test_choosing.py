@@ -56,7 +56,7 @@ def test_other_kernels_other_threads_or_other_code_are_measured_again(registry, 
     x, weight, bias = call()
     choose(PROBLEM, x, weight, bias, rounds=3)
     with monkeypatch.context() as edited:
-        edited.setattr(choosing, "_digest", lambda file: "edited")
+        edited.setattr(machine, "sources_digest", lambda module: "edited")
         assert not choose(PROBLEM, x, weight, bias, rounds=3).recalled
     register(replace(registered()["dense"], name="new"))
     assert not choose(PROBLEM, x, weight, bias, rounds=3).recalled

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,6 +83,29 @@ def test_the_search_is_bounded(clock, monkeypatch):
     with tuning.measuring():
         assert take(clock) == Launch(4)  # the others had no turn
     assert clock == [Launch(4)]
+
+
+def test_other_threads_may_measure_too(clock):
+    with tuning.measuring():  # gradients on a GPU run in threads of autograd's
+        thread = threading.Thread(target=take, args=(clock,))
+        thread.start()
+        thread.join()
+    assert clock == [*LAUNCHES] * 3
+    assert take(clock) == Launch(8)
+
+
+def test_a_launch_that_this_gpu_has_no_memory_for_is_passed_over(clock, monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    def seconds(call, device, calls):
+        call()
+        if clock[-1].warps == 8:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        return SECONDS[clock[-1].warps]
+
+    monkeypatch.setattr(tuning, "seconds", seconds)
+    with tuning.measuring():
+        assert take(clock) == Launch(2)
 
 
 def test_one_way_is_not_measured(clock):
