@@ -126,7 +126,8 @@ template <class Value>
 void multiply_block(const float* x, int64_t features, const Chunks& s, int64_t begin, int64_t end,
                     const Epilogue& epilogue, const Matrix& dst) {
   constexpr bool kMany = W == 16;  // registers
-  if (kMany && dst.tokens >= 8) return multiply_tiles<kMany ? 8 : 1, kMany ? 2 : 1, Value>(x, features, s, begin, end, epilogue, dst);
+  if (kMany && dst.tokens >= 8)
+    return multiply_tiles<kMany ? 8 : 1, kMany ? 2 : 1, Value>(x, features, s, begin, end, epilogue, dst);
   if (dst.tokens >= 4) return multiply_tiles<4, kMany ? 4 : 1, Value>(x, features, s, begin, end, epilogue, dst);
   if (dst.tokens >= 2) return multiply_tiles<2, kMany ? 4 : 1, Value>(x, features, s, begin, end, epilogue, dst);
   multiply_tiles<1, kMany ? 4 : 2, Value>(x, features, s, begin, end, epilogue, dst);
@@ -138,7 +139,7 @@ void FXSPARSE_NM(const float* x, int64_t features, const Chunks& s, int64_t begi
                  const Matrix& dst) {
   with_values(s.scalar, [&](auto* v) {
     using Value = Stored<decltype(v)>;
-    const int64_t fitting = kBlockBytes / (s.slots() * int64_t(sizeof(Value)) + 1) / 4 * 4, block = fitting < 4 ? 4 : fitting;
+    const int64_t fours = kBlockBytes / (4 * s.slots() * int64_t(sizeof(Value)) + 1), block = fours > 0 ? 4 * fours : 4;
     for (int64_t g = begin; g < end; g += block)
       multiply_block<Value>(x, features, s, g, least(end, g + block), epilogue, dst);
   });
