@@ -1,14 +1,31 @@
 """The first part of a network of images, run in lanes a few samples at a time where an input suits."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
 from fxsparse.graph_pickle import picklable, restored
+
+_NUMBERS = itertools.count()
+_REGIONS: WeakValueDictionary[int, "LaneRegion"] = WeakValueDictionary()
+"""What `in_lanes` calls by its number, as an op of PyTorch takes no module."""
+
+
+@torch.library.custom_op("fxsparse::lane_region", mutates_args=())
+def in_lanes(x: Tensor, weights: Sequence[Tensor], number: int) -> Tensor:
+    """A region of this process as one op, which a compiler leaves as it is; the result is contiguous."""
+    return _REGIONS[number].in_stages(x, weights).contiguous()
+
+
+@in_lanes.register_fake
+def _(x: Tensor, weights: Sequence[Tensor], number: int) -> Tensor:
+    return torch.empty_like(_REGIONS[number].plain(x, *weights), memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)
@@ -23,9 +40,9 @@ class Stage:
 class LaneRegion(nn.Module):
     """Stages one after the other, each for a few samples at a time, so that what is between its ops stays in caches.
 
-    Inputs of another size than `size` [channels, height, width], of another dtype than fp32, of a number of samples
-    that does not fill the lanes, and all while torch.compile traces, run `plain`, the ops as they were, `at_once`
-    samples at a time.  Weights are arguments: the region holds none.
+    Inputs of another size than `size` [channels, height, width], of another dtype than fp32, and of a number of samples
+    that does not fill the lanes run `plain`, the ops as they were, `at_once` samples at a time.  For torch.compile the
+    region is one op; what torch.export sees are the ops as they were.  Weights are arguments: the region holds none.
     """
 
     def __init__(
@@ -36,13 +53,25 @@ class LaneRegion(nn.Module):
         self.pieces = nn.ModuleList([stage.piece for stage in stages])
         self.plan = [(stage.samples, stage.grid) for stage in stages]
         self.samples = max(stage.samples for stage in stages)
+        self._take_number()
+
+    def _take_number(self) -> None:
+        self.number = next(_NUMBERS)
+        _REGIONS[self.number] = self
 
     def forward(self, x: Tensor, *weights: Any) -> Tensor:
         """What `plain` computes, in one of the two ways."""
         if torch.compiler.is_compiling():
-            return self.plain(x, *weights)
+            tensors = all(isinstance(weight, Tensor) for weight in weights)
+            if torch.compiler.is_exporting() or not tensors or not self._suits(x):
+                return self.plain(x, *weights)
+            return in_lanes(x, list(weights), self.number)
         if not self._suits(x):
             return _some_at_once(self.plain, self.at_once or max(1, len(x)), x, weights)
+        return self.in_stages(x, weights)
+
+    def in_stages(self, x: Tensor, weights: Sequence[Any]) -> Tensor:
+        """The stages, for an input that suits."""
         for piece, (samples, _) in zip(self.pieces, self.plan, strict=True):
             x = _some_at_once(piece, samples, x, weights)
         return x
@@ -69,6 +98,7 @@ class LaneRegion(nn.Module):
         plain, *pieces = [GraphModule(held, restored(graph)) for held, graph in state.pop("graphs")]
         self.__dict__.update(state)
         self.plain, self.pieces = plain, nn.ModuleList(pieces)
+        self._take_number()
 
 
 def _described(piece: Any) -> tuple[dict[str, nn.Module], Graph]:

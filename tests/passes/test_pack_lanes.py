@@ -113,6 +113,46 @@ def test_copies_and_pickles_keep_it(faster, monkeypatch, tmp_path):
         same(other, model, x)
 
 
+def ops_of(fast, x):
+    """What torch.compile makes of it, whole, and the ops that it sees."""
+    seen = []
+
+    def backend(gm, _):
+        seen.extend(str(node.target) for node in gm.graph.nodes if node.op == "call_function")
+        return gm.forward
+
+    with torch.no_grad():
+        return torch.compile(fast, backend=backend, fullgraph=True)(x), seen
+
+
+def test_for_a_compiler_it_is_one_op_where_the_input_suits(faster, monkeypatch):
+    model, x = lowered(pruned(), monkeypatch), torch.randn(4, 3, 112, 112)
+    fast, _ = compiled(model, x)
+    for other in (fast, copy.deepcopy(fast)):  # each has a region of its own
+        y, seen = ops_of(other, x)
+        torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-5)
+        assert [op for op in seen if "lane" in op] == ["fxsparse.lane_region.default"]
+    y, seen = ops_of(fast, x[..., :100])
+    torch.testing.assert_close(y, model(x[..., :100]), rtol=1e-4, atol=1e-5)
+    assert not any("lane" in op for op in seen)
+
+
+@pytest.mark.slow
+def test_inductor_runs_it(faster, monkeypatch):
+    model, x = lowered(pruned(), monkeypatch), torch.randn(4, 3, 112, 112)
+    fast, _ = compiled(model, x)
+    same(torch.compile(fast), model, x)
+
+
+def test_an_exported_program_has_the_ops_as_they_were(faster, monkeypatch):
+    model, x = lowered(pruned(), monkeypatch), torch.randn(4, 3, 112, 112)
+    fast, _ = compiled(model, x)
+    with torch.no_grad():
+        exported = torch.export.export(fast, (x,))
+    assert not any("lane" in str(node.target) for node in exported.graph.nodes)
+    same(exported.module(), model, x)
+
+
 def test_an_op_that_lanes_do_not_know_ends_the_region(faster, monkeypatch):
     model = lowered(pruned(lambda y: y.softmax(1)), monkeypatch)
     x = torch.randn(16, 3, 112, 112)
