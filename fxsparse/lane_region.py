@@ -1,10 +1,9 @@
 """The first part of a network of images, run in lanes a few samples at a time where an input suits."""
 
-import itertools
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -12,20 +11,22 @@ from torch.fx import Graph, GraphModule
 
 from fxsparse.graph_pickle import picklable, restored
 
-_NUMBERS = itertools.count()
-_REGIONS: WeakValueDictionary[int, "LaneRegion"] = WeakValueDictionary()
-"""What `in_lanes` calls by its number, as an op of PyTorch takes no module."""
+_REGIONS: dict[str, "LaneRegion"] = {}
+"""What `in_lanes` calls, as an op of PyTorch takes no module: one region of all that do the same, by what they do.
+
+A graph that a compiler keeps on disk names what a region does, and no object of the process that compiled it.
+"""
 
 
 @torch.library.custom_op("fxsparse::lane_region", mutates_args=())
-def in_lanes(x: Tensor, weights: Sequence[Tensor], number: int) -> Tensor:
+def in_lanes(x: Tensor, weights: Sequence[Tensor], what: str) -> Tensor:
     """A region of this process as one op, which a compiler leaves as it is; the result is contiguous."""
-    return _REGIONS[number].in_stages(x, weights).contiguous()
+    return _REGIONS[what].in_stages(x, weights).contiguous()
 
 
 @in_lanes.register_fake
-def _(x: Tensor, weights: Sequence[Tensor], number: int) -> Tensor:
-    return torch.empty_like(_REGIONS[number].plain(x, *weights), memory_format=torch.contiguous_format)
+def _(x: Tensor, weights: Sequence[Tensor], what: str) -> Tensor:
+    return torch.empty_like(_REGIONS[what].plain(x, *weights), memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,12 @@ class LaneRegion(nn.Module):
         self.pieces = nn.ModuleList([stage.piece for stage in stages])
         self.plan = [(stage.samples, stage.grid) for stage in stages]
         self.samples = max(stage.samples for stage in stages)
-        self._take_number()
+        self._register()
 
-    def _take_number(self) -> None:
-        self.number = next(_NUMBERS)
-        _REGIONS[self.number] = self
+    def _register(self) -> None:
+        graphs = [(piece.code, list(map(repr, piece.children()))) for piece in (self.plain, *self.pieces)]
+        self.what = hashlib.sha256(repr((graphs, self.plan, self.size)).encode()).hexdigest()[:24]
+        _REGIONS[self.what] = self
 
     def forward(self, x: Tensor, *weights: Any) -> Tensor:
         """What `plain` computes, in one of the two ways."""
@@ -65,7 +67,7 @@ class LaneRegion(nn.Module):
             tensors = all(isinstance(weight, Tensor) for weight in weights)
             if torch.compiler.is_exporting() or not tensors or not self._suits(x):
                 return self.plain(x, *weights)
-            return in_lanes(x, list(weights), self.number)
+            return in_lanes(x, list(weights), self.what)
         if not self._suits(x):
             return _some_at_once(self.plain, self.at_once or max(1, len(x)), x, weights)
         return self.in_stages(x, weights)
@@ -98,7 +100,7 @@ class LaneRegion(nn.Module):
         plain, *pieces = [GraphModule(held, restored(graph)) for held, graph in state.pop("graphs")]
         self.__dict__.update(state)
         self.plain, self.pieces = plain, nn.ModuleList(pieces)
-        self._take_number()
+        self._register()
 
 
 def _described(piece: Any) -> tuple[dict[str, nn.Module], Graph]:

@@ -128,10 +128,15 @@ def ops_of(fast, x):
 def test_for_a_compiler_it_is_one_op_where_the_input_suits(faster, monkeypatch):
     model, x = lowered(pruned(), monkeypatch), torch.randn(4, 3, 112, 112)
     fast, _ = compiled(model, x)
-    for other in (fast, copy.deepcopy(fast)):  # each has a region of its own
+    for other in (fast, copy.deepcopy(fast)):
         y, seen = ops_of(other, x)
         torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-5)
         assert [op for op in seen if "lane" in op] == ["fxsparse.lane_region.default"]
+    (region,) = [module for module in fast.modules() if isinstance(module, LaneRegion)]
+    (copied,) = [module for module in other.modules() if isinstance(module, LaneRegion)]
+    assert region.what == copied.what
+    wider, _ = compiled(model, torch.randn(4, 3, 112, 224))
+    assert all(module.what != region.what for module in wider.modules() if isinstance(module, LaneRegion))
     y, seen = ops_of(fast, x[..., :100])
     torch.testing.assert_close(y, model(x[..., :100]), rtol=1e-4, atol=1e-5)
     assert not any("lane" in op for op in seen)
