@@ -68,7 +68,10 @@ def choose(
     gradients of x and the weight.  Times are remembered, in this process and on disk (`fxsparse.machine`), for the same
     problem, processor, threads and kernels.  UnsupportedError, with the reasons of every kernel, if none can run.
     """
-    device = torch.cuda.get_device_name(problem.device) if problem.device.type == "cuda" else "cpu"
+    from fxsparse.kernels import gpu
+
+    is_gpu = problem.device.type == "cuda"
+    device = f"{torch.cuda.get_device_name(problem.device)} {gpu.precision()}" if is_gpu else "cpu"
     by_entries = isinstance(weight, Entries)
     key = (
         problem,
@@ -139,24 +142,32 @@ def limit_us(kernel: Kernel, problem: Problem) -> float:
 def _kernel_versions() -> tuple[str, ...]:
     """Every kernel with what its code is: times of other code say nothing."""
     from fxsparse.kernels import cpu
+    from fxsparse.kernels.gpu import tuning
 
     modules = {name: kernel.run.__module__ for name, kernel in registered().items()}
-    return cpu.version(), *(f"{name} {machine.sources_digest(module)}" for name, module in modules.items())
+    shared = map(machine.sources_digest, (tuning.__name__, tuning.LIBRARY))
+    own = (f"{name} {machine.sources_digest(module)}" for name, module in modules.items())
+    return cpu.version(), *shared, *own
 
 
 def _measured(
     problem: Problem, usable, refusals, call, rounds: int
 ) -> tuple[dict[str, float], dict[str, list[str]]]:
     """Microseconds of every usable kernel whose result is right, and why the others are not among them."""
+    from fxsparse.kernels import gpu
     from fxsparse.kernels.gpu import tuning
 
     refusals = dict(refusals)
     timers = {}
     for kernel in usable:
-        with tuning.measuring():
-            timer, output = _prepared(kernel, problem, *call)
-            if problem.device.type == "cuda":
-                timer()  # launches of the gradients are found here, and not while others are timed
+        try:
+            with tuning.measuring():
+                timer, output = _prepared(kernel, problem, *call)
+                if problem.device.type == "cuda":
+                    timer()  # launches of the gradients are found here, and not while others are timed
+        except gpu.failures() as error:
+            refusals[kernel.name] = [f"it cannot be launched here: {error}"]
+            continue
         x, weight, *rest = call
         error = _error(output, problem, x, stored(kernel, weight), *rest)
         allowed = tolerance(problem.dtype, torch.Size(problem.shape[1:]).numel() + 1)

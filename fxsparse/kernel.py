@@ -1,5 +1,6 @@
 """One way to run one op on one format: the registry, and the measured choice among candidates."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -207,11 +208,20 @@ def _reasons(kernel: Kernel, problem: Problem, by_entries: bool) -> list[str]:
 
 
 def _either_mode(kernel: Kernel, dtype: torch.dtype) -> list[str]:
-    """Why `kernel` refuses a small layer of `dtype` on the CPU in the mode that it refuses less."""
-    modes = [
-        Problem(kernel.op, (64, 64), 64, 512, dtype, torch.device("cpu"), mode, 8) for mode in (False, True)
-    ]
-    return min((kernel.refuses(problem) for problem in modes), key=len)
+    """Why `kernel` refuses small layers of `dtype`, on the device and in the mode that it refuses least.
+
+    They are 1:8 and in blocks, or have one filter for each channel.
+    """
+    arguments = {"conv2d": (("kernel_size", (3, 3)), ("in_channels", 64))}.get(kernel.op, ())
+    own = (*arguments, ("groups", 64))
+    shapes = {"conv2d": (((64, 64, 3, 3), arguments), ((64, 1, 3, 3), own))}.get(kernel.op, (((64, 64), ()),))
+    found = []
+    for (shape, given), device, training in itertools.product(shapes, ("cuda", "cpu"), (False, True)):
+        nnz = torch.Size(shape).numel() // 8
+        cell = (kernel.op, shape, 64, nnz, dtype, torch.device(device), training, 8, given, True)
+        missing = ["there is no GPU here"] if device == "cuda" and not torch.cuda.is_available() else []
+        found.append([*kernel.refuses(Problem(*cell, values=kernel.values, group=(1, 8))), *missing])
+    return min(found, key=lambda why: (any(reason.startswith("it runs on ") for reason in why), len(why)))
 
 
 def _named(dtype: torch.dtype) -> str:

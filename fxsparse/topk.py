@@ -208,4 +208,4 @@ def _top_by_rank(scores: Tensor, n: int) -> Tensor:
         lower_wins = (scores[:-distance] >= scores[distance:]).view(torch.uint8)
         defeats[distance:] += lower_wins
         defeats[:-distance] += 1 - lower_wins
-    return (defeats < n) & (scores > -torch.inf)
+    return (defeats < max(0, min(n, len(scores)))) & (scores > -torch.inf)

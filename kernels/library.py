@@ -1,7 +1,7 @@
 """The op library "fxsparse" and the activations that every sparse linear can fuse."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -142,6 +142,24 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any],
     torch.library.register_fake(f"fxsparse::{name}", fake, lib=_LIBRARY)
 
 
+def in_order(args: Sequence[Any]) -> list[Any]:
+    """The same with all tensors contiguous, as Triton kernels read them; of strides they know those of the input."""
+    return [arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args]
+
+
+def check_added(y: Tensor, outputs: int, bias: Tensor | None, residual: Tensor | None) -> None:
+    """Raise RuntimeError, as ``output`` of tensors.h does, unless bias is [outputs] and residual like the result y."""
+    if bias is not None and (bias.shape != (outputs,) or not bias.is_floating_point()):
+        raise RuntimeError(
+            f"fxsparse: expected bias [{outputs}], got {list(bias.shape)} in {_name(bias.dtype)}"
+        )
+    if residual is not None and (residual.shape != y.shape or residual.dtype != y.dtype):
+        raise RuntimeError(
+            f"fxsparse: expected a residual of the output's shape, with {outputs} features, and of x's dtype, got "
+            f"{list(residual.shape)} in {_name(residual.dtype)}"
+        )
+
+
 def on_gpu(name: str, run: Callable[..., Any]) -> None:
     """Let ``fxsparse::<name>`` on CUDA tensors call `run`, which imports its Triton kernels when it is called.
 
@@ -151,7 +169,7 @@ def on_gpu(name: str, run: Callable[..., Any]) -> None:
 
     def there(*args: Any) -> Any:
         with torch.cuda.device(args[0].device):  # Triton launches on the current device
-            return run(*args)
+            return run(args[0], *in_order(args[1:]))
 
     if importlib.util.find_spec("triton") is not None:
         _LIBRARY.impl(name, there, "CUDA")

@@ -62,7 +62,12 @@ def to_dense(values: Tensor, positions: Tensor, group: Tensor) -> Tensor:
 
 
 def check(weight: Tensor, n: int, m: int) -> tuple[int, int]:
-    """(N, M); PatternError unless `weight` [out, in] has at most N nonzeros in every aligned group of M inputs."""
+    """(N, M); PatternError unless `weight` [out, in] has at most N nonzeros in every aligned group of M inputs.
+
+    M is a power of 2: kernels take no other.
+    """
+    if m < 1 or m & (m - 1):
+        raise PatternError(f"expected N:M with M a power of 2, got {n}:{m}. Use CSR.")
     if weight.shape[1] % m or most_in_group(weight != 0, m) > n:
         raise PatternError(
             f"expected at most {n} nonzeros in every aligned group of {m} inputs, got a weight {list(weight.shape)} "

@@ -18,7 +18,7 @@ from fxsparse.formats.bsr import TENSOR_BLOCKS
 from fxsparse.kernels.bsr import launch, reference
 from fxsparse.kernels.gpu import DTYPES, INTERPRETED, multiprocessors, precision, tuning
 from fxsparse.kernels.gpu.epilogue_triton import activate
-from fxsparse.kernels.library import check_input
+from fxsparse.kernels.library import check_added, check_input
 
 SIZES = {torch.Size(block) for block in TENSOR_BLOCKS}
 
@@ -116,6 +116,7 @@ def forward(
         return reference.linear(x, values, crow, columns, dense, bias, activation, residual)
     check_input(x, values, dense.shape[2])
     y = x.new_empty(*x.shape[:-1], dense.shape[1])
+    check_added(y, dense.shape[1], bias, residual)
     added = None if residual is None else residual.contiguous()
     _multiply(_rows(x), values, crow, columns, None, order, bias, added, y, activation)
     return y

@@ -16,6 +16,7 @@ from torch import Tensor
 from fxsparse.kernels.csr import conv_inference, patches
 from fxsparse.kernels.gpu import DTYPES, tuning
 from fxsparse.kernels.gpu.epilogue_triton import activate
+from fxsparse.kernels.library import check_added
 
 OPTIONS = {"num_warps": 4}
 """Of every launch: 4 or 8 sums of a thread, as 16 take more registers than leave room for enough programs."""
@@ -102,6 +103,7 @@ def forward(
     height, width = patches.output_size(x.shape[2:], window)
     rows, fan_in = start.shape[1] - 1, x.shape[1] // window[10] * window[0] * window[1]
     y = x.new_empty(len(x), rows, height, width)
+    check_added(y, rows, bias, residual)
     if y.numel() == 0:
         return y
     pixels, added = len(x) * height * width, None if residual is None else residual.contiguous()

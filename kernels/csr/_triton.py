@@ -19,7 +19,7 @@ from fxsparse.kernels.csr.tilings import UNROLL, Tiling, launched, tilings
 from fxsparse.kernels.gpu import DTYPES, multiprocessors, panels_triton, tuning
 from fxsparse.kernels.gpu.epilogue_triton import activate
 from fxsparse.kernels.gpu.panels_triton import panels_of
-from fxsparse.kernels.library import check_input
+from fxsparse.kernels.library import check_added, check_input
 
 _FINISHED = 1024
 """Outputs that a program adds the parts of."""
@@ -154,13 +154,10 @@ def linear(
     """``activation(x @ W^T + bias + residual)`` [..., out] for x [..., in].
 
     Raises:
-        RuntimeError: a residual of another shape or dtype than the result's.
+        RuntimeError: a bias or residual of another shape, or a residual of another dtype, than the result's.
     """
     shape = (*x.shape[:-1], weight.outputs)
-    if residual is not None and (residual.shape != shape or residual.dtype != x.dtype):
-        raise RuntimeError(
-            f"fxsparse: expected a residual of the output's shape, with {weight.outputs} features, and of x's dtype"
-        )
+    check_added(x.new_empty(shape, device="meta"), weight.outputs, bias, residual)
     flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     if 0 in shape:
         return x.new_empty(shape)

@@ -17,7 +17,7 @@ def multiprocessors(device: torch.device) -> int:
 
 def precision() -> str:
     """Of fp32 products: as PyTorch's own are set to be."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return torch.backends.cuda.matmul.fp32_precision.replace("none", "ieee")
 
 
 def name_of(device: torch.device) -> str:
@@ -33,10 +33,11 @@ def seconds(call: Callable[[], object], device: torch.device, calls: int) -> flo
         for _ in range(calls):
             call()
         return (time.perf_counter() - began) / calls
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    first.record()
-    for _ in range(calls):
-        call()
-    last.record()
-    last.synchronize()
-    return first.elapsed_time(last) / 1e3 / calls
+    with torch.cuda.device(device):  # whose stream the events are in
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        for _ in range(calls):
+            call()
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last) / 1e3 / calls

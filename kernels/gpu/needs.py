@@ -9,6 +9,15 @@ from fxsparse.kernel import Problem
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def failures() -> tuple[type[Exception], ...]:
+    """What Triton raises where this GPU has too little for a launch, or the assembler does not take its code."""
+    if importlib.util.find_spec("triton") is None:
+        return ()
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    return OutOfResources, PTXASError
+
+
 def refuses(problem: Problem) -> list[str]:
     """Reasons that hold for every Triton kernel."""
     reasons = []

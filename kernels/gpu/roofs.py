@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from fxsparse import machine
-from fxsparse.kernels.gpu.device import name_of, seconds
+from fxsparse.kernels.gpu.device import name_of, precision, seconds
 
 _SIDE = {"cuda": 8192}
 """Of the square product: large enough for tensor cores to count alone; 256 on what is no GPU."""
@@ -22,8 +22,7 @@ def flops_per_second(dtype: torch.dtype, device: torch.device) -> float:
         one, other = torch.ones(2, side, side, dtype=dtype, device=device)
         return lambda: torch.matmul(one, other)
 
-    tf32 = torch.backends.cuda.matmul.allow_tf32 and dtype == torch.float32
-    return 2 * side**3 / _least(("product", side, str(dtype), tf32), product, device)
+    return 2 * side**3 / _least(("product", side, str(dtype), precision()), product, device)
 
 
 def bytes_per_second(size: int, device: torch.device) -> float:

@@ -14,11 +14,15 @@ import torch
 
 from fxsparse import machine
 from fxsparse.kernels.gpu.device import name_of, seconds
+from fxsparse.kernels.gpu.needs import failures
 
 Launch = TypeVar("Launch")
 
 SECONDS = 0.5
 """Of calls, after which no further one is made to find a launch: the search is bounded."""
+
+LIBRARY = "fxsparse.kernels.library"
+"""What kernels of all folders share lies beside it, and beside this file."""
 
 _TURNS, _CALLS = 3, 5
 _measurers = 0
@@ -57,9 +61,14 @@ def fastest(
     """
     key = (kernel, sizes, device)
     found = _TAKEN.get(key)
-    if found is None or (_measurers and not found.is_measured):
+    if found is None or (_may_measure(device) and not found.is_measured):
         found = _TAKEN[key] = _found(key, launches(), run, device)
     return found.launch
+
+
+def _may_measure(device: torch.device) -> bool:
+    """Not while this thread captures a CUDA graph, whoever else measures."""
+    return _measurers > 0 and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 def _found(
@@ -73,7 +82,7 @@ def _found(
     for launch in launches:
         if repr(launch) == known:
             return _Taken(launch, True)
-    if not _measurers:
+    if not _may_measure(device):
         return _Taken(launches[0], False)
     taken = _measured(launches, run, device)
     machine.remember(lasting, repr(taken))
@@ -82,9 +91,8 @@ def _found(
 
 def _measured(launches: Sequence[Launch], run: Callable[[Launch], object], device: torch.device) -> Launch:
     """The launch with the least time of its turns."""
-    from triton.runtime.errors import OutOfResources
-
     least: dict[int, float] = {}
+    failed: Exception | None = None
     spent = 0.0
     for _ in range(_TURNS):
         for place, launch in enumerate(launches):
@@ -92,14 +100,17 @@ def _measured(launches: Sequence[Launch], run: Callable[[Launch], object], devic
                 break
             try:
                 taken = seconds(lambda launch=launch: run(launch), device, _CALLS)
-            except OutOfResources:  # this GPU has less shared memory than the launch takes
+            except failures() as error:  # others may do: this GPU has less memory, say, than the launch takes
+                failed = error
                 continue
             least[place] = min(taken, least.get(place, taken))
             spent += taken * (_CALLS + 1)
-    return launches[min(least, key=least.__getitem__, default=0)]
+    if failed is not None and not least:
+        raise failed
+    return launches[min(least, key=least.__getitem__)]
 
 
 @cache
 def _version(kernel: str) -> str:
     """Of Triton and of the sources beside the kernel's: launches of other code say nothing."""
-    return f"{machine.sources_digest(kernel)} {version('triton')}"
+    return " ".join([*map(machine.sources_digest, (kernel, __name__, LIBRARY)), version("triton")])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fxsparse.kernels.gpu import DTYPES, INTERPRETED, multiprocessors, precision, tuning
 from fxsparse.kernels.gpu.epilogue_triton import activate
-from fxsparse.kernels.library import check_input
+from fxsparse.kernels.library import check_added, check_input
 from fxsparse.kernels.nm import launch
 from fxsparse.kernels.nm.linear import inputs_of
 
@@ -114,6 +114,7 @@ def forward(
     features = inputs_of(values, group)
     check_input(x, values, features)
     y = x.new_empty(*x.shape[:-1], values.shape[0])
+    check_added(y, values.shape[0], bias, residual)
     if y.numel() == 0:
         return y
     flat = x.reshape(-1, features).contiguous()

@@ -132,3 +132,10 @@ def test_the_soft_topk_takes_costs_of_any_shape_that_broadcasts_and_ends_of_the_
         assert not bool(soft_topk(values, 0, costs).any())
         assert bool((soft_topk(values, torch.inf, costs) == 1).all())
     assert torch.allclose(soft_topk(values, 3, beta=0.0), torch.full((3, 4), 0.25))
+
+
+@pytest.mark.parametrize("size", [3, 8, 9, 40])
+def test_counts_beyond_the_slices_choose_all_or_nothing(size):
+    scores = torch.randn(4, size)
+    assert top_mask(scores, 256, 1).all()
+    assert not top_mask(scores, 0, 1).any()

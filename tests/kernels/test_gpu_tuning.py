@@ -108,6 +108,46 @@ def test_a_launch_that_this_gpu_has_no_memory_for_is_passed_over(clock, monkeypa
         assert take(clock) == Launch(2)
 
 
+def test_where_nothing_can_be_launched_the_reason_is_raised_and_nothing_remembered(
+    clock, monkeypatch, tmp_path
+):
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    def seconds(call, device, calls):
+        raise failures.pop()
+
+    failures = [OutOfResources(2, 1, "shared memory"), PTXASError("no")] * 5
+    monkeypatch.setattr(tuning, "seconds", seconds)
+    with pytest.raises((OutOfResources, PTXASError)), tuning.measuring():
+        take(clock)
+    assert tuning._TAKEN == {}
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_kernel_that_cannot_be_launched_is_refused_and_others_are_chosen(monkeypatch, tmp_path):
+    from triton.runtime.errors import OutOfResources
+
+    from fxsparse import choosing
+    from fxsparse.kernel import registered
+    from fxsparse.testing import problem_of, sparse_weight
+
+    monkeypatch.setenv("FXSPARSE_CACHE", str(tmp_path))
+    monkeypatch.setattr(choosing, "_CHOICES", {})
+    prepared = choosing._prepared
+
+    def fails(kernel, *call):
+        if kernel.name == "cpu-csr":
+            raise OutOfResources(2, 1, "shared memory")
+        return prepared(kernel, *call)
+
+    monkeypatch.setattr(choosing, "_prepared", fails)
+    weight = sparse_weight((64, 32), 0.2).float()
+    problem = problem_of(registered()["cpu-csr"], weight, 3, torch.float32, False, {"in_features": 32})
+    choice = choosing.choose(problem, torch.randn(3, 32), weight)
+    assert choice.refusals["cpu-csr"][0].startswith("it cannot be launched here: out of resource")
+    assert "dense" in choice.times_us
+
+
 def test_one_way_is_not_measured(clock):
     with tuning.measuring():
         assert take(clock, launches=LAUNCHES[:1]) == Launch(4)

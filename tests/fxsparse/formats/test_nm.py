@@ -54,7 +54,7 @@ def test_a_wider_group_can_be_asked_for_and_a_tighter_one_is_refused():
     packed = nm.pack(weight, (2, 4))
     assert packed["values"].shape == (5, 12)
     assert torch.equal(nm.to_dense(**packed), weight)
-    for group in ((1, 8), (2, 5)):
+    for group in ((1, 8), (2, 16)):
         with pytest.raises(
             PatternError, match=f"at most {group[0]} nonzeros in every aligned group of {group[1]}"
         ):
@@ -65,3 +65,8 @@ def test_the_dense_weight_is_differentiable_in_the_values():
     packed = dict(nm.pack(weight_of(2, 8).double()))
     values = packed.pop("values").requires_grad_()
     assert torch.autograd.gradcheck(lambda v: nm.to_dense(v, **packed), (values,))
+
+
+def test_groups_of_no_power_of_2_are_refused():
+    with pytest.raises(PatternError, match="expected N:M with M a power of 2, got 3:6"):
+        nm.pack(torch.ones(2, 12) * torch.tensor([1.0, 0.0]).repeat(6), (3, 6))
