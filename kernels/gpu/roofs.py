@@ -8,15 +8,15 @@ import torch
 from fxsparse import machine
 from fxsparse.kernels.gpu.device import name_of, precision, seconds
 
-_SIDE = {"cuda": 8192}
-"""Of the square product: large enough for tensor cores to count alone; 256 on what is no GPU."""
+_SIDE, _SIDE_OF_A_CPU = 8192, 256
+"""Of the square product: large enough for tensor cores to count alone."""
 _LEAST_BYTES = 1 << 25
 """Below, launching counts more than reading."""
 
 
 def flops_per_second(dtype: torch.dtype, device: torch.device) -> float:
     """Of a dense product in `dtype`; of fp32 with TF32 where PyTorch's products are set to use it."""
-    side = _SIDE.get(device.type, 256)
+    side = _SIDE if device.type == "cuda" else _SIDE_OF_A_CPU
 
     def product() -> Callable[[], object]:
         one, other = torch.ones(2, side, side, dtype=dtype, device=device)
