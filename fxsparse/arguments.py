@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from fxsparse import methods, transforms
 from fxsparse.budget import KINDS, Budget
 from fxsparse.errors import FxSparseError
-from fxsparse.pattern import NM, Block, ConstantFanIn, Pattern, Unstructured
-from fxsparse.plans import Plan
+from fxsparse.pattern import NM, Block, ConstantFanIn, Pattern, Strided, Unstructured
+from fxsparse.plans import Plan, fixed_sparsity
 from fxsparse.transforms import Transform
 from fxsparse.verify import RUN_FAILURES
 
@@ -124,7 +124,7 @@ def examples(texts: list[str]) -> tuple[Tensor, ...] | None:
 
 
 def pattern(text: str) -> Pattern:
-    """``unstructured``, ``constant-fan-in``, ``2:4`` (N:M) or ``16x16`` (block).
+    """``unstructured``, ``constant-fan-in``, ``2:4`` (N:M), ``strided-1:4`` or ``16x16`` (block).
 
     Raises:
         UsageError: none of these.
@@ -133,10 +133,13 @@ def pattern(text: str) -> Pattern:
         return Unstructured()
     if text == "constant-fan-in":
         return ConstantFanIn()
+    if strided := re.fullmatch(r"strided-1:(\d+)", text):
+        return Strided(int(strided[1]))
     numbers = re.fullmatch(r"(\d+)([:x])(\d+)", text)
     if numbers is None:
         raise UsageError(
-            f"pattern {text!r}: expected unstructured, constant-fan-in, n:m (2:4) or a block (16x16)."
+            f"pattern {text!r}: expected unstructured, constant-fan-in, n:m (2:4), strided-1:m (strided-1:4) or a "
+            "block (16x16)."
         )
     first, kind, second = int(numbers[1]), numbers[2], int(numbers[3])
     return NM(first, second) if kind == ":" else Block(first, second)
@@ -213,7 +216,7 @@ def _plan(words: Namespace) -> Plan:
     if (
         words.plan is None
         and not {"sparsity", "budget"} & set(fields)
-        and not isinstance(fields.get("pattern"), NM)
+        and fixed_sparsity(fields.get("pattern")) is None
     ):
         raise UsageError(
             "no plan: expected --sparsity 0.9, --budget flops=0.3, an n:m --pattern such as 2:4, or --plan with a TOML "

@@ -1,9 +1,9 @@
 """The constraint on a mask, apart from how it is stored.
 
-A weight is read as a matrix [output rows, fan-in]: dimension 0 is the row.  Groups and blocks run along the
-input channels, dimension 1, as hardware needs them, at one kernel position of a convolution at a time (the
-matrix of a [out, in, kh, kw] weight is its permutation to [out, kh, kw, in]).  Ties go to the lower flat
-index of the weight's own layout.
+A weight is read as a matrix [output rows, fan-in]: dimension 0 is the row.  Groups and blocks run along the input
+channels, dimension 1, as hardware needs them, at one kernel position of a convolution at a time (the matrix of a
+[out, in, kh, kw] weight is its permutation to [out, kh, kw, in]); strides run through the flattened row.  Ties go to
+the lower flat index of the weight's own layout.
 """
 
 import inspect
@@ -30,8 +30,8 @@ class Pattern(Protocol):
     """Rows choose on their own, so that a score may be projected row tile by row tile."""
 
     streams: ClassVar[bool]
-    """`project_tiles` never holds a whole weight, and `prune` also takes the scores of the active entries
-    alone (1-D, ascending flat positions).  A pattern that does not stream needs masked storage."""
+    """`project_tiles` never holds a whole weight, and `prune` also takes the scores of the active entries alone (1-D,
+    ascending flat positions).  A pattern that does not stream needs masked storage."""
 
     def feasible(self, shape: Sequence[int], nnz: int) -> int:
         """The allowed count nearest to and not above `nnz`; PatternError where the shape does not fit."""
@@ -106,7 +106,7 @@ class ConstantFanIn:
         k = min(_count(nnz) // rows, columns) if self.fan_in is None else self.fan_in
         if k > columns:
             raise PatternError(
-                f"expected a fan-in of at most {columns} for shape {list(shape)}, got {self}. Lower fan_in."
+                f"expected a fan-in of at most {columns} for shape {list(shape)}, got {self}. Lower it."
             )
         return k * rows
 
@@ -187,6 +187,59 @@ class NM:
         _matrix(shape)
         _divides("in", shape[1], self.m, f"{self.n}:{self.m}")
         return shape[0], shape[1] // self.m, self.m, prod(shape[2:])
+
+
+@dataclass(frozen=True)
+class Strided:
+    """Strided 1:M: one of the `m` entries that lie a stride apart in a row, whatever the nnz asked for.
+
+    A row flattened to C entries (channels x kernel) has C / m groups {g, g + C/m, g + 2 C/m, ...}: our reading of
+    Complementary Sparsity (Zhao et al. 2023).  `check` lets groups without any one pass, as `NM` does.
+    """
+
+    m: int
+    row_local: ClassVar[bool] = True
+    streams: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _positive("Strided", m=self.m)
+
+    def feasible(self, shape: Sequence[int], nnz: int) -> int:
+        _count(nnz)
+        self._groups(shape)
+        return prod(shape) // self.m
+
+    def project(self, score: Tensor, nnz: int) -> Tensor:
+        total = self.feasible(score.shape, nnz)
+        mask = top_mask(score.reshape(self._groups(score.shape)), 1, dim=1)
+        return _exact(mask, total, self).reshape(score.shape)
+
+    def project_tiles(self, tiles: Tiles, shape: Sequence[int], nnz: int) -> Tensor:
+        return _project_row_tiles(self, tiles, shape, nnz)
+
+    def prune(self, score: Tensor, keep: int) -> Tensor:
+        return top_mask(score, keep)
+
+    def check(self, mask: Tensor) -> None:
+        counts = mask.reshape(self._groups(mask.shape)).sum(1)
+        place = _first(counts > 1)
+        if place is not None:
+            stride = counts.shape[1]
+            row, first = divmod(place, stride)
+            raise PatternError(
+                f"expected at most 1 one in {self.m} entries {stride} apart, got {int(counts[row, first])} in row "
+                f"{row}, entries {first}, {first + stride} and so on. Project the mask with Strided({self.m}).project."
+            )
+
+    def _groups(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        """[rows, m, groups]."""
+        rows, fan_in = _matrix(shape)
+        if fan_in % self.m:
+            raise PatternError(
+                f"a row of shape {list(shape)} has {fan_in} entries; Strided({self.m}) needs a multiple of {self.m}. "
+                "Exclude this weight, or give it Unstructured() by an Override."
+            )
+        return rows, self.m, fan_in // self.m
 
 
 @dataclass(frozen=True)
@@ -272,8 +325,7 @@ def _exact(chosen: Tensor, expected: int, pattern: Pattern) -> Tensor:
 
 def _first(bad: Tensor) -> int | None:
     """Flat index of the first true entry."""
-    places = to_positions(bad)
-    return int(places[0]) if len(places) else None
+    return int(places[0]) if len(places := to_positions(bad)) else None
 
 
 def _matrix(shape: Sequence[int]) -> tuple[int, int]:
@@ -310,6 +362,7 @@ PATTERNS: dict[str, type] = {
     "constant_fan_in": ConstantFanIn,
     "nm": NM,
     "block": Block,
+    "strided": Strided,
 }
 """The names that plan files use; a pattern of another package adds itself here."""
 

@@ -17,7 +17,7 @@ from fxsparse.budget import Budget
 from fxsparse.errors import PlanError
 from fxsparse.knapsack import KeepLargest
 from fxsparse.method import Method
-from fxsparse.pattern import NM, Block, Pattern, Unstructured
+from fxsparse.pattern import NM, Block, Pattern, Strided, Unstructured
 from fxsparse.transforms import Transform
 
 VERSION = 1
@@ -221,7 +221,7 @@ def _check_budget(plan: Plan) -> None:
         raise PlanError("Plan: expected either a sparsity or a budget, got both. Leave one out.")
     if plan.transform is not None:
         raise PlanError("Plan.budget: a transform sizes the model by its sparsity; give sparsity= instead.")
-    if isinstance(plan.pattern, NM):
+    if fixed_sparsity(plan.pattern) is not None:
         raise PlanError(
             f"Plan.budget: {plan.pattern} fixes every count, so that nothing is left to decide: leave it out."
         )
@@ -277,7 +277,7 @@ def _patterns(plan: Plan) -> dict[str, Pattern]:
 
 
 def _implied_sparsity(sparsity: float | None, pattern: Pattern) -> float:
-    implied = _sparsity_of(pattern)
+    implied = fixed_sparsity(pattern)
     if sparsity is None and implied is None:
         raise PlanError(
             "Plan.sparsity is missing: give the fraction of zeros, for example Plan(sparsity=0.9)."
@@ -289,13 +289,15 @@ def _implied_sparsity(sparsity: float | None, pattern: Pattern) -> float:
     return sparsity
 
 
-def _sparsity_of(pattern: Pattern | None) -> float | None:
-    """What a pattern says of the sparsity by itself."""
+def fixed_sparsity(pattern: Pattern | None) -> float | None:
+    """What a pattern says of the sparsity by itself; None where that is left to the plan."""
+    if isinstance(pattern, Strided):
+        return 1 - 1 / pattern.m
     return 1 - pattern.n / pattern.m if isinstance(pattern, NM) else None
 
 
 def _check_agreement(sparsity: float, pattern: Pattern | None, where: str) -> None:
-    implied = _sparsity_of(pattern)
+    implied = fixed_sparsity(pattern)
     if implied is not None and abs(sparsity - implied) > 1e-9:
         raise PlanError(
             f"{where}={sparsity} disagrees with {pattern}, which is {implied}: leave sparsity out."

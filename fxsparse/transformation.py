@@ -14,9 +14,8 @@ from fxsparse.flops import FlopCount
 from fxsparse.graph_model import GraphModel, Origin
 from fxsparse.inputs import CPU
 from fxsparse.passes import CountFlops, Functionalize, InferShapes, transforming_pipeline
-from fxsparse.pattern import NM
 from fxsparse.pipeline import PassContext, Program, Transformed, run_passes
-from fxsparse.plans import Plan
+from fxsparse.plans import Plan, fixed_sparsity
 from fxsparse.report import Report
 from fxsparse.trace import capture
 from fxsparse.transforms import SparseDoped, SparseParallel
@@ -176,7 +175,7 @@ def _unsolved(plan: Plan) -> str:
     assert transform is not None
     if plan.allocation != "uniform":
         return f"allocation={plan.allocation!r} shares nonzeros unevenly, and the nominal sparsity is taken"
-    if isinstance(plan.pattern, NM):
+    if fixed_sparsity(plan.pattern) is not None:
         return f"{plan.pattern} fixes the counts"
     if isinstance(transform, SparseDoped) and transform.low_rank == "sparse":
         return "low_rank='sparse' masks the factors too"

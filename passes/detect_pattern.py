@@ -1,15 +1,16 @@
 """Say what the zeros of every weight are: how many, and in which pattern."""
 
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxsparse.formats import bsr
+from fxsparse.formats import bsr, condensed, strided
 from fxsparse.graph import fetch
-from fxsparse.pattern import NM, Block, ConstantFanIn, Pattern, Unstructured
+from fxsparse.pattern import NM, Block, ConstantFanIn, Pattern, Strided, Unstructured
 from fxsparse.pipeline import Decision, PassContext
 
 _GROUPS = (2, 4, 8, 16, 32)
@@ -40,22 +41,25 @@ class DetectPattern:
 
 
 def _detect_in_entries(name: str, ctx: PassContext) -> None:
-    """Of nonzeros too few to show in blocks: constant fan-in or none."""
+    """Of nonzeros too few to show in blocks: strided, constant fan-in or none."""
     entries = ctx.entries[name]
     nnz = entries.values.numel()
     counts = torch.bincount(entries.indices[0], minlength=entries.shape[0])
     filled = counts[counts > 0]
     constant = len(filled) > 0 and bool((filled == filled[0]).all())
-    pattern = ConstantFanIn(int(filled[0])) if constant else Unstructured()
+    pattern = Unstructured()
+    if constant:
+        m = strided.groups_of(entries.indices[1], int(filled[0]), prod(entries.shape[1:]))
+        pattern = ConstantFanIn(int(filled[0])) if m is None else Strided(m)
     ctx.decisions[name] = Decision(pattern, 1 - nnz / ctx.weights[name].numel, nnz)
     if len(filled) < len(counts):
         ctx.notes.append(f"{name}: {len(counts) - len(filled)} of {len(counts)} rows are empty")
 
 
 def detect(mask: Tensor) -> Pattern:
-    """The tightest pattern that a mask [out, in, ...] keeps: blocks, N:M, constant fan-in, else unstructured.
+    """The tightest pattern that a mask [out, in, ...] keeps: blocks, N:M, strided, constant fan-in, else none.
 
-    Rows without any one do not count (ablated neurons).  N:M and constant fan-in have to be met with equality, since
+    Rows without any one do not count (ablated neurons).  N:M and those after it have to be met with equality, since
     almost every mask has at most some N ones in M.
     """
     rows = mask.flatten(1).any(1)
@@ -68,8 +72,10 @@ def detect(mask: Tensor) -> Pattern:
         n = _ones_per_group(filled, size)
         if n is not None:
             return NM(n, size)
-    counts = filled.flatten(1).sum(1)
-    return ConstantFanIn(int(counts[0])) if bool((counts == counts[0]).all()) else Unstructured()
+    if (m := strided.stride_of(filled.flatten(1))) is not None:
+        return Strided(m)
+    k = condensed.fan_in(filled.flatten(1))
+    return Unstructured() if k is None else ConstantFanIn(k)
 
 
 def _ones_per_group(mask: Tensor, size: int) -> int | None:

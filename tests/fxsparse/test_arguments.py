@@ -10,7 +10,7 @@ from fxsparse.budget import Budget
 from fxsparse.cli import parser
 from fxsparse.errors import PlanError
 from fxsparse.methods import gse, rigl, static
-from fxsparse.pattern import NM, Block, ConstantFanIn, Unstructured
+from fxsparse.pattern import NM, Block, ConstantFanIn, Strided, Unstructured
 from fxsparse.plans import Plan
 from fxsparse.transforms import SparseParallel, SparseWide
 
@@ -84,6 +84,7 @@ def test_example_that_is_not_one(text):
         ("unstructured", Unstructured()),
         ("constant-fan-in", ConstantFanIn()),
         ("2:4", NM(2, 4)),
+        ("strided-1:4", Strided(4)),
         ("16x8", Block(16, 8)),
     ],
 )

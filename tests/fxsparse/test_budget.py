@@ -10,7 +10,7 @@ from fxsparse import Budget, Override, Plan
 from fxsparse.errors import PlanError
 from fxsparse.methods import dual_averaging, imp, rigl, spartan
 from fxsparse.passes import price_weights
-from fxsparse.pattern import NM, Block
+from fxsparse.pattern import NM, Block, Strided
 
 
 def mlp() -> nn.Sequential:
@@ -139,6 +139,7 @@ def test_plans_with_budgets_come_back_from_a_file(tmp_path):
         (lambda: Plan(sparsity=0.5, budget=Budget(flops=0.5)), "either a sparsity or a budget"),
         (lambda: Plan(budget=0.5), "expected a Budget"),
         (lambda: Plan(budget=Budget(flops=0.5), pattern=NM(2, 4)), "fixes every count"),
+        (lambda: Plan(budget=Budget(flops=0.5), pattern=Strided(4)), "fixes every count"),
         (lambda: Plan(budget=Budget(flops=0.5), allocation={"0": 0.5}), "a table of sparsities"),
         (
             lambda: planned(mlp(), Budget(total=0.5, cost={"nothing": 2.0})),

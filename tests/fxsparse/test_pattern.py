@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxsparse.errors import NumericsError, PatternError
-from fxsparse.pattern import NM, Block, ConstantFanIn, Unstructured, row_tiles
+from fxsparse.pattern import NM, Block, ConstantFanIn, Strided, Unstructured, from_dict, row_tiles, to_dict
 from fxsparse.testing import check_pattern
 
 ALL = [
@@ -19,6 +19,9 @@ ALL = [
     Block(2, 4),
     Block(3, 2),
     Block(1, 1),
+    Strided(4),
+    Strided(12),
+    Strided(1),
 ]
 
 
@@ -32,7 +35,7 @@ def test_contract(pattern, shape):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.sampled_from([Unstructured(), ConstantFanIn(), NM(2, 4), Block(2, 4)]),
+    st.sampled_from([Unstructured(), ConstantFanIn(), NM(2, 4), Block(2, 4), Strided(4)]),
     st.integers(1, 5),
     st.integers(1, 4),
     st.integers(1, 3),
@@ -54,6 +57,7 @@ def test_contract_at_any_shape(pattern, rows, columns, kernel, density, seed):
         (ConstantFanIn(5), 7, 40),
         (NM(2, 4), 7, 48),  # 96 / 4 groups x 2
         (NM(1, 4), 7, 24),
+        (Strided(4), 7, 24),  # 96 / 4
         (Block(4, 3), 37, 36),  # 3 blocks of 12
     ],
     ids=str,
@@ -74,6 +78,32 @@ def test_nm_groups_of_a_convolution_run_along_the_input_channels():
     mask = NM(2, 4).project(score, 0)
     assert mask.view(4, 2).int().tolist() == [[1, 0], [1, 0], [0, 1], [0, 1]]
     # Groups over the flattened row (kernel innermost) would give 4,3 of {4,1,3,2} and 3,4 of {2,3,1,4}.
+
+
+def test_strided_keeps_one_of_the_entries_a_stride_apart():
+    # Two groups of four: columns 0, 2, 4, 6 and 1, 3, 5, 7; their largest magnitudes are .8 and .9.
+    weight = torch.tensor([[0.1, 0.9, -0.5, 0.2, -0.8, 0.3, 0.4, -0.7]])
+    mask = Strided(4).project(weight.abs(), 0)
+    assert mask.flatten().nonzero().flatten().tolist() == [1, 4]
+
+
+def test_strided_groups_of_a_convolution_run_through_the_flattened_row():
+    # [1 out, 2 in, 1, 3]: flat entries 0..5, groups {0, 3}, {1, 4}, {2, 5} pair the channels of one kernel position.
+    score = torch.tensor([[5.0, 1.0, 4.0], [3.0, 2.0, 6.0]]).view(1, 2, 1, 3)
+    assert Strided(2).project(score, 0).flatten().int().tolist() == [1, 0, 0, 0, 1, 1]
+    # m = 3 goes across kernel positions: {0, 2, 4} and {1, 3, 5}.
+    assert Strided(3).project(score, 0).flatten().int().tolist() == [1, 0, 0, 0, 0, 1]
+
+
+def test_strided_rows_have_one_fan_in():
+    mask = Strided(4).project(torch.rand(6, 8, 3, 3), 0)
+    assert mask.flatten(1).sum(1).tolist() == [18] * 6
+    ConstantFanIn(18).check(mask)
+
+
+def test_strided_goes_to_a_plan_file_and_back():
+    assert to_dict(Strided(16)) == {"name": "strided", "m": 16}
+    assert from_dict(to_dict(Strided(16))) == Strided(16)
 
 
 def test_block_of_a_convolution_spans_channels_at_one_kernel_position():
@@ -125,6 +155,19 @@ def test_prune_ignores_row_quotas():
         (lambda: NM(1, 2).feasible((0, 8), 8), r"none of them 0, got shape \[0, 8\]"),
         (lambda: Unstructured().feasible((4, 8), -1), "nnz >= 0, got -1"),
         (lambda: NM(5, 4), r"n <= m, got NM\(n=5, m=4\)"),
+        (
+            lambda: Strided(4).feasible((8, 30), 0),
+            r"a row of shape \[8, 30\] has 30 entries; Strided\(4\) needs a mult",
+        ),
+        (
+            lambda: Strided(4).check(torch.ones(8, 3, 3, 3) > 0),
+            r"\[8, 3, 3, 3\] has 27 entries; Strided\(4\) needs",
+        ),
+        (lambda: Strided(0), "Strided: expected m as an integer >= 1, got 0"),
+        (
+            lambda: Strided(2).project(torch.tensor([[1.0, -torch.inf, 1.0, -torch.inf]]), 2),
+            r"expected 2 entries for Strided\(m=2\), got only 1",
+        ),
         (lambda: NM(0, 4), "NM: expected n as an integer >= 1, got 0"),
         (lambda: Block(2, cast(int, 1.5)), "Block: expected cols as an integer >= 1, got 1.5"),
         (lambda: ConstantFanIn(True), "ConstantFanIn: expected fan_in as an integer >= 1, got True"),
@@ -140,7 +183,7 @@ def test_misfits_are_refused_with_numbers(call, message):
 
 
 def test_nan_scores_are_refused():
-    for pattern in (Unstructured(), ConstantFanIn(), NM(1, 2), Block(1, 2)):
+    for pattern in (Unstructured(), ConstantFanIn(), NM(1, 2), Block(1, 2), Strided(2)):
         with pytest.raises(NumericsError, match="1 NaN among"):
             pattern.project(torch.tensor([[1.0, torch.nan, 0.0, 2.0]]), 2)
 
@@ -165,6 +208,16 @@ def test_check_names_the_first_bad_group_of_nm():
     conv[1, :3, 0, 2] = 1
     with pytest.raises(PatternError, match="got 3 in row 1, channels 0 to 3, kernel position 2"):
         NM(2, 4).check(conv.bool())
+
+
+def test_check_names_the_first_bad_group_of_strided():
+    mask = torch.zeros(3, 8)
+    mask[1, [1, 3, 5]] = 1
+    with pytest.raises(
+        PatternError, match="at most 1 one in 4 entries 2 apart, got 3 in row 1, entries 1, 3 and so on"
+    ):
+        Strided(4).check(mask.bool())
+    Strided(4).check(torch.zeros(3, 8) > 0)
 
 
 def test_check_names_the_first_bad_block():

@@ -5,7 +5,7 @@ import pytest
 from fxsparse import Override, Plan
 from fxsparse.errors import FxSparseError, PatternError, PlanError
 from fxsparse.methods import gmp, rigl, set_, sr_ste, static
-from fxsparse.pattern import NM, Block, ConstantFanIn, Unstructured
+from fxsparse.pattern import NM, Block, ConstantFanIn, Strided, Unstructured
 
 PLANS = [
     Plan(sparsity=0.9),
@@ -52,6 +52,7 @@ def test_a_plan_is_frozen():
 
 def test_n_m_implies_its_sparsity():
     assert Plan(pattern=NM(1, 4)).sparsity == 0.75
+    assert Plan(pattern=Strided(8)).sparsity == 0.875
     assert Plan(pattern=NM(2, 4), sparsity=0.5).sparsity == 0.5
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fxsparse.errors import NumericsError
 from fxsparse.method import Probe, WeightView, WholeRule
-from fxsparse.pattern import NM, Block, ConstantFanIn, Pattern, Unstructured
+from fxsparse.pattern import NM, Block, ConstantFanIn, Pattern, Strided, Unstructured
 from fxsparse.rng import generator_for
 from fxsparse.rules import GradientMagnitude, LargestMagnitude, PruneGrow, UniformRandom
 from fxsparse.selection import MaskChange, to_positions
@@ -94,6 +94,13 @@ def test_nm_refills_every_group():
     weight = torch.tensor([[0.1, 0.0, 0.9, 0.0]])
     gradient = torch.tensor([[0.1, 0.2, 0.0, 5.0]])
     assert RIGL(view(weight, [0, 2], gradient, 0.5, NM(1, 2))).tolist() == [1, 2]
+
+
+def test_strided_refills_every_group():
+    # Groups {0, 2}, {1, 3}: entry 0 (the smaller) drops, and its group regrows 2, though 3 has the largest gradient.
+    weight = torch.tensor([[0.1, 0.9, 0.0, 0.0]])
+    gradient = torch.tensor([[0.1, 0.0, 0.2, 5.0]])
+    assert RIGL(view(weight, [0, 1], gradient, 0.5, Strided(2))).tolist() == [1, 2]
 
 
 def test_blocks_drop_whole_and_at_least_the_asked_number():

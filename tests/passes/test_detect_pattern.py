@@ -14,7 +14,7 @@ from fxsparse.passes import (
     RemoveIdentities,
 )
 from fxsparse.passes.detect_pattern import detect
-from fxsparse.pattern import NM, Block, ConstantFanIn, Pattern, Unstructured
+from fxsparse.pattern import NM, Block, ConstantFanIn, Pattern, Strided, Unstructured
 from fxsparse.pipeline import PassContext, run_passes
 from fxsparse.report import Report
 from fxsparse.trace import capture
@@ -23,7 +23,17 @@ from fxsparse.trace import capture
 @pytest.mark.parametrize("shape", [(64, 64), (32, 32, 3, 3)])
 @pytest.mark.parametrize(
     "pattern",
-    [Unstructured(), ConstantFanIn(5), NM(1, 4), NM(2, 8), Block(4, 4), Block(1, 8), Block(8, 1)],
+    [
+        Unstructured(),
+        ConstantFanIn(5),
+        NM(1, 4),
+        NM(2, 8),
+        Block(4, 4),
+        Block(1, 8),
+        Block(8, 1),
+        Strided(4),
+        Strided(32),
+    ],
 )
 def test_names_the_pattern_a_mask_was_made_with(pattern: Pattern, shape: tuple[int, ...]) -> None:
     mask = pattern.project(torch.rand(shape), torch.Size(shape).numel() // 8)
@@ -38,6 +48,10 @@ def test_empty_rows_do_not_hide_a_constant_fan_in() -> None:
     mask = ConstantFanIn(3).project(torch.rand(10, 20), 0)
     mask[[2, 7]] = False
     assert detect(mask) == ConstantFanIn(3)
+
+
+def test_a_single_entry_of_a_row_says_nothing_of_strides() -> None:
+    assert detect(Strided(8).project(torch.rand(20, 8), 0)) == ConstantFanIn(1)
 
 
 @pytest.mark.parametrize("mask", [torch.ones(8, 8, dtype=torch.bool), torch.zeros(8, 8, dtype=torch.bool)])

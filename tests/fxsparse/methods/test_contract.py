@@ -14,7 +14,7 @@ from fxsparse.methods import (
     srigl,
     static,
 )
-from fxsparse.pattern import NM, Block, ConstantFanIn, Pattern, Unstructured
+from fxsparse.pattern import NM, Block, ConstantFanIn, Pattern, Strided, Unstructured
 from fxsparse.testing import check_method
 
 FAST = {
@@ -33,7 +33,7 @@ FAST = {
     "dual averaging": dual_averaging(steps=1250),
     "imp": imp(steps=1250),
 }
-PATTERNS = [Unstructured(), ConstantFanIn(), NM(2, 4), Block(2, 4)]
+PATTERNS = [Unstructured(), ConstantFanIn(), NM(2, 4), Block(2, 4), Strided(4)]
 
 
 def pairs(methods):
