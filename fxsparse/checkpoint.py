@@ -18,6 +18,9 @@ from torch import Tensor
 
 from fxsparse.errors import CheckpointError
 
+MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What reading a header raises that holds other values than `write` was given."""
+
 FORMAT = 1
 """Raised when an older fxsparse could misread a file."""
 _HEADER, _HASH = "fxsparse", "fxsparse_hash"
@@ -68,17 +71,24 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
             found = file.metadata() or {}
             header = _header(path, found)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(
             f"{path}: expected a whole file written by fxsparse.save, got {type(error).__name__}: {error}. It is "
-            "missing or truncated; take another checkpoint."
+            "missing or truncated, or a folder or something else; take another checkpoint."
         ) from error
     if _hash(found[_HEADER], tensors) != found.get(_HASH):
         raise CheckpointError(
             f"{path}: its contents do not match the hash written with them, so it was changed or damaged after "
             "fxsparse.save; take another checkpoint."
         )
-    return tensors | {alias: tensors[name] for alias, name in header["aliases"].items()}, header
+    try:
+        return tensors | {alias: tensors[name] for alias, name in header["aliases"].items()}, header
+    except MALFORMED as error:
+        raise CheckpointError(
+            f"{path}: its header is damaged ({error!r}); take another checkpoint."
+        ) from error
 
 
 def _header(path: str | os.PathLike[str], found: Mapping[str, str]) -> dict[str, Any]:
@@ -88,16 +98,26 @@ def _header(path: str | os.PathLike[str], found: Mapping[str, str]) -> dict[str,
             "state dict goes into load_state_dict."
         )
     try:
-        header = json.loads(found[_HEADER])
+        header = json.loads(found[_HEADER], object_pairs_hook=_once)
         version = header["format"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path}: its header is damaged ({error}); take another checkpoint.") from error
-    if version != FORMAT:
+    except MALFORMED as error:
+        raise CheckpointError(
+            f"{path}: its header is damaged ({error!r}); take another checkpoint."
+        ) from error
+    if version != FORMAT or type(version) is not int:
         raise CheckpointError(
             f"{path}: expected format {FORMAT}, got {version!r} written by fxsparse {header.get('fxsparse')}; load it "
             "with that version."
         )
     return header
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; readers do not agree on which of two values of one key they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("an object has the same key twice")
+    return found
 
 
 def _without_repeats(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

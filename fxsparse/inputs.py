@@ -80,28 +80,39 @@ def has_sequence(tensor: Tensor) -> bool:
     return tensor.dim() == (3 if tensor.is_floating_point() else 2)
 
 
-def to_json(value: Any) -> Any:
-    """Example inputs as JSON values: structure and plain values, and of tensors only shape and dtype."""
+def to_json(value: Any, seen: dict[int, int] | None = None) -> Any:
+    """Example inputs as JSON values: structure and plain values, and of tensors only shape and dtype.
+
+    A tensor that came before says which one it is, of `seen` so far.
+    """
+    seen = {} if seen is None else seen
     if isinstance(value, Tensor):
+        if id(value) in seen:
+            return {"same": seen[id(value)]}
+        seen[id(value)] = len(seen)
         return {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
     if isinstance(value, tuple | list):
-        return {type(value).__name__: [to_json(item) for item in value]}
+        return {type(value).__name__: [to_json(item, seen) for item in value]}
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {"dict": {key: to_json(item) for key, item in value.items()}}
+        return {"dict": {key: to_json(item, seen) for key, item in value.items()}}
     if value is None or isinstance(value, bool | int | float | str):
         return {"value": value}
     return {"opaque": type(value).__name__}
 
 
-def from_json(row: Any) -> Any:
+def from_json(row: Any, made: list[Tensor] | None = None) -> Any:
     """Example inputs on meta from what `to_json` wrote; TraceError where they held more than it can say."""
+    made = [] if made is None else made
     [kind, inside], *_ = row.items()
     if kind == "tensor":
-        return torch.empty(inside, dtype=getattr(torch, row["dtype"]), device="meta")
+        made.append(torch.empty(inside, dtype=getattr(torch, row["dtype"]), device="meta"))
+        return made[-1]
+    if kind == "same":
+        return made[inside]
     if kind in ("tuple", "list"):
-        return (tuple if kind == "tuple" else list)(from_json(item) for item in inside)
+        return (tuple if kind == "tuple" else list)(from_json(item, made) for item in inside)
     if kind == "dict":
-        return {key: from_json(item) for key, item in inside.items()}
+        return {key: from_json(item, made) for key, item in inside.items()}
     if kind == "value":
         return inside
     raise TraceError(f"the saved example inputs hold a {inside}, which only example_inputs= can give")

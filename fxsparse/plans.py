@@ -139,12 +139,12 @@ class Plan:
         return cls(**row)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write TOML; the file appears whole or not at all.
+        """Write TOML; the file appears whole or not at all, and of a link the target is written.
 
         Raises:
             PlanError: the path cannot be written.
         """
-        path = Path(path)
+        path = Path(os.path.realpath(path))
         text = tomli_w.dumps(self.to_dict())
         try:
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:

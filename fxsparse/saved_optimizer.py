@@ -1,6 +1,7 @@
 """An optimizer as named tensors and plain values, and back."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -66,15 +67,34 @@ def restore(
             f"load: expected a {saved['class']} with the groups {kept}, got a {type(optimizer).__name__} with "
             f"{asked}. Make it from model.parameters(), with the groups of the saved one."
         )
-    for group, members in zip(optimizer.param_groups, expected, strict=True):
-        group["params"] = [by_name[name] for name in members]
-    optimizer.state.clear()
-    optimizer.load_state_dict(
-        {
-            "state": {int(key): _whole(state, tensors) for key, state in saved["state"].items()},
-            "param_groups": [_whole(group, tensors) for group in saved["groups"]],
-        }
-    )
+    state = {
+        "state": {int(key): _whole(state, tensors) for key, state in saved["state"].items()},
+        "param_groups": [_whole(group, tensors) for group in saved["groups"]],
+    }
+    members = [[by_name[name] for name in group] for group in expected]
+    with _as_it_was_on_failure(optimizer):
+        for group, parameters in zip(optimizer.param_groups, members, strict=True):
+            group["params"] = parameters
+        optimizer.state.clear()
+        optimizer.load_state_dict(state)
+
+
+@contextmanager
+def _as_it_was_on_failure(optimizer: Optimizer) -> Iterator[None]:
+    """Undo what the block did to the optimizer's groups and state if it raises."""
+    groups = [(group, dict(group)) for group in optimizer.param_groups]
+    known, state = optimizer.state, dict(optimizer.state)
+    try:
+        yield
+    except BaseException:
+        for group, before in groups:
+            group.clear()
+            group.update(before)
+        optimizer.param_groups[:] = [group for group, _ in groups]
+        optimizer.state = known
+        known.clear()
+        known.update(state)
+        raise
 
 
 def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:

@@ -1,8 +1,8 @@
 """``save`` and ``load``: a compiled module, and its optimizer, as one safetensors file."""
 
-import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
@@ -10,21 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fxsparse import checkpoint, saved_optimizer
-from fxsparse import pattern as patterns
+from fxsparse import checkpoint, saved_optimizer, saved_training
 from fxsparse.compiler import rebuild
-from fxsparse.errors import CheckpointError, PlanError
+from fxsparse.errors import CheckpointError, InvariantError, PatternError, PlanError, TraceError
 from fxsparse.graph_model import GraphModel
-from fxsparse.inputs import from_json, to_json
-from fxsparse.module import Recipe, SparseModule
-from fxsparse.pipeline import Decision
-from fxsparse.plans import Plan
-from fxsparse.prices import Price
+from fxsparse.module import SparseModule
+from fxsparse.saved_training import SavedRun
 from fxsparse.skeleton import copy_structure
-from fxsparse.storage import CompactWeight
 from fxsparse.transformation import transform
 
-_STATE, _MORE, _OPTIMIZER, _TOPOLOGY = "state/", "more/", "optimizer/", "topology/"
+_OPTIMIZER = "optimizer/"
+KINDS = ("training",)
 
 
 def save(module: SparseModule, path: str | os.PathLike[str], *, optimizer: Optimizer | None = None) -> None:
@@ -42,7 +38,13 @@ def save(module: SparseModule, path: str | os.PathLike[str], *, optimizer: Optim
             f"save: expected what fxsparse.compile returned, got {type(module).__name__}; torch.save "
             "saves other modules."
         )
-    tensors, header = _training(module)
+    plan = module.plan
+    if plan is None:
+        raise PlanError(
+            "save: this module was compiled for inference; expected one that trains. Save that one and compile it "
+            "again after loading, or pickle this one."
+        )
+    tensors, header = saved_training.describe(module, plan)
     if optimizer is not None:
         held, header["optimizer"] = saved_optimizer.describe(optimizer, module)
         tensors |= {_OPTIMIZER + name: tensor for name, tensor in held.items()}
@@ -72,100 +74,77 @@ def load(
 
     Raises:
         CheckpointError: a file that is missing, damaged, of a newer version or of another model; nothing was changed.
+        PlanError: a device that is not there, or no model of the user's own.
     """
+    place = _device(device)
+    shell = _without_values(model)
     tensors, header = checkpoint.read(path)
-    parts = (_STATE, _MORE, _OPTIMIZER, _TOPOLOGY)
-    state, more, held, moved = (_below(tensors, prefix) for prefix in parts)
-    try:
-        recipe = _recipe(header, _as_saved(header, model, example_inputs), example_inputs)
-        history = {**header["topology"], "tensors": moved}
-        sparse = rebuild(recipe, state, header["training"], history, more).to(device)
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: its header is not one of fxsparse.save: {error!r}.") from error
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    with _blaming(path):
+        if header["kind"] not in KINDS:
+            raise CheckpointError(f"expected a file of a kind in {KINDS}, got {header['kind']!r}.")
+        sparse = _trained(tensors, header, shell, example_inputs).to(place)
+        if optimizer is not None:
+            saved_optimizer.restore(
+                optimizer, header.get("optimizer"), _below(tensors, _OPTIMIZER), model, sparse
+            )
     if optimizer is not None:
-        saved_optimizer.restore(optimizer, header.get("optimizer"), held, model, sparse)
         sparse.attach(optimizer)
     return sparse
 
 
-def _training(module: SparseModule) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    recipe = module._emitted.recipe
-    state, plan = module.state_dict(), module.plan
-    if plan is None:
-        raise PlanError(
-            "save: this module was compiled for inference; expected one that trains. Save that one and compile it "
-            "again after loading, or pickle this one."
+def _trained(
+    tensors: Mapping[str, Tensor], header: Mapping[str, Any], shell: nn.Module, example_inputs: Any
+) -> SparseModule:
+    parts = (saved_training.STATE, saved_training.MORE, saved_training.TOPOLOGY)
+    state, more, moved = (_below(tensors, prefix) for prefix in parts)
+    run = saved_training.read(header, example_inputs)
+    if int(state["fxsparse_step"]) != header["step"]:
+        raise CheckpointError(
+            f"expected the state of step {header['step']}, got {int(state['fxsparse_step'])}."
         )
-    derived = [f"{name}." for name, weight in module.weights() if isinstance(weight, CompactWeight)]
-    more = {
-        name: buffer
-        for name, buffer in module.named_buffers()
-        if name not in state and not name.startswith(tuple(derived))
-    }
-    header = {
-        "kind": "training",
-        "model": type(recipe.shell).__qualname__,
-        "plan": plan.to_dict(),
-        "method": plan.method.name,
-        "step": int(state["fxsparse_step"]),
-        "training": module.training,
-        "tier": recipe.tier,
-        "example_inputs": to_json(recipe.example_inputs),
-        "transformed": _origin(recipe.shell),
-        "weights": {name: list(recipe.shell.get_parameter(name).shape) for name in recipe.decisions},
-        "decisions": {name: _decision_row(decision) for name, decision in recipe.decisions.items()},
-    }
-    header["topology"] = history = module.report.topology.state_dict()
-    tensors = {_STATE + name: tensor for name, tensor in state.items()}
-    tensors |= {_TOPOLOGY + name: tensor for name, tensor in history.pop("tensors").items()}
-    return tensors | {_MORE + name: buffer for name, buffer in more.items()}, header
+    recipe = saved_training.recipe(run, _as_saved(run, shell), state)
+    history = {**header["topology"], "tensors": moved}
+    return rebuild(recipe, state, run.training, history, more)
 
 
-def _origin(shell: nn.Module) -> dict[str, Any] | None:
-    """What transforms the user's model again."""
-    if not isinstance(shell, GraphModel):
-        return None
-    return {"plan": shell.origin.plan.to_dict(), "tier": shell.origin.tier}
+@contextmanager
+def _blaming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Errors inside the block become a CheckpointError that names the file, but for those of the user's model."""
+    try:
+        yield
+    except TraceError:
+        raise
+    except (PlanError, PatternError, CheckpointError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except (*checkpoint.MALFORMED, InvariantError) as error:
+        raise CheckpointError(f"{path}: its header is not one of fxsparse.save: {error!r}.") from error
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{path}: its tensors are not those of fxsparse.save, or of another model: {error}"
+        ) from error
 
 
-def _as_saved(header: Mapping[str, Any], model: nn.Module, example_inputs: Any) -> nn.Module:
+def _as_saved(run: SavedRun, shell: nn.Module) -> nn.Module:
     """The user's model without values, transformed where the one that was saved was."""
-    shell, made_by = _without_values(model), header.get("transformed")
-    if made_by is None or isinstance(shell, GraphModel):
+    if run.made_by is None or isinstance(shell, GraphModel):
         return shell
-    inputs = from_json(header["example_inputs"]) if example_inputs is None else example_inputs
-    return transform(shell, Plan.from_dict(made_by["plan"]), inputs, tier=made_by["tier"])
+    plan, tier = run.made_by
+    return transform(shell, plan, run.example_inputs, tier=tier)
 
 
-def _recipe(header: Mapping[str, Any], shell: nn.Module, example_inputs: Any) -> Recipe:
-    if header["kind"] != "training":
-        raise CheckpointError(f"expected a training checkpoint, got one of kind {header['kind']!r}.")
-    known = {name: list(parameter.shape) for name, parameter in shell.named_parameters()}
-    for name, shape in header["weights"].items():
-        if known.get(name) != shape:
-            raise CheckpointError(
-                f"expected a {header['model']} whose {name!r} has shape {shape}, got "
-                f"{known.get(name, 'no parameter of that name')} in {type(shell).__name__}; pass the model "
-                "that was saved."
-            )
-    if example_inputs is None:
-        example_inputs = from_json(header["example_inputs"])
-    decisions = {name: _decision(row) for name, row in header["decisions"].items()}
-    return Recipe(shell, Plan.from_dict(header["plan"]), example_inputs, decisions, header["tier"], {})
-
-
-def _decision_row(decision: Decision) -> dict[str, Any]:
-    row = {field.name: getattr(decision, field.name) for field in dataclasses.fields(decision)}
-    price = None if decision.price is None else decision.price.points
-    return row | {"pattern": patterns.to_dict(decision.pattern), "price": price}
-
-
-def _decision(row: Mapping[str, Any]) -> Decision:
-    points = row.get("price")
-    price = None if points is None else Price(tuple((nnz, cost) for nnz, cost in points))
-    return Decision(**{**row, "pattern": patterns.from_dict(row["pattern"]), "price": price})
+def _device(device: torch.device | str) -> torch.device:
+    """The device, which has to have memory that this process can use."""
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        lines = str(error).strip().splitlines()
+        raise PlanError(
+            f"load: expected a device of this machine such as 'cpu', got {device!r}: {lines[0] if lines else error!r}"
+        ) from error
+    if place.type == "meta":
+        raise PlanError("load: expected a device with memory, got 'meta'.")
+    return place
 
 
 def _without_values(model: nn.Module) -> nn.Module:

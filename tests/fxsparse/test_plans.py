@@ -198,3 +198,11 @@ def test_a_file_that_is_not_toml_is_a_plan_error(tmp_path):
     (tmp_path / "bad.toml").write_text("sparsity 0.9")
     with pytest.raises(PlanError, match=r"bad.toml: expected a TOML plan file"):
         Plan.load(tmp_path / "bad.toml")
+
+
+def test_a_link_to_a_plan_is_followed(tmp_path):
+    (tmp_path / "shared.toml").write_text("old")
+    (tmp_path / "plan.toml").symlink_to("shared.toml")
+    Plan(sparsity=0.9).save(tmp_path / "plan.toml")
+    assert (tmp_path / "plan.toml").is_symlink()
+    assert Plan.load(tmp_path / "shared.toml") == Plan(sparsity=0.9)
