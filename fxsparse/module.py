@@ -70,6 +70,9 @@ class SparseModule(nn.Module):
     it was made from.
     """
 
+    accepts_loss_kwargs = False
+    """Read by the Trainer of transformers: a graph has no argument for the number of items in a batch."""
+
     def __init__(self, emitted: Emitted) -> None:
         super().__init__()
         for name in SHARED_DICTS:

@@ -9,6 +9,14 @@ from torch import Tensor
 from fxsparse.errors import UnsupportedError
 
 
+def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer inside a trainer's wrapper, which runs no step hooks of its own (Lightning's, Accelerate's)."""
+    inner = getattr(optimizer, "optimizer", None)
+    while isinstance(inner, torch.optim.Optimizer) and "_optimizer_step_post_hooks" not in vars(optimizer):
+        optimizer, inner = inner, getattr(inner, "optimizer", None)
+    return optimizer
+
+
 def per_element(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Iterator[Tensor]:
     """The state tensors of `parameter` that hold one number per element.
 

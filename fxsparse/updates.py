@@ -125,6 +125,7 @@ class MaskUpdates:
         """
         if not isinstance(optimizer, Optimizer):
             raise PlanError(f"attach: expected a torch.optim.Optimizer, got {type(optimizer).__name__}.")
+        optimizer = optimizer_state.unwrapped(optimizer)
         if optimizer is self._optimizer:
             return
         self._check_holds_all(optimizer)
@@ -140,6 +141,7 @@ class MaskUpdates:
     def count_step(self, optimizer: Optimizer) -> bool:
         """Whether the step just taken moved masks; a step from before `optimizer` was attached is counted here."""
         self._check_not_exploring()
+        optimizer = optimizer_state.unwrapped(optimizer)
         if optimizer is not self._optimizer:
             self.attach(optimizer)
             evidence = self._take_evidence() if self._fires() else None

@@ -18,7 +18,7 @@ LAYERS = (
     {"kernels", "everything that is not named here"},
     {"passes"},
     {"transformation", "compiler", "inference", "backend", "saving"},
-    {"", "cli", "demo", "__main__"},  # "" is fxsparse/__init__.py, which re-exports
+    {"", "cli", "demo", "integrations", "__main__"},  # "" is fxsparse/__init__.py, which re-exports
 )
 MIDDLE = 2
 FILLS_ITSELF = ("kernel", "kernels")  # the registry imports what registers itself there, at first use
@@ -131,7 +131,8 @@ def test_import_is_silent_and_needs_no_compiler_gpu_or_optional_library() -> Non
     # Blocked, not only unwanted: torch itself imports triton where it finds it.
     code = """
 import sys
-for name in ("triton", "matplotlib", "scipy", "sklearn", "torchvision", "transformers", "passes", "kernels"):
+optional = ("triton", "matplotlib", "scipy", "sklearn", "torchvision", "transformers", "lightning", "accelerate")
+for name in (*optional, "passes", "kernels"):
     sys.modules[name] = None
 import torch, fxsparse
 assert not torch.cuda.is_initialized()

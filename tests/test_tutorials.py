@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
-PAGES = [ROOT / "docs" / "spartan.md"]
+PAGES = [ROOT / "docs" / name for name in ("spartan.md", "trainers.md")]
 
 
 def run(path: Path) -> dict[str, Any]:
