@@ -1,7 +1,6 @@
 """``compile``, ``plan_report`` and ``allocate``: what a user calls."""
 
 import copy
-import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,6 +18,7 @@ from fxsparse.inference import compile_for_inference
 from fxsparse.initial import target_of
 from fxsparse.inputs import CPU
 from fxsparse.module import Emitted, Recipe, SparseModule
+from fxsparse.one_shot import check_pruning, materialised, prune_program
 from fxsparse.passes import planning_pipeline, training_pipeline
 from fxsparse.pipeline import PassContext, run_passes
 from fxsparse.plans import Plan
@@ -124,21 +124,46 @@ def count_flops(
     return ctx.flops
 
 
-def prune(model: nn.Module, plan: Plan, example_inputs: Any = None) -> nn.Module:
+def prune(
+    model: nn.Module,
+    plan: Plan,
+    example_inputs: Any = None,
+    *,
+    calibration: Iterable[Any] | None = None,
+    report: Report | None = None,
+) -> nn.Module:
     """A copy of a trained dense model with the plan's zeros in it, in one shot and without training.
 
+    Args:
+        model: left untouched.
+        plan: its method is ``static(score)``, or one that looks at what layers read: ``wanda()``, ``sparsegpt()``.
+        example_inputs: as for `compile`; the first batch where there is `calibration`.
+        calibration: batches, each written as `example_inputs`; read once and held.  The model runs on them in eval mode
+            block by block, so that what a layer reads comes from pruned layers.  Held besides are the activations
+            between two blocks, for every batch, and sums over the inputs of one block.
+        report: an empty Report to fill; with `calibration` its layers have "output_error", the relative error of
+            their output on these batches.
+
     Raises:
-        PlanError: the plan's method moves masks during training; one-shot pruning takes ``static(score)``.
+        PlanError: the plan's method moves masks during training, or needs calibration; batches that the model does not
+            take; a model on meta.
+        NumericsError: weights or inputs that are not finite, or too few inputs for SparseGPT; it names the weight.
     """
-    _check(model, plan, "train")
-    if plan.method.rule is not None:
-        raise PlanError(
-            f"prune: expected a method that draws one mask, such as static('magnitude'), got {plan.method.name}; "
-            "train with fxsparse.compile(model, plan), then take sparse.to_dense()."
-        )
-    training = model.training
-    masked = dataclasses.replace(plan, storage="masked")
-    return compile(copy.deepcopy(model), masked, example_inputs=example_inputs).to_dense().train(training)
+    _check(model, plan, "train", planning=True)
+    check_pruning(model, plan, calibration, report)
+    batches = None if calibration is None else materialised(model, calibration)
+    if example_inputs is None and batches is not None:
+        example_inputs = batches[0]
+    made, plan = _transformed(copy.deepcopy(model), plan, example_inputs)
+    program = capture(made, example_inputs)
+    ctx = PassContext(plan, "train", program, Report() if report is None else report, example_inputs)
+    run_passes(planning_pipeline(plan), ctx)
+    errors = prune_program(ctx, batches, measured=report is not None)
+    summarize(ctx)
+    ctx.report.notes += ctx.notes
+    for row in ctx.report.layers:
+        row.update({"output_error": errors[row["name"]]} if row["name"] in errors else {})
+    return made
 
 
 def _planned(model: nn.Module, plan: Plan, example_inputs: Any) -> PassContext:
@@ -240,6 +265,12 @@ def _check(model: nn.Module, plan: Plan | None, mode: str, *, planning: bool = F
         )
     if mode == "train":
         _check_dense(model, "plan_report and allocate" if planning else "compile")
+    if plan is not None and plan.method.one_shot is not None and not planning:
+        raise PlanError(
+            f"compile: {plan.method.name} prunes a trained model without training: call fxsparse.prune(model, plan, "
+            "calibration=batches); to train on with its zeros, compile what that returns with static('magnitude') and "
+            "the same allocation and pattern."
+        )
 
 
 def _train(

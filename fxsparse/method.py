@@ -164,6 +164,21 @@ class Score(Protocol):
     def __call__(self, weight: Tensor, generator: torch.Generator) -> Tensor: ...
 
 
+class OneShot(Protocol):
+    """Prunes a trained weight by what its op read on calibration batches, without training: `fxsparse.prune`."""
+
+    products: ClassVar[bool]
+    """Whether it needs the products of all pairs of input columns; else the squares of each."""
+
+    def __call__(self, matrix: Tensor, moments: Tensor, pattern: Pattern, nnz: int) -> tuple[Tensor, str]:
+        """The pruned matrix, and what the report should say of it, mostly nothing.
+
+        `matrix` is [rows, fan-in] in at least float32, the input channels of a kernel position next to each other;
+        `moments` the mean over inputs of squares [fan-in] or products [fan-in, fan-in].
+        """
+        ...
+
+
 class WeightInit(Protocol):
     """Values that the active entries of a weight start from."""
 
@@ -192,6 +207,8 @@ class Method:
     """The rule ablates neurons, yet none of the weights that these globs name; None: it ablates none at all."""
     varying_nnz: bool = False
     """An update may leave any number of entries up to the weight's budget; else it leaves exactly nnz."""
+    one_shot: OneShot | None = None
+    """Prunes a trained model by calibration batches; such a method does not train."""
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """The keyword arguments it was built from, without those at their default: what ``to_dict`` writes."""
 

@@ -30,6 +30,7 @@ HEADERS = {
     "limit_us": "limit (us)",
     "limit_share": "limit / time",
     "values_error": "error by values",
+    "output_error": "error of output",
     "neurons_removed": "neurons removed",
     "active_neurons": "active neurons",
     "fan_in_min": "least fan-in",
@@ -50,7 +51,7 @@ PASSES = ("name", "rewrites", "seconds", "notes")
 LAYERS = (
     *("name", "op", "shape", "pattern", "neurons", "storage", "kernel", "sparsity_target", "sparsity"),
     *("nnz", "numel", "flops_dense", "flops_sparse", "flops_executed", "dense_us", "sparse_us"),
-    *("limit_us", "limit_share", "values", "values_error", "neurons_removed", "reason"),
+    *("limit_us", "limit_share", "values", "values_error", "neurons_removed", "output_error", "reason"),
 )
 TOPOLOGY = (
     *("name", "step", "nnz", "active_neurons", "neurons", "fan_in_min", "fan_in_mean", "fan_in_max", "churn"),
@@ -65,6 +66,7 @@ OPTIONAL = (
     "values_error",
     "neurons",
     "neurons_removed",
+    "output_error",
 )
 """Columns shown only where some layer has them: in training nothing is measured and no neuron removed, few methods
 ablate, and what values are stored in is of interest where it was asked for."""

@@ -9,10 +9,12 @@ from fxsparse.methods import (
     imp,
     rigl,
     set_,
+    sparsegpt,
     spartan,
     sr_ste,
     srigl,
     static,
+    wanda,
 )
 from fxsparse.pattern import NM, Block, ConstantFanIn, Pattern, Strided, Unstructured
 from fxsparse.testing import check_method
@@ -32,6 +34,8 @@ FAST = {
     "spartan": spartan(steps=1250),
     "dual averaging": dual_averaging(steps=1250),
     "imp": imp(steps=1250),
+    "wanda": wanda(),
+    "sparsegpt": sparsegpt(),
 }
 PATTERNS = [Unstructured(), ConstantFanIn(), NM(2, 4), Block(2, 4), Strided(4)]
 
