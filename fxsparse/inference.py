@@ -67,6 +67,13 @@ def compile_for_inference(
     model, masked = without_pruning_hooks(model)
     source, plan = _capture(model, example_inputs, strict)
     source.notes[:0] = [note_of(masked)] if masked else []
+    return infer_program(model, source, plan, example_inputs, values)
+
+
+def infer_program(
+    model: nn.Module, source: Program, plan: Plan | None, example_inputs: Any, values: str | None = None
+) -> SparseModule:
+    """The rest of `compile_for_inference`, for a `model` that was captured as `source`."""
     measured = example_inputs is not None and not has_meta(example_inputs)
     dense: nn.Module | None = None
     keep_dense: dict[str, str] = {}

@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from fxsparse import backend
 
 ROOT = Path(__file__).resolve().parents[1]
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
-PAGES = [ROOT / "docs" / name for name in ("spartan.md", "trainers.md")]
+PAGES = [ROOT / "docs" / name for name in ("spartan.md", "trainers.md", "torch_compile.md")]
 
 
 def run(path: Path) -> dict[str, Any]:
@@ -39,6 +42,16 @@ def test_the_page_on_spartan_runs_and_its_masks_meet_the_plan():
     weights = [p for p in names["dense"].parameters() if p.dim() > 1]
     assert sum(int((weight != 0).sum()) for weight in weights) == kept["blocks"]
     assert names["fast"](names["x"]).shape == (64, 10)
+
+
+def test_the_page_on_torch_compile_runs(capsys):
+    if (
+        "fxsparse" not in torch._dynamo.list_backends()
+    ):  # as its entry point says where the package is installed
+        torch._dynamo.register_backend(backend.fxsparse, "fxsparse")
+    names = run(ROOT / "docs" / "torch_compile.md")
+    torch.testing.assert_close(names["y"], names["model"](names["x"]).detach())
+    assert "dense, by Inductor" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("path", [*TUTORIALS, *PAGES], ids=lambda path: path.stem)

@@ -1,0 +1,105 @@
+"""The function that ``torch.compile(model, backend="fxsparse")`` calls with every graph, and what it did to each."""
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from fxsparse.backend.held import HeldGraph, hold
+from fxsparse.backend.lowering import Call, by_inductor, is_changed, lower, times_us
+from fxsparse.backend.options import Options, read_options
+from fxsparse.backend.running import DifferentiableGraph, Packed, SwitchingGraph, watch
+from fxsparse.backend.trial import try_graph
+from fxsparse.report import Report
+
+_REPORTS: deque[Report] = deque(maxlen=256)
+
+
+def reports() -> list[Report]:
+    """What the backend did in this process, a report for each graph, the last one last (of 256)."""
+    return list(_REPORTS)
+
+
+def fxsparse(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Call:
+    """Compile a graph of Dynamo's: weights with zeros on the kernels that measured fastest, the rest by Inductor.
+
+    Args:
+        gm: left as it is.
+        example_inputs: what the call that is compiled gives: inputs, parameters and buffers.
+        mode: an Inductor mode.
+        options: see `fxsparse.backend.options.read_options`.
+
+    Raises:
+        PlanError: unknown options.
+        InvariantError: the lowered graph computes something else than `gm` (a bug).
+    """
+    wanted = read_options(mode, options)
+    if wanted.mode != "infer":
+        return _compiled(gm, example_inputs, wanted)
+    with torch.no_grad():
+        call = _compiled(gm, example_inputs, wanted)
+    return torch.no_grad()(call)
+
+
+def _compiled(gm: GraphModule, example_inputs: Sequence[Any], wanted: Options) -> Call:
+    held = hold(gm, example_inputs)  # before Inductor, which edits gm
+    dense = by_inductor(gm, example_inputs, wanted.inductor)
+    report = Report()
+    _REPORTS.append(report)
+    if wanted.mode == "train":
+        report.notes.append("dense, by Inductor: options['mode'] is 'train'")
+        return dense
+    trial = try_graph(held)
+    if trial.refusal is not None:
+        report.notes.append(f"dense, by Inductor: {trial.refusal}")
+        return dense
+    symbolic = [example_inputs[position] for position in held.inputs]
+    packed = _pack(held, dense, report, lambda gm: by_inductor(gm, symbolic, wanted.inductor))
+    if packed is None:
+        return dense
+    graph = SwitchingGraph(dense, packed, partial(_pack_again, held, dense, report), report)
+    return DifferentiableGraph(graph, trial.differentiable) if any(trial.differentiable) else graph
+
+
+def _pack_again(held: HeldGraph, dense: Call, report: Report, args: Sequence[Any]) -> Packed | None:
+    """The same for the weights of a later call; Inductor has no part in it, since nothing is being compiled then."""
+    held = held.refreshed(args)
+    return None if try_graph(held).refusal else _pack(held, dense, report, None)
+
+
+def _pack(
+    held: HeldGraph, dense: Call, report: Report, compiler: Callable[[GraphModule], Call] | None
+) -> Packed | None:
+    """The fastest form of a graph, measured; None where that is the dense one.  Fills the report."""
+    artefact = lower(held)
+    _copy_rows(artefact.report, report)
+    if not is_changed(artefact):
+        report.notes.append("dense, by Inductor: no kernel for zeros is faster")
+        return None
+    calls: dict[str, Call] = {"dense, by Inductor": dense, "on kernels": artefact.forward_graph}
+    if compiler is not None:
+        with torch.no_grad():
+            calls["on kernels, the rest by Inductor"] = compiler(artefact.forward_graph)
+    arguments = dict.fromkeys(calls, held.examples) | {"dense, by Inductor": held.arguments()}
+    times = times_us(calls, arguments)
+    fastest = min(times, key=times.__getitem__)
+    report.notes.append(f"{fastest}: " + ", ".join(f"{name} {us:.1f} us" for name, us in times.items()))
+    if calls[fastest] is dense:
+        return None
+    tensors = held.tensors()
+    watched = tuple(watch(name, position, tensors[name]) for position, name in held.names.items())
+    return Packed(calls[fastest], held.inputs, watched)
+
+
+def _copy_rows(source: Report, to: Report) -> None:
+    to.passes, to.layers, to.untouched = source.passes, source.layers, source.untouched
+    to.totals, to.environment, to.notes = source.totals, source.environment, to.notes + source.notes
