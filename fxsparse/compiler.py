@@ -31,6 +31,7 @@ from fxsparse.trace import capture
 from fxsparse.transformation import fitted, transform
 from fxsparse.updates import MaskUpdates
 from fxsparse.walk import swap_leaves
+from fxsparse.wrappers import refuse_wrapped
 
 MODES = ("train", "infer")
 
@@ -179,6 +180,7 @@ def _planned(model: nn.Module, plan: Plan, example_inputs: Any) -> PassContext:
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise PlanError(f"expected the model as an nn.Module, got {type(model).__name__}.")
+    refuse_wrapped(model)
     scripted = [path for path, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
     if scripted:
         where = f"its submodule {scripted[0]!r}" if scripted[0] else "the model"

@@ -7,19 +7,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.optim import Optimizer
 
-from fxsparse.errors import CheckpointError, FxSparseError, InvariantError, PlanError, TraceError
-from fxsparse.graph import owner, set_parameter
+from fxsparse import sharding
+from fxsparse.errors import CheckpointError, FxSparseError, PlanError, TraceError
+from fxsparse.graph import owner
 from fxsparse.input_check import InputCheck
 from fxsparse.pipeline import Decision, Program
 from fxsparse.plans import Plan
 from fxsparse.probe_variant import PROBES, probe_graphs
+from fxsparse.ranks import verify_same
 from fxsparse.report import Report
 from fxsparse.selection import to_mask
+from fxsparse.sharding import refuse_sharded_parts, release_sharded, whole
 from fxsparse.skeleton import SHARED_DICTS, bind
 from fxsparse.soft_updates import refuse_averaged
 from fxsparse.state_dicts import after_loading, before_loading
@@ -89,7 +91,13 @@ class SparseModule(nn.Module):
         updates = self._emitted.updates
         if updates is not None and updates.switch.on and torch.is_grad_enabled():
             updates.switch.ran = True
-        return self._active()(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return self._active()(*args, **kwargs)
+        try:
+            return self._active()(*args, **kwargs)
+        except RuntimeError as error:
+            refuse_sharded_parts(self, self._emitted.program.tier, error)
+            raise
 
     def train(self, mode: bool = True) -> "SparseModule":
         super().train(mode)
@@ -98,7 +106,9 @@ class SparseModule(nn.Module):
 
     def attach(self, optimizer: Optimizer) -> None:
         """Update masks around every step that `optimizer` takes from now on; idempotent."""
-        self._training().attach(optimizer)
+        updates = self._training()
+        updates.attach(optimizer)
+        release_sharded(self._emitted.recipe.shell, self)
 
     def update_masks(self, optimizer: Optimizer) -> bool:
         """Call once after each ``optimizer.step()`` instead of `attach`; returns whether masks moved in that step.
@@ -132,18 +142,7 @@ class SparseModule(nn.Module):
 
     def verify_sync(self) -> None:
         """Raise InvariantError if ranks hold different masks.  Call on all ranks; without a process group, a no-op."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return
-        for name, weight in self.weights():
-            low = _fingerprint(weight.active())
-            high = low.clone()
-            dist.all_reduce(low, dist.ReduceOp.MIN)
-            dist.all_reduce(high, dist.ReduceOp.MAX)
-            if not torch.equal(low, high):
-                raise InvariantError(
-                    f"ranks hold different masks of {name!r}: expected the same on all {dist.get_world_size()} ranks. "
-                    "Build the model from the same seed on every rank and wrap it in DistributedDataParallel."
-                )
+        verify_same(self.weights())
 
     @property
     def report(self) -> Report:
@@ -215,6 +214,7 @@ class SparseModule(nn.Module):
     ) -> dict[str, Tensor]:
         """The user's keys with the masks folded in and zeros filled in; `names` limits it to some keys."""
         self.check_masks()
+        sharding.reshard(self)
         keys = self._emitted.user_keys if names is None else _listed(names)
         unknown = [key for key in keys if key not in self._emitted.user_keys]
         if unknown:
@@ -224,7 +224,9 @@ class SparseModule(nn.Module):
         weights = dict(self.weights())
         _check_bytes(sum(self._dense_bytes(key, weights) for key in keys), max_bytes, "dense_state_dict")
         state = self.state_dict()
-        return {key: self._folded(key, weights) if key in weights else state[key].clone() for key in keys}
+        return {
+            key: self._folded(key, weights) if key in weights else whole(state[key]).clone() for key in keys
+        }
 
     def to_dense(self, names: Iterable[str] | None = None, max_bytes: int = MAX_DENSE_BYTES) -> nn.Module:
         """A copy of the user's model with the masks folded into its weights.
@@ -232,16 +234,15 @@ class SparseModule(nn.Module):
         With `names` only these sparse weights are filled in; the other compact ones stay on the meta device.
         """
         self.check_masks()
+        sharding.reshard(self)
         weights = dict(self.weights())
         chosen = self._chosen(names)
         _check_bytes(sum(self._dense_bytes(key, weights) for key in chosen), max_bytes, "to_dense")
         dense = copy.deepcopy(self._emitted.recipe.shell)
         state = self.state_dict()
-        dense.load_state_dict(
-            {key: state[key] for key in self._emitted.user_keys if key not in weights}, strict=False
-        )
-        for name in chosen:
-            _fill(dense, name, self._folded(name, weights))
+        others = {key: state[key] for key in self._emitted.user_keys if key not in weights}
+        values = {key: whole(value) if isinstance(value, Tensor) else value for key, value in others.items()}
+        _fill(dense, values | {name: self._folded(name, weights) for name in chosen})
         for path, buffer in self._user_buffers():
             module, leaf = owner(dense, path)
             module._buffers[leaf] = buffer.clone()
@@ -288,6 +289,7 @@ class SparseModule(nn.Module):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
+        sharding.refuse_shards(self, "pickle")
         arguments: tuple[Any, ...] = (self._emitted.recipe, self.state_dict(), self.training)
         if self._emitted.updates is not None:
             arguments = (*arguments, self._emitted.updates.history.state_dict())
@@ -334,8 +336,8 @@ class SparseModule(nn.Module):
         if isinstance(weight, CompactWeight):
             return weight.dense()
         if self.plan is None:
-            return weight.parameter.detach().clone()
-        return self.plan.method.reparam.fold(weight.parameter.detach(), weight.factor)
+            return whole(weight.parameter).clone()
+        return self.plan.method.reparam.fold(whole(weight.parameter), weight.factor)
 
     def _dense_bytes(self, key: str, weights: dict[str, CompactWeight | MaskedWeight]) -> int:
         weight = weights.get(key)
@@ -356,13 +358,20 @@ def _copy_graphs(graphs: Mapping[str, GraphModule], skeleton: nn.Module) -> dict
     return {mode: copies[id(gm)] for mode, gm in graphs.items()}
 
 
-def _fill(model: nn.Module, name: str, weight: Tensor) -> None:
-    """Give a parameter this value; the object stays, so that tied weights stay tied, unless it is on meta."""
-    parameter = model.get_parameter(name)
-    if parameter.is_meta:
-        set_parameter(model, name, weight)
-    else:
-        parameter.data = weight
+def _fill(model: nn.Module, values: Mapping[str, Any]) -> None:
+    """Give parameters and buffers these values; tied ones stay tied, and objects the same but for those on meta."""
+    named = list(model.named_parameters(remove_duplicate=False))
+    made = {
+        id(p): nn.Parameter(values[n].clone(), p.requires_grad) for n, p in named if p.is_meta and n in values
+    }
+    for name, parameter in named:
+        module, leaf = owner(model, name)
+        if id(parameter) in made:
+            module._parameters[leaf] = made[id(parameter)]
+        elif name in values:
+            parameter.data = values[name].clone()
+    known = dict(named)
+    model.load_state_dict({name: value for name, value in values.items() if name not in known}, strict=False)
 
 
 def _numel(weight: CompactWeight | MaskedWeight) -> int:
@@ -373,12 +382,6 @@ def _mask(weight: CompactWeight | MaskedWeight) -> Tensor:
     if isinstance(weight, MaskedWeight):
         return weight.mask.clone()
     return to_mask(weight.active(), weight.shape)
-
-
-def _fingerprint(positions: Tensor) -> Tensor:
-    """A hash of the positions that depends on their order, int64 [2]."""
-    order = torch.arange(1, positions.numel() + 1, device=positions.device)
-    return torch.stack([positions.sum(), (positions * order % 1_000_003 * (order % 8191)).sum()])
 
 
 def _check_bytes(needed: int, max_bytes: int, call: str) -> None:

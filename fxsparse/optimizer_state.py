@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxsparse import sharding
 from fxsparse.errors import UnsupportedError
 
 
@@ -41,7 +42,7 @@ def per_element(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Iterator
 def reset(optimizer: torch.optim.Optimizer, parameter: Tensor, entries: tuple[Tensor, ...]) -> None:
     """Zero the state at `entries`, an index into the weight; in place, everything else keeps its state."""
     for state in per_element(optimizer, parameter):
-        state[entries] = 0
+        sharding.here(state)[sharding.entries(state, entries)] = 0
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from fxsparse.errors import CheckpointError, InvariantError, PatternError, PlanE
 from fxsparse.graph_model import GraphModel
 from fxsparse.module import SparseModule
 from fxsparse.saved_training import SavedRun
+from fxsparse.sharding import refuse_shards
 from fxsparse.skeleton import copy_structure
 from fxsparse.transformation import transform
 
@@ -44,6 +45,7 @@ def save(module: SparseModule, path: str | os.PathLike[str], *, optimizer: Optim
             "save: this module was compiled for inference; expected one that trains. Save that one and compile it "
             "again after loading, or pickle this one."
         )
+    refuse_shards(module, "save")
     tensors, header = saved_training.describe(module, plan)
     if optimizer is not None:
         held, header["optimizer"] = saved_optimizer.describe(optimizer, module)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxsparse import sharding
 from fxsparse.errors import CheckpointError
 from fxsparse.knapsack import KeepLargest, afford, block_of, keep, refuse_diverged, utilities
 from fxsparse.method import Method
@@ -25,6 +26,7 @@ def keep_largest(step: UpdateStep, numbers: Tensor, weights: Sequence[Stored]) -
     """
     rule = step.method.rule
     assert isinstance(rule, KeepLargest)
+    weights = [(sharding.whole(weight), *rest) for weight, *rest in weights]  # type: ignore[misc]
     return tuple(
         _spend(step, rule, row, members) for row, members in zip(numbers, shared(rule, weights), strict=True)
     )

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxsparse import sharding
 from fxsparse.errors import CheckpointError, PatternError
 from fxsparse.formats import csr
 from fxsparse.storage import CompactWeight, MaskedWeight
@@ -24,6 +25,7 @@ def before_loading(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> 
         return
     for name in ("fxsparse_step", "fxsparse_rng"):
         state.setdefault(prefix + name, module.get_buffer(name))
+    sharding.reshard(module)
     for name, weight in module.weights():
         dense = state.get(prefix + name)
         if dense is not None and isinstance(weight, MaskedWeight):
@@ -33,6 +35,7 @@ def before_loading(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> 
             state[f"{prefix}{name}.values"] = csr.values_of(dense, weight.index)
             state.setdefault(f"{prefix}{name}.indices", weight.indices)
         _check(updates, name, weight, state, prefix)
+    _shard(module, state, prefix)
 
 
 def after_loading(module: Any, incompatible: Any) -> None:
@@ -46,6 +49,16 @@ def after_loading(module: Any, incompatible: Any) -> None:
         updates.seed = int(module.get_buffer("fxsparse_rng"))
         updates.resume(int(module.get_buffer("fxsparse_step")))
         updates.history.restart(updates.step)
+
+
+def _shard(module: Any, state: dict[str, Any], prefix: str) -> None:
+    """Cut tensors in one piece where the module holds shards, as a checkpoint of one process is loaded by many."""
+    for name, parameter in module.named_parameters():
+        given = state.get(prefix + name)
+        if not sharding.is_sharded(parameter) or not isinstance(given, Tensor) or sharding.is_sharded(given):
+            continue
+        if given.shape == parameter.shape:
+            state[prefix + name] = sharding.shard_like(parameter, given)
 
 
 def _check(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxsparse import optimizer_state
+from fxsparse import optimizer_state, sharding
 from fxsparse.formats import csr
 from fxsparse.graph import fetch, owner
 from fxsparse.kernel import Entries
@@ -51,7 +51,7 @@ class MaskedWeight:
 
     def values_at(self, positions: Tensor) -> Tensor:
         """The weights at `positions`."""
-        return self.at(self.parameter.detach(), positions)
+        return self.at(sharding.whole(self.parameter), positions)
 
     def at(self, tensor: Tensor, positions: Tensor) -> Tensor:
         """The entries at `positions` of a tensor in the user's layout, such as the gradient."""
@@ -64,7 +64,7 @@ class MaskedWeight:
 
     def dense(self) -> Tensor:
         """The weight in the logical shape, hidden values included."""
-        weight = self.parameter.detach()
+        weight = sharding.whole(self.parameter)
         return weight.t() if self.transposed else weight
 
     @torch.no_grad()
@@ -80,7 +80,7 @@ class MaskedWeight:
         if not exact_zeros:
             return
         for entries in (pruned, grown):
-            self.parameter[entries] = 0
+            sharding.here(self.parameter)[sharding.entries(self.parameter, entries)] = 0
             if optimizer is not None:
                 optimizer_state.reset(optimizer, self.parameter, entries)
 
@@ -162,7 +162,7 @@ class CompactWeight(nn.Module):
 
     def values_at(self, positions: Tensor) -> Tensor:
         """The stored values, [nnz]; `positions` are all of `active`."""
-        return self.values.detach()[: len(positions)]
+        return sharding.whole(self.values)[: len(positions)]
 
     @torch.no_grad()
     def move(self, change: MaskChange, optimizer: torch.optim.Optimizer | None) -> None:
@@ -170,9 +170,9 @@ class CompactWeight(nn.Module):
         states = () if optimizer is None else tuple(optimizer_state.per_element(optimizer, self.values))
         csr.move_(self.index, change.new)
         for tensor in (self.values, *states):
-            carried = change.carry(tensor)
-            tensor[: len(carried)] = carried
-            tensor[len(carried) :] = 0
+            carried = change.carry(sharding.whole(tensor))
+            padded = F.pad(carried, (0, tensor.numel() - len(carried)))
+            sharding.here(tensor).copy_(sharding.part(tensor, padded))
 
     @torch.no_grad()
     def reindex(self) -> None:
@@ -182,16 +182,17 @@ class CompactWeight(nn.Module):
     @torch.no_grad()
     def zero_unused(self) -> None:
         """Keep the slots that hold no entry at exactly 0."""
-        self.values.masked_fill_(self.indices[0] < 0, 0)  # their number is on the device, and stays there
+        unused = sharding.part(self.values, self.indices[0] < 0)
+        sharding.here(self.values).masked_fill_(unused, 0)  # their number is on the device, and stays there
 
     def entries(self) -> Entries:
         """The stored entries, as views."""
         nnz = self.index.nnz
-        return Entries(self.values.detach()[:nnz], self.indices[:, :nnz], self.shape)
+        return Entries(sharding.whole(self.values)[:nnz], self.indices[:, :nnz], self.shape)
 
     def dense(self) -> Tensor:
         """The dense weight, zeros filled in."""
-        return csr.to_dense(self.values.detach(), self.index).view(self.shape)
+        return csr.to_dense(sharding.whole(self.values), self.index).view(self.shape)
 
     def extra_repr(self) -> str:
         return f"{'x'.join(map(str, self.shape))}, nnz={self.index.nnz}, capacity={self.index.capacity}"

@@ -5,8 +5,7 @@ checkpointing and evaluation do not count as steps.
 """
 
 import warnings
-import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,13 +15,14 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.optim import LBFGS, Optimizer
 
-from fxsparse import optimizer_state
+from fxsparse import optimizer_state, sharding
 from fxsparse.errors import NumericsError, PlanError, UnsupportedError
+from fxsparse.fresh_probe import FreshProbe
 from fxsparse.graph import fetch
-from fxsparse.kernels import probe
 from fxsparse.method import Method, Probe
 from fxsparse.observed import Evidence, ProbeSwitch, sum_over_ranks
 from fxsparse.schedule import Schedule
+from fxsparse.step_closure import Once
 from fxsparse.step_count import StepCount
 from fxsparse.storage import CompactWeight, MaskedWeight, read_weights
 from fxsparse.topology import TopologyHistory
@@ -46,6 +46,7 @@ class MaskUpdates:
     moved: bool = False
     """Whether the last counted step moved a mask."""
     _moving: bool = False
+    _only_made_state: bool = False
     _held: Evidence | None = None
     """From before the optimizer's step, for an update after it."""
     _explored: Evidence | None = None
@@ -56,12 +57,10 @@ class MaskUpdates:
     def __post_init__(self) -> None:
         self.schedule = self.method.schedule or _NEVER
         self.needs_probe = self.method.rule is not None and self.method.rule.probe is not Probe.NONE
-        self._probes: list[_FreshProbe] = []
-        for name, weight in self.weights():
-            trained = _trained(weight)
-            if self.switch.keys(name) and trained.requires_grad:
-                self._probes.append(_FreshProbe(name, self.switch))
-                trained.register_post_accumulate_grad_hook(self._probes[-1])
+        self._probes = {
+            name: FreshProbe(name, self.switch) for name in self.targets if self.switch.keys(name)
+        }
+        self._follow_gradients()
         self.resume(self.step)
 
     @property
@@ -94,7 +93,9 @@ class MaskUpdates:
             self.switch.on = self.switch.exploring = True
             try:
                 yield
-                self._explored = _checked(self._collected()) + (self._explored or Evidence())
+                seen = self._collected()
+                whole = {name: sharding.whole(gradient) for name, gradient in seen.gradients.items()}
+                self._explored = _checked(Evidence(whole, seen.observed)) + (self._explored or Evidence())
             finally:
                 self.switch.exploring = False
                 self._arm(self.step)
@@ -107,8 +108,13 @@ class MaskUpdates:
         self._clear_probes()
 
     def _clear_probes(self) -> None:
-        for fresh in self._probes:
+        for fresh in self._probes.values():
             fresh.clear()
+
+    def _follow_gradients(self) -> None:
+        for name, weight in self.weights():
+            if name in self._probes:
+                self._probes[name].follow(_trained(weight))
 
     def copy_onto(self, graph: GraphModule, switch: ProbeSwitch, history: TopologyHistory) -> "MaskUpdates":
         """The same updates for a copied module; no optimizer is attached to it."""
@@ -130,6 +136,7 @@ class MaskUpdates:
             return
         self._check_holds_all(optimizer)
         self._check_follows(optimizer)
+        self._follow_gradients()
         for handle in self._handles:
             handle.remove()
         self._optimizer = optimizer
@@ -170,19 +177,21 @@ class MaskUpdates:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Where the backward is still to come, in a closure, the arguments with one that goes on with the update."""
         self._check_not_exploring()
-        if self.count.waiting or not self._fires() or _is_skipped(optimizer):
+        self._only_made_state = _makes_state_alone(optimizer)
+        if self._only_made_state or self.count.waiting or not self._fires() or _is_skipped(optimizer):
             return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._before_update(optimizer)
             return None
-        closure = _Once(closure, lambda: self._before_update(optimizer), type(optimizer).__name__)
+        closure = Once(closure, lambda: self._before_update(optimizer), type(optimizer).__name__)
         if "closure" in kwargs:
             return args, {**kwargs, "closure": closure}
         return (args[0], closure, *args[2:]), kwargs
 
     def _before_update(self, optimizer: Optimizer) -> None:
         """Gradients are there and the optimizer has not used them yet."""
+        self._check_holds_all(optimizer)
         evidence = self._take_evidence()
         if not self._tells(evidence):
             return
@@ -216,7 +225,7 @@ class MaskUpdates:
             )
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._can_wait(optimizer):
+        if self._only_made_state or self._can_wait(optimizer):
             return
         if _is_skipped(optimizer):
             if self.count.waiting:
@@ -258,10 +267,15 @@ class MaskUpdates:
         if not self.needs_probe:
             return Evidence()
         evidence = self._collected()
-        dense = {} if self._explored is not None else {n: g.clone() for n, g in evidence.gradients.items()}
+        dense = (
+            {}
+            if self._explored is not None
+            else {n: sharding.whole(g.clone()) for n, g in evidence.gradients.items()}
+        )
         for name, weight in self.weights():
             if isinstance(weight, MaskedWeight) and name in evidence.gradients:
-                evidence.gradients[name].mul_(weight.mask)
+                gradient = evidence.gradients[name]
+                sharding.here(gradient).mul_(sharding.part(gradient, weight.mask))
         if self._explored is None:
             return Evidence(dense, evidence.observed) if self.switch.ran else Evidence()
         for gradient in self._explored.gradients.values():
@@ -285,7 +299,7 @@ class MaskUpdates:
             return
         for _, weight in self.weights():
             if isinstance(weight, MaskedWeight):
-                weight.parameter.mul_(weight.mask)
+                sharding.here(weight.parameter).mul_(sharding.part(weight.parameter, weight.mask))
             elif self.method.varying_nnz:
                 weight.zero_unused()
 
@@ -295,7 +309,7 @@ class MaskUpdates:
         for _, weight in self.weights():
             if isinstance(weight, MaskedWeight) and self.method.reparam.exact_zeros:
                 for state in optimizer_state.per_element(optimizer, weight.parameter):
-                    state.mul_(weight.mask)
+                    sharding.here(state).mul_(sharding.part(state, weight.mask))
 
     def _check_holds_all(self, optimizer: Optimizer) -> None:
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -305,7 +319,7 @@ class MaskUpdates:
                 stored = "compact values" if isinstance(weight, CompactWeight) else "masked"
                 raise PlanError(
                     f"attach: the optimizer does not hold {name!r} as it is stored now ({stored}): expected an "
-                    "optimizer made from sparse.parameters(). Make it after fxsparse.compile, or pass "
+                    "optimizer made from sparse.parameters(). Make it after fxsparse.compile and fully_shard, or pass "
                     "compile(..., optimizer=optimizer)."
                 )
 
@@ -317,53 +331,6 @@ class MaskUpdates:
                 f"{self.method.name} moves; expected state for each element, as of SGD or AdamW. Use one of them, or "
                 "static(), whose masks stay."
             )
-
-
-@dataclass
-class _Once:
-    """A closure of ``optimizer.step`` on the step of an update, and what is to follow its backward."""
-
-    closure: Callable[[], Any]
-    then: Callable[[], None]
-    optimizer: str
-    called: bool = False
-
-    def __call__(self) -> Any:
-        if self.called:
-            raise UnsupportedError(
-                f"{self.optimizer} calls the closure of step() more than once, and masks move after the first call: "
-                "expected an optimizer that needs one gradient for a step. Use one such as SGD or AdamW, or a method "
-                "whose masks stay (static)."
-            )
-        self.called = True
-        loss = self.closure()
-        self.then()
-        return loss
-
-
-@dataclass
-class _FreshProbe:
-    """Drops what a step left that GradScaler skipped: no hook of the optimizer ran, but ``.grad`` is a new tensor."""
-
-    name: str
-    switch: ProbeSwitch
-    seen: dict[int, int] = field(default_factory=dict)
-    gradient: Callable[[], Tensor | None] = lambda: None
-
-    def __call__(self, trained: Tensor) -> None:
-        if self.switch.exploring:
-            return
-        for key in self.switch.keys(self.name):
-            entries = probe.PROBES.get(key, [])
-            if self.gradient() is not trained.grad:
-                del entries[: self.seen.get(key, 0)]
-            self.seen[key] = len(entries)
-        self.gradient = weakref.ref(trained.grad)
-
-    def clear(self) -> None:
-        for key in self.switch.keys(self.name):
-            probe.clear(key)
-        self.seen.clear()
 
 
 def _trained(weight: MaskedWeight | CompactWeight) -> Tensor:
@@ -393,3 +360,12 @@ def _is_skipped(optimizer: Optimizer) -> bool:
     """GradScaler hands a fused optimizer its inf check; the hooks of such a step fire although nothing moved."""
     found_inf = getattr(optimizer, "found_inf", None)
     return found_inf is not None and bool(found_inf)
+
+
+def _makes_state_alone(optimizer: Optimizer) -> bool:
+    """torch.distributed.checkpoint has a fresh optimizer make its state by a step with gradients of 0 at lr 0."""
+    groups = optimizer.param_groups
+    if optimizer.state or any(float(group.get("lr", 1)) for group in groups):
+        return False
+    gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+    return bool(gradients) and not any(bool(sharding.whole(gradient).any()) for gradient in gradients)
