@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Graph
 
@@ -11,13 +12,33 @@ from fxsparse.direct_reads import read_directly
 from fxsparse.graph import fetch
 from fxsparse.graph_pickle import picklable, restored
 from fxsparse.input_check import InputCheck
+from fxsparse.inputs import to_json
 from fxsparse.layer_sizes import show_what_is_left
 from fxsparse.module import Emitted, SparseModule
 from fxsparse.packed import PackedWeight
 from fxsparse.pipeline import PassContext, Program
 from fxsparse.report import Report
+from fxsparse.saved_training import origin_of
 from fxsparse.skeleton import bind, copy_structure
 from fxsparse.summary import summarize
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an inference module was compiled from, as far as a file has to know it again."""
+
+    model: str
+    """The class of the user's model."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of its parameters and buffers."""
+    classes: Mapping[str, str]
+    """Of the modules in it, by path."""
+    transformed: Any
+    """What transforms the user's model again, where it was."""
+    inputs: Any
+    """The example inputs, as ``inputs.to_json`` has them; None without any."""
+    values_dtype: torch.dtype | None
+    """What values were allowed to be stored in, too."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +51,26 @@ class InferenceRecipe:
     graph: Graph | None
     report: Report
     accepts: Mapping[str, InputCheck]
+    source: Source
     plan: None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         graph = None if self.graph is None else picklable(self.graph)
-        return type(self), (_without_state(self.shell), self.tier, graph, self.report, self.accepts)
+        return type(self), (
+            _without_state(self.shell),
+            self.tier,
+            graph,
+            self.report,
+            self.accepts,
+            self.source,
+        )
 
 
-def emit(model: nn.Module, ctx: PassContext) -> SparseModule:
-    """The module that runs what the passes left in `ctx`; it shares no tensor with `model` and wants no gradients."""
+def emit(model: nn.Module, ctx: PassContext, source: Source | None = None) -> SparseModule:
+    """The module that runs what the passes left in `ctx`; it shares no tensor with `model` and wants no gradients.
+
+    `source`: what `model` was compiled from, where it is not the user's.
+    """
     program = ctx.program
     _own_tensors(program.skeleton, model)
     program.graphs["train"] = program.graphs["eval"]
@@ -49,21 +81,46 @@ def emit(model: nn.Module, ctx: PassContext) -> SparseModule:
         show_what_is_left(program.graphs["eval"], ctx)
     _summarize(ctx)
     graph = None if program.tier == "walk" else program.graphs["eval"].graph
-    recipe = InferenceRecipe(program.skeleton, program.tier, graph, ctx.report, program.accepts)
+    source = source or _source(model, ctx)
+    recipe = InferenceRecipe(program.skeleton, program.tier, graph, ctx.report, program.accepts, source)
     return SparseModule(Emitted(program, ctx.report, (), {}, recipe, rebuild))  # type: ignore[arg-type]
 
 
 def rebuild(recipe: InferenceRecipe, state: Mapping[str, Tensor], training: bool) -> SparseModule:
     """The inference module that was pickled."""
+    graph = None if recipe.graph is None else restored(recipe.graph)
+    sparse = assembled(replace(recipe, graph=graph))
+    sparse.load_state_dict(state, assign=True)
+    return sparse.train(training)
+
+
+def assembled(recipe: InferenceRecipe) -> SparseModule:
+    """The module that runs the graph of a recipe on its shell."""
     skeleton, graphs = recipe.shell, {}
     if recipe.graph is not None:
-        bound = bind(restored(recipe.graph), skeleton)
+        bound = bind(recipe.graph, skeleton)
         graphs, recipe = {"eval": bound, "train": bound}, replace(recipe, graph=bound.graph)
     accepts = dict(recipe.accepts)
     program = Program(recipe.tier, skeleton, graphs, list(recipe.report.notes), accepts=accepts)
-    sparse = SparseModule(Emitted(program, recipe.report, (), {}, recipe, rebuild))  # type: ignore[arg-type]
-    sparse.load_state_dict(state, assign=True)
-    return sparse.train(training)
+    return SparseModule(Emitted(program, recipe.report, (), {}, recipe, rebuild))  # type: ignore[arg-type]
+
+
+def _source(model: nn.Module, ctx: PassContext) -> Source:
+    theirs = model._emitted.recipe.shell if isinstance(model, SparseModule) else model
+    named = (
+        *theirs.named_parameters(remove_duplicate=False),
+        *theirs.named_buffers(remove_duplicate=False),
+    )
+    shapes = {name: tuple(tensor.shape) for name, tensor in named}
+    inputs = None if ctx.example_inputs is None else to_json(ctx.example_inputs)
+    return Source(
+        type(theirs).__qualname__, shapes, classes_of(theirs), origin_of(theirs), inputs, ctx.values_dtype
+    )
+
+
+def classes_of(model: nn.Module) -> dict[str, str]:
+    """{path: class} of the modules of a model."""
+    return {path: type(m).__qualname__ for path, m in model.named_modules(remove_duplicate=False) if path}
 
 
 def _own_tensors(skeleton: nn.Module, model: nn.Module) -> None:

@@ -80,7 +80,7 @@ def choose(
         activation,
         device,
         torch.get_num_threads(),
-        _kernel_versions(),
+        kernel_versions(),
     )
     if (key, advantage) not in _CHOICES:
         found = machine.recall(key)
@@ -139,7 +139,7 @@ def limit_us(kernel: Kernel, problem: Problem) -> float:
     return 1e6 * max(cost.flops / flops, cost.bytes / read)
 
 
-def _kernel_versions() -> tuple[str, ...]:
+def kernel_versions() -> tuple[str, ...]:
     """Every kernel with what its code is: times of other code say nothing."""
     from fxsparse.kernels import cpu
     from fxsparse.kernels.gpu import tuning

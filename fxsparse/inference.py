@@ -21,6 +21,7 @@ from fxsparse.passes.select_entry_kernels import why_not_dense
 from fxsparse.pipeline import Pass, PassContext, Program, run_passes
 from fxsparse.plans import Plan
 from fxsparse.pruning_hooks import note_of, without_pruning_hooks
+from fxsparse.raised import raised
 from fxsparse.report import Report
 from fxsparse.skeleton import bind, copy_structure, substituted
 from fxsparse.trace import capture
@@ -102,6 +103,31 @@ def infer_program(
             if ctx.shrunk:
                 ctx = _unshrunk(source, ctx, example_inputs)
             return _as_it_came(model, dense, ctx)
+        keep_dense |= given_up
+
+
+def compile_again(sparse: SparseModule, example_inputs: Any, why: str) -> SparseModule:
+    """The same inference module with its kernels measured again, on these inputs and this machine.
+
+    `why`: what a note says of it.
+    """
+    recipe: Any = sparse._emitted.recipe
+    source, keep_dense = raised(sparse), dict[str, str]()
+    dense = source.graphs["eval"]
+    while True:
+        ctx = PassContext(None, "infer", _copied(source), Report(), example_inputs)
+        ctx.values_dtype = recipe.source.values_dtype
+        run_passes(_pipeline(keep_dense), ctx)
+        made = emit(dense, ctx, recipe.source)
+        _compare(dense, made, ctx)
+        speed = _speed(dense, made, example_inputs)
+        given_up = _least_profitable(ctx, speed) if speed.ratio < NEVER_SLOWER else {}
+        if not given_up:
+            made.report.notes.append(
+                f"kernels were measured again after loading: {why}; dense {speed.dense_us:.1f} us, this "
+                f"{speed.sparse_us:.1f} us: {speed.ratio:.2f}x"
+            )
+            return made.train(sparse.training)
         keep_dense |= given_up
 
 

@@ -116,3 +116,23 @@ def from_json(row: Any, made: list[Tensor] | None = None) -> Any:
     if kind == "value":
         return inside
     raise TraceError(f"the saved example inputs hold a {inside}, which only example_inputs= can give")
+
+
+def drawn(example_inputs: Any, device: torch.device) -> Any:
+    """Inputs like these on `device`: normal where the dtype is floating, else zeros; the global generator stays."""
+    generator, made = torch.Generator().manual_seed(0), dict[int, Tensor]()
+
+    def like(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if id(leaf) not in made:
+            kind = leaf.dtype
+            values = (
+                torch.randn(leaf.shape, generator=generator)
+                if kind.is_floating_point
+                else torch.zeros(leaf.shape)
+            )
+            made[id(leaf)] = values.to(device, kind)
+        return made[id(leaf)]
+
+    return pytree.tree_map(like, example_inputs)

@@ -132,6 +132,13 @@ def glue(name: str) -> Callable[..., Any]:
     return _GLUE[name]
 
 
+def glues() -> tuple[str, ...]:
+    """The names that `glue` knows."""
+    import fxsparse.kernels  # noqa: F401  its modules register themselves
+
+    return tuple(_GLUE)
+
+
 def registered() -> dict[str, Kernel]:
     """Every kernel by name: the shipped ones first, then those registered by others."""
     import fxsparse.kernels  # noqa: F401  its modules register themselves

@@ -1,6 +1,7 @@
 """The weight of an inference artefact: a kernel's buffers in the place of the dense Parameter."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -14,12 +15,14 @@ class PackedWeight(nn.Module):
     Attributes:
         kernel: name of the kernel that packed them.
         shape: dense shape of the weight.
+        lanes: what ``kernel.glue("pack_lanes")`` packed them for in its place, if it did: the convolution's arguments.
     """
 
     def __init__(self, kernel: str, shape: tuple[int, ...], packed: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.kernel = kernel
         self.shape = shape
+        self.lanes: Mapping[str, Any] | None = None
         for name, tensor in packed.items():
             self.register_buffer(name, tensor)
 

@@ -17,6 +17,9 @@ _RELATIONS: Mapping[str, Any] = {
         *(sympy.Add, sympy.Mul, sympy.Pow, sympy.Min, sympy.Max, FloorDiv, Mod, PythonMod),
     )
 }
+_IMPORTING = ("defaultdict", "__enum__", "\\u")
+"""In the text of containers: what makes PyTorch import a module that the text names, and what could spell it."""
+_ASSUMED = ("integer", "positive", "nonnegative")
 _TRUTH = {"true": sympy.true, "false": sympy.false}
 
 
@@ -31,7 +34,7 @@ def to_json(check: InputCheck) -> dict[str, Any]:
         "names": list(check.names),
         "structures": [None if spec is None else structure_text(spec) for spec in check.structures],
         "wanted": wanted,
-        "condition": _expression(check.condition),
+        "condition": expression_to_json(check.condition),
         "same": None if check.same is None else list(check.same),
     }
 
@@ -41,9 +44,9 @@ def from_json(row: Mapping[str, Any]) -> InputCheck:
     same, wanted = row["same"], row["wanted"]
     return InputCheck(
         tuple(row["names"]),
-        tuple(None if text is None else pytree.treespec_loads(text) for text in row["structures"]),
+        tuple(None if text is None else structure_of(text) for text in row["structures"]),
         None if wanted is None else tuple(_from_leaf(leaf) for leaf in wanted),
-        _from_expression(row["condition"]),
+        expression_from_json(row["condition"]),
         None if same is None else tuple(map(int, same)),
     )
 
@@ -51,7 +54,9 @@ def from_json(row: Mapping[str, Any]) -> InputCheck:
 def structure_text(spec: pytree.TreeSpec) -> str:
     """Containers as text, by the names under which PyTorch knows their classes."""
     try:
-        return pytree.treespec_dumps(spec)
+        text = pytree.treespec_dumps(spec)
+        _refuse_imports(text)
+        return text
     except (NotImplementedError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"save: expected arguments and results in tuples, lists, dicts or classes that PyTorch can name, got {spec}"
@@ -59,9 +64,24 @@ def structure_text(spec: pytree.TreeSpec) -> str:
         ) from error
 
 
+def structure_of(text: str) -> pytree.TreeSpec:
+    """What `structure_text` was given; ValueError, TypeError or LookupError for anything else."""
+    try:
+        _refuse_imports(text)
+        return pytree.treespec_loads(text)
+    except NotImplementedError as error:
+        raise ValueError(f"{error}") from error
+
+
+def _refuse_imports(text: str) -> None:
+    found = [word for word in _IMPORTING if word in text]
+    if found:
+        raise ValueError(f"a file cannot hold {text!r}, which has {found[0]!r}")
+
+
 def _leaf(leaf: Any) -> Any:
     if isinstance(leaf, tuple):
-        return {"sizes": [size if isinstance(size, int) else _expression(size) for size in leaf]}
+        return {"sizes": [size if isinstance(size, int) else expression_to_json(size) for size in leaf]}
     if leaf is None or isinstance(leaf, bool | int | float | str):
         return {"value": leaf}
     raise CheckpointError(
@@ -71,38 +91,44 @@ def _leaf(leaf: Any) -> Any:
 
 def _from_leaf(row: Mapping[str, Any]) -> Any:
     if "sizes" in row:
-        return tuple(size if isinstance(size, int) else _from_expression(size) for size in row["sizes"])
+        return tuple(size if isinstance(size, int) else expression_from_json(size) for size in row["sizes"])
     return row["value"]
 
 
-def _expression(expression: Any) -> Any:
-    """A number, a symbol's name, or {relation: its parts}."""
+def expression_to_json(expression: Any) -> Any:
+    """A sympy expression: a number, a symbol's name, or {relation: its parts}."""
     if expression in (sympy.true, sympy.false):
         return {"truth": str(bool(expression)).lower()}
     if isinstance(expression, sympy.Symbol):
-        return {"symbol": expression.name, "positive": bool(expression.is_positive)}
+        known = {key: True for key in _ASSUMED if expression.assumptions0.get(key)}
+        return {"symbol": expression.name, **known}
     if isinstance(expression, sympy.Integer):
         return int(expression)
     if isinstance(expression, sympy.Rational):
         return {"share": [int(expression.p), int(expression.q)]}
+    if isinstance(expression, sympy.Float):
+        return {"real": float(expression)}
     for name, cls in _RELATIONS.items():
         if expression.func is cls:
-            return {"relation": name, "of": [_expression(part) for part in expression.args]}
+            return {"relation": name, "of": [expression_to_json(part) for part in expression.args]}
     raise CheckpointError(
         f"save: the inputs have to meet {expression}, which no file can say; pickle the module."
     )
 
 
-def _from_expression(row: Any) -> Any:
+def expression_from_json(row: Any) -> Any:
+    """What `expression_to_json` was given."""
     if isinstance(row, int):
         return sympy.Integer(row)
     if "truth" in row:
         return _TRUTH[row["truth"]]
     if "symbol" in row:
-        return sympy.Symbol(_identifier(row["symbol"]), integer=True, positive=row["positive"] or None)
+        return sympy.Symbol(_identifier(row["symbol"]), **{key: True for key in _ASSUMED if row.get(key)})
     if "share" in row:
         return sympy.Rational(*map(int, row["share"]))
-    return _RELATIONS[row["relation"]](*map(_from_expression, row["of"]))
+    if "real" in row:
+        return sympy.Float(float(row["real"]))
+    return _RELATIONS[row["relation"]](*map(expression_from_json, row["of"]))
 
 
 def _identifier(name: str) -> str:

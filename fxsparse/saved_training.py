@@ -41,7 +41,7 @@ def describe(module: SparseModule, plan: Plan) -> tuple[dict[str, Tensor], dict[
         "tier": recipe.tier,
         "example_inputs": to_json(recipe.example_inputs),
         "accepts": {mode: saved_checks.to_json(check) for mode, check in recipe.accepts.items()},
-        "transformed": _origin(recipe.shell),
+        "transformed": origin_of(recipe.shell),
         "weights": {name: list(recipe.shell.get_parameter(name).shape) for name in recipe.decisions},
         "decisions": {name: _decision_row(decision) for name, decision in recipe.decisions.items()},
     }
@@ -71,7 +71,6 @@ class SavedRun:
 
 def read(header: Mapping[str, Any], example_inputs: Any) -> SavedRun:
     """The checked values of a header; one of ``checkpoint.MALFORMED`` where they are others than `describe` wrote."""
-    made_by = header.get("transformed")
     if header["tier"] not in ("symbolic", "export", "walk"):
         raise ValueError(f"there is no front end {header['tier']!r}")
     decisions = {name: _decision(row) for name, row in header["decisions"].items()}
@@ -85,9 +84,15 @@ def read(header: Mapping[str, Any], example_inputs: Any) -> SavedRun:
         {mode: saved_checks.from_json(row) for mode, row in header.get("accepts", {}).items()},
         {name: list(map(int, shape)) for name, shape in header["weights"].items()},
         str(header["model"]),
-        None if made_by is None else (Plan.from_dict(made_by["plan"]), str(made_by["tier"])),
+        made_by(header),
         from_json(header["example_inputs"]) if example_inputs is None else example_inputs,
     )
+
+
+def made_by(header: Mapping[str, Any]) -> tuple[Plan, str] | None:
+    """The plan and the front end of the transformation that a header tells of."""
+    row = header.get("transformed")
+    return None if row is None else (Plan.from_dict(row["plan"]), str(row["tier"]))
 
 
 def recipe(run: SavedRun, shell: nn.Module, state: Mapping[str, Tensor]) -> Recipe:
@@ -114,8 +119,8 @@ def recipe(run: SavedRun, shell: nn.Module, state: Mapping[str, Tensor]) -> Reci
     return Recipe(shell, run.plan, run.example_inputs, run.decisions, run.tier, run.accepts)
 
 
-def _origin(shell: nn.Module) -> dict[str, Any] | None:
-    """What transforms the user's model again."""
+def origin_of(shell: nn.Module) -> dict[str, Any] | None:
+    """What transforms the user's model again, as JSON values; None where nothing did."""
     if not isinstance(shell, GraphModel):
         return None
     return {"plan": shell.origin.plan.to_dict(), "tier": shell.origin.tier}

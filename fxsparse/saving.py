@@ -10,28 +10,33 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fxsparse import checkpoint, saved_optimizer, saved_training
+from fxsparse import checkpoint, saved_artefact, saved_optimizer, saved_training
 from fxsparse.compiler import rebuild
 from fxsparse.errors import CheckpointError, InvariantError, PatternError, PlanError, TraceError
 from fxsparse.graph_model import GraphModel
+from fxsparse.inference import compile_again
+from fxsparse.inputs import drawn, from_json
 from fxsparse.module import SparseModule
-from fxsparse.saved_training import SavedRun
+from fxsparse.plans import Plan
 from fxsparse.sharding import refuse_shards
 from fxsparse.skeleton import copy_structure
 from fxsparse.transformation import transform
 
 _OPTIMIZER = "optimizer/"
-KINDS = ("training",)
+KINDS = ("training", "inference")
 
 
 def save(module: SparseModule, path: str | os.PathLike[str], *, optimizer: Optimizer | None = None) -> None:
     """Write a compiled module to one safetensors file, whole or not at all; call it between optimizer steps.
 
-    The file holds the state dict, buffers that a state dict leaves out, the plan, every decision, how masks moved, and
-    with `optimizer` its state and options.  It holds no code and no example inputs but their shapes.
+    Of training the file holds the state dict, buffers that a state dict leaves out, the plan, every decision, how masks
+    moved, and with `optimizer` its state and options.  Of inference it holds the graph, with the names of its ops, the
+    nonzeros of packed weights and the kernels that were measured.  It holds no code and no example inputs but their
+    shapes.
 
     Raises:
-        CheckpointError: the path cannot be written, or the optimizer keeps what is neither tensor nor number.
+        CheckpointError: the path cannot be written, the optimizer keeps what is neither tensor nor number, or an
+            inference graph calls a function that is not PyTorch's or fxsparse's.
         PlanError: no compiled module, or an optimizer of other parameters.
     """
     if not isinstance(module, SparseModule):
@@ -40,13 +45,13 @@ def save(module: SparseModule, path: str | os.PathLike[str], *, optimizer: Optim
             "saves other modules."
         )
     plan = module.plan
-    if plan is None:
-        raise PlanError(
-            "save: this module was compiled for inference; expected one that trains. Save that one and compile it "
-            "again after loading, or pickle this one."
-        )
-    refuse_shards(module, "save")
-    tensors, header = saved_training.describe(module, plan)
+    if plan is None and optimizer is not None:
+        raise PlanError("save: a module compiled for inference has no optimizer; leave optimizer= out.")
+    if plan is not None:
+        refuse_shards(module, "save")
+    tensors, header = (
+        saved_artefact.describe(module) if plan is None else saved_training.describe(module, plan)
+    )
     if optimizer is not None:
         held, header["optimizer"] = saved_optimizer.describe(optimizer, module)
         tensors |= {_OPTIMIZER + name: tensor for name, tensor in held.items()}
@@ -64,11 +69,15 @@ def load(
 ) -> SparseModule:
     """The module that `save` wrote, ready to go on bit for bit; it is attached to `optimizer`.
 
+    For inference nothing is traced and nothing measured, unless the processor, PyTorch, the kernels or the device are
+    others than those that the file was made with: then kernels are chosen again, with a note in the report.
+
     Args:
         path: the file.
         model: the user's own model, as it was when it was compiled; on any device, best on meta.  It gives classes and
             shapes.  It is left untouched, and its values are not read.
-        example_inputs: only needed where those of the compilation held more than tensors and plain values.
+        example_inputs: only needed where those of the compilation held more than tensors and plain values; where
+            kernels are measured again, what they are measured on in the place of random numbers.
         optimizer: made from ``model.parameters()``, with as many groups as the saved one.  It is made to hold the
             loaded parameters instead, those that a transformation made among them, with the saved state and options.
             Without it make one from the result's ``parameters()`` and attach it.
@@ -84,6 +93,10 @@ def load(
     with _blaming(path):
         if header["kind"] not in KINDS:
             raise CheckpointError(f"expected a file of a kind in {KINDS}, got {header['kind']!r}.")
+        if header["kind"] == "inference":
+            if optimizer is not None:
+                raise CheckpointError("it holds a module compiled for inference, which no optimizer trains.")
+            return _inferring(tensors, header, shell, example_inputs, place)
         sparse = _trained(tensors, header, shell, example_inputs).to(place)
         if optimizer is not None:
             saved_optimizer.restore(
@@ -92,6 +105,25 @@ def load(
     if optimizer is not None:
         sparse.attach(optimizer)
     return sparse
+
+
+def _inferring(
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, Any],
+    shell: nn.Module,
+    example_inputs: Any,
+    place: torch.device,
+) -> SparseModule:
+    """As it was saved where that was measured here; else with kernels chosen again, on random example inputs."""
+    row = header["example_inputs"]
+    shape_inputs = from_json(row) if example_inputs is None and row is not None else example_inputs
+    shell = _as_saved(saved_training.made_by(header), shape_inputs, shell)
+    sparse = saved_artefact.restore(header, tensors, shell).to(place)
+    changed = saved_artefact.what_differs(header, place)
+    if changed is None or header["tier"] == "walk" or shape_inputs is None:
+        return sparse
+    inputs = drawn(shape_inputs, place) if example_inputs is None else example_inputs
+    return compile_again(sparse, inputs, changed)
 
 
 def _trained(
@@ -104,7 +136,7 @@ def _trained(
         raise CheckpointError(
             f"expected the state of step {header['step']}, got {int(state['fxsparse_step'])}."
         )
-    recipe = saved_training.recipe(run, _as_saved(run, shell), state)
+    recipe = saved_training.recipe(run, _as_saved(run.made_by, run.example_inputs, shell), state)
     history = {**header["topology"], "tensors": moved}
     return rebuild(recipe, state, run.training, history, more)
 
@@ -120,18 +152,18 @@ def _blaming(path: str | os.PathLike[str]) -> Iterator[None]:
         raise CheckpointError(f"{path}: {error}") from error
     except (*checkpoint.MALFORMED, InvariantError) as error:
         raise CheckpointError(f"{path}: its header is not one of fxsparse.save: {error!r}.") from error
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
         raise CheckpointError(
             f"{path}: its tensors are not those of fxsparse.save, or of another model: {error}"
         ) from error
 
 
-def _as_saved(run: SavedRun, shell: nn.Module) -> nn.Module:
+def _as_saved(made_by: tuple[Plan, str] | None, example_inputs: Any, shell: nn.Module) -> nn.Module:
     """The user's model without values, transformed where the one that was saved was."""
-    if run.made_by is None or isinstance(shell, GraphModel):
+    if made_by is None or isinstance(shell, GraphModel):
         return shell
-    plan, tier = run.made_by
-    return transform(shell, plan, run.example_inputs, tier=tier)
+    plan, tier = made_by
+    return transform(shell, plan, example_inputs, tier=tier)
 
 
 def _device(device: torch.device | str) -> torch.device:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from fxsparse.formats import narrow
-from fxsparse.kernel import Cost, Entries, Kernel, Problem, register
+from fxsparse.kernel import Cost, Entries, Kernel, Problem, packed, register, register_glue, registered
 from fxsparse.kernels.csr.linear import CSR, CSR_ON_GPU
 from fxsparse.kernels.lookup.linear import LOOKUP
 from fxsparse.kernels.nm_lanes.linear import NM_LANES
@@ -56,6 +56,13 @@ def _with_scales(packed: Mapping[str, Tensor], scales: Tensor) -> Mapping[str, T
     """Rows are in the order of ``active_rows`` where the format has it."""
     order = packed.get("active_rows")
     return {**packed, "scales": scales if order is None else scales[order.long()]}
+
+
+@register_glue
+def pack_rounded(kernel: Kernel, values: Tensor | Entries, scales: Tensor) -> Mapping[str, Tensor]:
+    """The buffers of a `narrowed` kernel for `values` that are rounded already, and the scales of the rows."""
+    whole = registered()[kernel.name.rpartition("-")[0]]
+    return _with_scales(packed(whole, values), scales)
 
 
 NARROW = tuple(

@@ -235,6 +235,8 @@ class _Found:
     """Of the weights, as the graph has them."""
     packed: dict[str, dict[str, Tensor]]
     """{name of a weight: its buffers for lanes}"""
+    windows: dict[str, dict[str, Any]]
+    """{name of a weight: what it was packed for}"""
 
     def for_lanes(self) -> list[Tensor]:
         """The values with packed weights in the places of those as they were."""
@@ -277,19 +279,19 @@ def _build(gm: GraphModule, calls: _Calls, spans: Sequence[_Span], size: tuple[i
         first = span.nodes[-1]
     codegen = gm.graph._codegen
     region = LaneRegion(plain, codegen.samples if isinstance(codegen, SampleSplit) else None, stages, size)
-    packed = {}
+    packed, windows = {}, {}
     for node in nodes:
         if calls.is_sparse(node):
             name = str(node.args[2].target).removesuffix(".values")  # type: ignore[union-attr]
-            packed[name] = _packed_again(fetch(gm, name), node)
+            windows[name] = {k: v for k, v in node.kwargs.items() if k not in ("activation", "residual")}
+            packed[name] = _packed_again(fetch(gm, name), windows[name])
     values = tuple(fetch(gm, str(node.target)).detach() for node in weights)
-    return _Found(region, tuple(spans), nodes, weights, values, packed)
+    return _Found(region, tuple(spans), nodes, weights, values, packed, windows)
 
 
-def _packed_again(weight: PackedWeight, node: Node) -> dict[str, Tensor]:
+def _packed_again(weight: PackedWeight, given: dict[str, Any]) -> dict[str, Tensor]:
     held = column_blocks.ColumnBlocks(weight.values, weight.start, weight.columns)  # type: ignore[arg-type]
     columns = torch.Size(weight.shape[1:]).numel()
-    given = {key: value for key, value in node.kwargs.items() if key not in ("activation", "residual")}
     return kernel.glue("pack_lanes")(column_blocks.to_dense(held, columns), **given)
 
 
@@ -341,8 +343,10 @@ def _put(gm: GraphModule, ctx: PassContext, found: _Found) -> None:
     name = next(f"_lanes_{k}" for k in range(10**6) if not hasattr(skeleton, f"_lanes_{k}"))
     skeleton.add_module(name, found.region)
     for weight, buffers in found.packed.items():
+        held = fetch(skeleton, weight)
+        held.lanes = found.windows[weight]
         for key, value in buffers.items():
-            fetch(skeleton, weight).register_buffer(key, value)
+            held.register_buffer(key, value)
     last, graph = found.nodes[-1], gm.graph
     source = next(iter(graph.find_nodes(op="placeholder")))
     with graph.inserting_before(last.next):
