@@ -12,10 +12,9 @@ from torch.fx import GraphModule, Node
 
 from fxsparse.errors import PlanError
 from fxsparse.graph import Site, argument, sites
-from fxsparse.inputs import split_inputs
 from fxsparse.pipeline import Program
 from fxsparse.skeleton import bind
-from fxsparse.verify import RUN_FAILURES
+from fxsparse.verify import RUN_FAILURES, copied_inputs
 
 See = Callable[[Site, Tensor], None]
 """Called with a call site and what its op is about to read."""
@@ -113,7 +112,7 @@ class WalkRuns:
     def look(self, block: int, see: See) -> None:
         with self._hooked(self.members[block], see):
             for batch, inputs in enumerate(self.batches):
-                args, kwargs = split_inputs(inputs)
+                args, kwargs = copied_inputs(inputs)
                 with _failures(batch):
                     self.program.run("eval", *args, **kwargs)
 
@@ -154,7 +153,7 @@ def _failures(batch: int) -> Iterator[None]:
 
 def _bound(program: Program, graph: GraphModule, batch: Any, number: int) -> dict[Node, Any]:
     """{placeholder: value} of a batch, as the graph's own code binds and flattens arguments."""
-    args, kwargs = split_inputs(batch)
+    args, kwargs = copied_inputs(batch)
     with _failures(number):
         if "eval" in program.accepts:
             program.accepts["eval"](args, kwargs)
@@ -188,21 +187,24 @@ def _cuts(place: Mapping[Node, int], dependent: Collection[Node], found: Sequenc
     """Where blocks begin among the nodes, and the end of the last.
 
     Between two sites that follow each other the place with the fewest values alive counts, if no weight is read on
-    both sides.  It is a cut if the neighbouring places have no fewer.
+    both sides.  It is a cut if the neighbouring places have no fewer; the first is compared with the inputs.
     """
     alive, shut = _alive(place, dependent), _shut(found, place)
     at = sorted(place[site.node] for site in found)
+    if not at:
+        return [0, 0]
+    inputs = sum(node.op == "placeholder" for node in place)
     gaps = []
     for before, after in itertools.pairwise(at):
         best = min(range(before + 1, after + 1), key=lambda k: (shut[k], alive[k]))
         gaps.append((inf if shut[best] else alive[best], best))
-    fewest = [inf, *(count for count, _ in gaps), inf]
+    fewest = [min(alive[inputs : at[0] + 1]), *(count for count, _ in gaps), inf]
     inner = [
         best
         for (count, best), left, right in zip(gaps, fewest[:-2], fewest[2:], strict=True)
         if count < inf and count <= left and count <= right
     ]
-    return [0, *inner, at[-1] + 1 if at else 0]
+    return [0, *inner, at[-1] + 1]
 
 
 def _alive(place: Mapping[Node, int], dependent: Collection[Node]) -> list[int]:

@@ -150,6 +150,7 @@ def prune(
             take; a model on meta.
         NumericsError: weights or inputs that are not finite, or too few inputs for SparseGPT; it names the weight.
     """
+    _check_dense(model, "prune")
     _check(model, plan, "train", planning=True)
     check_pruning(model, plan, calibration, report)
     batches = None if calibration is None else materialised(model, calibration)

@@ -11,7 +11,7 @@ from fxsparse import backend
 
 ROOT = Path(__file__).resolve().parents[1]
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
-PAGES = [ROOT / "docs" / name for name in ("spartan.md", "trainers.md", "torch_compile.md")]
+PAGES = [ROOT / "docs" / name for name in ("spartan.md", "trainers.md", "torch_compile.md", "one_shot.md")]
 
 
 def run(path: Path) -> dict[str, Any]:
@@ -52,6 +52,15 @@ def test_the_page_on_torch_compile_runs(capsys):
     names = run(ROOT / "docs" / "torch_compile.md")
     torch.testing.assert_close(names["y"], names["model"](names["x"]).detach())
     assert "dense, by Inductor" in capsys.readouterr().out
+
+
+def test_the_page_on_one_shot_pruning_runs_and_each_method_beats_the_one_above_it():
+    names = run(ROOT / "docs" / "one_shot.md")
+    errors = {
+        name: sum(row["output_error"] for row in report.layers) for name, report in names["reports"].items()
+    }
+    assert errors["sparsegpt"] < errors["wanda"] < errors["static"]
+    assert names["fast"](names["batches"][0]).shape == (32, 16)
 
 
 @pytest.mark.parametrize("path", [*TUTORIALS, *PAGES], ids=lambda path: path.stem)
