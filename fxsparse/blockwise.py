@@ -4,12 +4,12 @@ import copy
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from math import inf
 from typing import Any, Protocol
 
 from torch import Tensor, fx
 from torch.fx import GraphModule, Node
 
+from fxsparse.cuts import cuts, dependent, last_user
 from fxsparse.errors import PlanError
 from fxsparse.graph import Site, argument, sites
 from fxsparse.pipeline import Program
@@ -61,8 +61,8 @@ class GraphRuns:
         self.sites = {site.node: site for site in found}
         self.nodes = list(graph.graph.nodes)
         self.place = {node: k for k, node in enumerate(self.nodes)}
-        self.dependent = _dependent(self.nodes)
-        self.ends = _cuts(self.place, self.dependent, found)
+        self.dependent = dependent(self.nodes)
+        self.ends = cuts(self.place, self.dependent, found)
         self.blocks = _names(self.nodes, self.ends, self.sites)
         self.interpreter = fx.Interpreter(graph, garbage_collect_values=False)
         self.states = [_bound(program, graph, batch, k) for k, batch in enumerate(batches)]
@@ -94,7 +94,7 @@ class GraphRuns:
                     see(site, state[argument(node, 0, "input")])
                 state[node] = self.interpreter.run_node(node)
                 for used in node.all_input_nodes:
-                    if _last_user(used, self.place) == self.place[node]:
+                    if last_user(used, self.place) == self.place[node]:
                         state.pop(used, None)
 
 
@@ -172,64 +172,6 @@ def _binding(graph: GraphModule) -> GraphModule:
     seen = {}
     made.output(tuple(made.node_copy(node, seen.get) for node in graph.graph.find_nodes(op="placeholder")))
     return bind(made, graph)
-
-
-def _dependent(nodes: Sequence[Node]) -> set[Node]:
-    """Nodes whose values depend on the inputs; others are the same for every batch."""
-    found: set[Node] = set()
-    for node in nodes:
-        if node.op == "placeholder" or not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found
-
-
-def _cuts(place: Mapping[Node, int], dependent: Collection[Node], found: Sequence[Site]) -> list[int]:
-    """Where blocks begin among the nodes, and the end of the last.
-
-    Between two sites that follow each other the place with the fewest values alive counts, if no weight is read on
-    both sides.  It is a cut if the neighbouring places have no fewer; the first is compared with the inputs.
-    """
-    alive, shut = _alive(place, dependent), _shut(found, place)
-    at = sorted(place[site.node] for site in found)
-    if not at:
-        return [0, 0]
-    inputs = sum(node.op == "placeholder" for node in place)
-    gaps = []
-    for before, after in itertools.pairwise(at):
-        best = min(range(before + 1, after + 1), key=lambda k: (shut[k], alive[k]))
-        gaps.append((inf if shut[best] else alive[best], best))
-    fewest = [min(alive[inputs : at[0] + 1]), *(count for count, _ in gaps), inf]
-    inner = [
-        best
-        for (count, best), left, right in zip(gaps, fewest[:-2], fewest[2:], strict=True)
-        if count < inf and count <= left and count <= right
-    ]
-    return [0, *inner, at[-1] + 1]
-
-
-def _alive(place: Mapping[Node, int], dependent: Collection[Node]) -> list[int]:
-    """How many values that depend on the inputs are alive in front of each node."""
-    change = [0] * (len(place) + 1)
-    for node in dependent:
-        change[place[node] + 1] += 1
-        change[_last_user(node, place) + 1] -= 1
-    return list(itertools.accumulate(change))
-
-
-def _last_user(node: Node, place: Mapping[Node, int]) -> int:
-    return max((place[user] for user in node.users), default=place[node])
-
-
-def _shut(found: Sequence[Site], place: Mapping[Node, int]) -> list[bool]:
-    """Whether a weight is read both before a node and from it on."""
-    change = [0] * (len(place) + 1)
-    reads: dict[Any, list[int]] = {}
-    for site in found:
-        reads.setdefault(site.weight.target, []).append(place[site.node])
-    for where in reads.values():
-        change[min(where) + 1] += 1
-        change[max(where) + 1] -= 1
-    return [held > 0 for held in itertools.accumulate(change)]
 
 
 def _names(nodes: Sequence[Node], ends: Sequence[int], read: Mapping[Node, Site]) -> list[list[str]]:

@@ -1,24 +1,46 @@
 """What the ops of sparse weights read on calibration batches, summed up one weight at a time."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Node
 
-from fxsparse.errors import NumericsError
+from fxsparse.errors import NumericsError, PlanError, TraceError
 from fxsparse.graph import CONVOLUTION, Site, argument, given_arguments
+from fxsparse.inputs import named_arguments
 
 _CHUNK = 2**22
 """Entries of the windows of a convolution that are made at a time, at least those of one sample."""
 
 Rows = tuple[int, int]
 """First row of a weight, and the one behind the last."""
+
+
+def batches_of(model: nn.Module, calibration: Iterable[Any]) -> list[Any]:
+    """The batches of an iterable, which is read once; PlanError for what is none, or has none that `model` takes."""
+    if isinstance(calibration, Tensor | Mapping | str) or not isinstance(calibration, Iterable):
+        raise PlanError(
+            f"prune: expected calibration as an iterable of batches, got {type(calibration).__name__}; of one batch x "
+            "it is [x]."
+        )
+    batches = list(calibration)
+    if not batches:
+        raise PlanError("prune: expected at least one calibration batch, got none; was the iterator used up?")
+    for k, batch in enumerate(batches):
+        try:
+            named_arguments(model, batch)
+        except TraceError as error:
+            raise PlanError(
+                f"prune: calibration batch {k} is not what the model is called with: {error}.  Of a loader of inputs "
+                "and labels, pass (inputs for inputs, _ in loader)."
+            ) from error
+    return batches
 
 
 @dataclass(frozen=True)
@@ -61,7 +83,6 @@ def call_of(site: Site, shape: Sequence[int]) -> Call | str:
 class Moments:
     """Sums over the inputs of one weight: of the squares of each column, or of the products of all pairs."""
 
-    name: str
     shape: tuple[int, ...]
     products: bool
     sums: dict[Rows, Tensor] = field(default_factory=dict)
@@ -87,8 +108,8 @@ class Moments:
         found = self.sums[rows] / self.count[rows]
         if not bool(found.isfinite().all()):
             raise NumericsError(
-                f"weight {self.name!r}: expected finite inputs on the calibration batches, got inf or NaN, or numbers "
-                "whose squares are; look for the batch, or the layer before, that makes them."
+                "expected finite inputs on the calibration batches, got inf or NaN, or numbers whose squares are; look "
+                "for the batch, or the layer before, that makes them."
             )
         return found
 

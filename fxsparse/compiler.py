@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxsparse import optimizer_state
+from fxsparse.calibration import batches_of
 from fxsparse.errors import PlanError, TraceError
 from fxsparse.flops import FlopCount
 from fxsparse.formats import narrow
@@ -18,7 +19,7 @@ from fxsparse.inference import compile_for_inference
 from fxsparse.initial import target_of
 from fxsparse.inputs import CPU
 from fxsparse.module import Emitted, Recipe, SparseModule
-from fxsparse.one_shot import check_pruning, materialised, prune_program
+from fxsparse.one_shot import check_pruning, prune_program
 from fxsparse.passes import planning_pipeline, training_pipeline
 from fxsparse.pipeline import PassContext, run_passes
 from fxsparse.plans import Plan
@@ -153,7 +154,7 @@ def prune(
     _check_dense(model, "prune")
     _check(model, plan, "train", planning=True)
     check_pruning(model, plan, calibration, report)
-    batches = None if calibration is None else materialised(model, calibration)
+    batches = None if calibration is None else batches_of(model, calibration)
     if example_inputs is None and batches is not None:
         example_inputs = batches[0]
     made, plan = _transformed(copy.deepcopy(model), plan, example_inputs)

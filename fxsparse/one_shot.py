@@ -11,10 +11,9 @@ from tqdm import tqdm
 
 from fxsparse.blockwise import Runs, runs_of
 from fxsparse.calibration import Call, Moments, Rows, call_of, from_matrix, to_matrix
-from fxsparse.errors import FxSparseError, PlanError, TraceError
+from fxsparse.errors import FxSparseError, PlanError
 from fxsparse.graph import Site, fetch, sites
 from fxsparse.initial import initial_mask, target_of
-from fxsparse.inputs import named_arguments
 from fxsparse.method import OneShot
 from fxsparse.pattern import Block, ConstantFanIn, Pattern
 from fxsparse.pipeline import PassContext
@@ -74,27 +73,6 @@ def check_pruning(model: nn.Module, plan: Plan, calibration: object, report: obj
         )
 
 
-def materialised(model: nn.Module, calibration: Iterable[Any]) -> list[Any]:
-    """The batches of an iterable, which is read once; PlanError for what is none, or has none that `model` takes."""
-    if isinstance(calibration, Tensor | Mapping | str) or not isinstance(calibration, Iterable):
-        raise PlanError(
-            f"prune: expected calibration as an iterable of batches, got {type(calibration).__name__}; of one batch x "
-            "it is [x]."
-        )
-    batches = list(calibration)
-    if not batches:
-        raise PlanError("prune: expected at least one calibration batch, got none; was the iterator used up?")
-    for k, batch in enumerate(batches):
-        try:
-            named_arguments(model, batch)
-        except TraceError as error:
-            raise PlanError(
-                f"prune: calibration batch {k} is not what the model is called with: {error}.  Of a loader of inputs "
-                "and labels, pass (inputs for inputs, _ in loader)."
-            ) from error
-    return batches
-
-
 class _Pruning:
     """One run of `prune_program` over the blocks."""
 
@@ -108,17 +86,17 @@ class _Pruning:
         self.squares: dict[str, list[float]] = {}
         """{weight: sums of squares of what its outputs lost, and of what they were}."""
         self.fallbacks: dict[str, str] = {}
-        for name in names:  # those that no block comes to
-            if not any(name in block for block in runs.blocks):
-                self.refused[name] = "its op does not run in eval mode"
-                self._prune_weight(name)
+        reached = set(itertools.chain(*runs.blocks))
+        for name in [name for name in names if name not in reached]:
+            self.refused[name] = "its op does not run in eval mode"
+            self._prune_weight(name)
 
     def prune(self, block: int) -> None:
         """Look at the block's inputs, prune its weights, and run it pruned."""
         names = self.runs.blocks[block]
         if self.method is not None:
             kind = self.method.products
-            self.moments = {n: Moments(n, _shape(self.ctx, n), kind) for n in names if n not in self.refused}
+            self.moments = {n: Moments(_shape(self.ctx, n), kind) for n in names if n not in self.refused}
             self.runs.look(block, self._collect)
         for name in names:
             before = _logical(self.ctx, name).clone() if self.measured else None
@@ -131,17 +109,17 @@ class _Pruning:
 
     def tell(self, batches: int) -> None:
         """Notes for the report, and a warning of what was pruned otherwise than asked for."""
-        if self.method is None:
+        if self.method is None or self.ctx.plan is None:
             return
         blocks = len(self.runs.blocks)
-        self.ctx.notes.append(f"calibrated on {batches} batches, {blocks} blocks one after the other")
+        self.ctx.notes.append(f"calibration batches: {batches}; blocks pruned one after the other: {blocks}")
         if self.fallbacks:
             listed = [f"{name} ({why})" for name, why in itertools.islice(self.fallbacks.items(), _NAMED)]
             more = ", ..." * (len(self.fallbacks) > _NAMED)
             warnings.warn(
-                f"prune: {len(self.fallbacks)} weights were pruned by magnitude, wholly or in part: "
-                f"{', '.join(listed)}{more}. Give calibration batches that reach them, or exclude them.",
-                stacklevel=4,
+                f"prune: pruned by magnitude, wholly or in part, in place of {self.ctx.plan.method.name}: "
+                f"{', '.join(listed)}{more}. Give calibration batches that reach all layers, or exclude these weights.",
+                stacklevel=5,  # the caller of fxsparse.prune
             )
 
     def errors(self) -> dict[str, float]:
@@ -154,14 +132,14 @@ class _Pruning:
     def _collect(self, site: Site, x: Tensor) -> None:
         moments = self.moments.get(str(site.weight.target))
         if moments is not None:
-            moments.add(self.calls[site], x)
+            moments.add(self.calls[str(site.weight.target)][site], x)
 
     def _measure(self, site: Site, x: Tensor) -> None:
         name = str(site.weight.target)
         if name not in self.refused and name in self.lost:
             sums = self.squares.setdefault(name, [0.0, 0.0])
             for k, matrix in enumerate(reversed(self.lost[name])):
-                sums[k] += float(self.calls[site].output(x, matrix).double().square().sum())
+                sums[k] += float(self.calls[name][site].output(x, matrix).double().square().sum())
 
     def _prune_weight(self, name: str) -> None:
         if self.method is None:
@@ -178,9 +156,7 @@ class _Pruning:
         matrix = to_matrix(_logical(self.ctx, name))
         wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
         pruned, notes, blind = torch.empty_like(matrix), [], 0
-        pieces = _pieces(
-            shape[0], {rows for call in self.calls.values() if _is_of(call, name) for rows in call.rows}
-        )
+        pieces = _pieces(shape[0], _rows(self.calls[name]))
         for first, last in pieces:
             nnz = _share(target.nnz, target.pattern, shape[0], (first, last))
             try:
@@ -206,27 +182,27 @@ class _Pruning:
         self.ctx.decisions[name].reason = f"by magnitude: {why}"
 
 
-def _calls(ctx: PassContext, names: Sequence[str]) -> tuple[dict[Site, Call], dict[str, str]]:
-    """({call site: how it reads its weight}, {weight whose inputs cannot be told: why})."""
-    found: dict[Site, Call] = {}
+def _calls(ctx: PassContext, names: Sequence[str]) -> tuple[dict[str, dict[Site, Call]], dict[str, str]]:
+    """({weight: {call site: how it reads the weight}}, {weight whose inputs cannot be told: why})."""
+    found: dict[str, dict[Site, Call]] = {name: {} for name in names}
     refused: dict[str, str] = {}
     for site in sites(ctx.program.graphs["eval"]):
         name = str(site.weight.target)
-        if name in names:
+        if name in found:
             call = call_of(site, _shape(ctx, name))
             if isinstance(call, str):
                 refused[name] = call
             else:
-                found[site] = call
-    for name in names:
-        rows = {rows for call in found.values() if _is_of(call, name) for rows in call.rows}
-        if any(after[0] < before[1] for before, after in itertools.pairwise(sorted(rows))):
+                found[name][site] = call
+    for name, calls in found.items():
+        if any(after[0] < before[1] for before, after in itertools.pairwise(sorted(_rows(calls)))):
             refused[name] = "ops read parts of it that overlap"
     return found, refused
 
 
-def _is_of(call: Call, name: str) -> bool:
-    return call.site.weight.target == name
+def _rows(calls: Mapping[Site, Call]) -> set[Rows]:
+    """The pieces that the calls of a weight read."""
+    return {rows for call in calls.values() for rows in call.rows}
 
 
 def _pieces(rows: int, read: Iterable[Rows]) -> list[Rows]:
