@@ -1,8 +1,8 @@
 """What one-shot pruning costs two trained models, by method and pattern: ``python -m benchmarks.one_shot [-o FILE]``.
 
 The byte-level language model and the digits' ViT are trained dense, pruned without training on, and scored on held-out
-data before and after; every seed has a model of its own.  Calibration batches are training inputs.  All selected
-weights get the same sparsity.
+data before and after; every seed has a model of its own.  Calibration batches are training inputs.  The last layer
+stays dense, as in the papers; all others get the same sparsity.
 """
 
 import statistics
@@ -24,7 +24,7 @@ from fxsparse.methods import sparsegpt, static, wanda
 from fxsparse.pattern import NM, Pattern, Unstructured
 
 TASKS: dict[str, tuple[Task, str, int]] = {
-    "language model": (language.TASK, "transformer", 300),
+    "language model": (language.TASK, "transformer", 150),
     "digits": (digits.TASK, "ViT", 200),
 }
 """{name: (task, model, training steps)}"""
@@ -32,9 +32,9 @@ METHODS: dict[str, Method] = {"magnitude": static("magnitude"), "wanda": wanda()
 PATTERNS: dict[str, tuple[float, Pattern]] = {
     "50 %": (0.5, Unstructured()),
     "2:4": (0.5, NM(2, 4)),
-    "70 %": (0.7, Unstructured()),
 }
-BATCHES, SEEDS = 16, 3
+LAST = ("head",)
+BATCHES, SEEDS = 8, 3
 
 
 def main() -> None:
@@ -71,7 +71,7 @@ def pruned(
 ) -> dict[str, float]:
     """What one method makes of a trained model."""
     sparsity, kind = PATTERNS[pattern]
-    plan = Plan(sparsity=sparsity, pattern=kind, method=METHODS[method], allocation="uniform")
+    plan = Plan(sparsity=sparsity, pattern=kind, method=METHODS[method], allocation="uniform", exclude=LAST)
     report, began = Report(), time.perf_counter()
     made = fxsparse.prune(model, plan, calibration=calibration, report=report)
     seconds = time.perf_counter() - began
