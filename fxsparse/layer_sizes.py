@@ -12,7 +12,8 @@ from fxsparse.pipeline import PassContext, WeightSpec
 def show_what_is_left(gm: GraphModule, ctx: PassContext) -> None:
     """Let the modules of a captured graph's tree tell the sizes that neurons left, in place.
 
-    A batch norm that was folded, which holds no tensor and is not called, becomes an Identity.
+    A batch norm that was folded becomes an Identity: it holds no tensor, and neither it nor a child (the activation of
+    timm's BatchNormAct2d) is called.
     """
     for spec in ctx.weights.values():
         for name in (spec.name, *spec.aliases):
@@ -20,7 +21,8 @@ def show_what_is_left(gm: GraphModule, ctx: PassContext) -> None:
     called = {str(node.target) for node in gm.graph.find_nodes(op="call_module")}
     for path, module in list(gm.named_modules(remove_duplicate=False)):
         tensors = [*module._parameters.values(), *module._buffers.values()]
-        if isinstance(module, _NormBase) and path not in called and all(t is None for t in tensors):
+        is_called = any(target == path or target.startswith(f"{path}.") for target in called)
+        if isinstance(module, _NormBase) and not is_called and all(t is None for t in tensors):
             holder, leaf = owner(gm, path)
             holder._modules[leaf] = nn.Identity()
 

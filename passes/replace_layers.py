@@ -275,16 +275,15 @@ def _put(node: Node, call: Call, *, with_norm: bool) -> None:
 
 
 def _norm_behind(calls: list[tuple[GraphModule, Site]]) -> nn.Module | None:
-    """The BatchNorm module that alone reads a layer, at each of its calls."""
+    """The BatchNorm module that alone reads a layer, at each of its calls; none that does more (BatchNormAct2d)."""
     found: set[str | None] = set()
     for _, site in calls:
         users = [user for user in site.node.users if user.op == "call_module"]
         alone = len(users) == len(site.node.users) == 1
         found.add(str(users[0].target) if alone else None)
     path = found.pop()
-    if path is None or found or not isinstance(calls[0][0].get_submodule(path), _BatchNorm):
-        return None
-    return calls[0][0].get_submodule(path)
+    norm = None if path is None or found else calls[0][0].get_submodule(path)
+    return norm if isinstance(norm, _BatchNorm) and not list(norm.children()) else None
 
 
 def _drop(root: nn.Module, norm: nn.Module) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 
 import fxsparse
@@ -52,3 +53,11 @@ def test_a_transposed_convolution_keeps_its_channels() -> None:
     model = nn.Sequential(nn.ConvTranspose2d(4, 6, 3, groups=2)).eval()
     fast = fxsparse.compile(model, mode="infer", example_inputs=torch.randn(1, 4, 5, 5))
     assert str(fast.get_submodule("0")) == str(model[0])
+
+
+def test_the_activation_of_a_folded_norm_stays() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), BatchNormAct2d(8)).eval()
+    fast = fxsparse.compile(model, mode="infer", example_inputs=torch.randn(1, 3, 5, 5))
+    x = torch.randn(2, 3, 5, 5)
+    assert not hasattr(fast.get_submodule("1"), "weight") or fast.get_submodule("1").weight is None
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-3, atol=1e-5)
