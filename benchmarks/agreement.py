@@ -15,7 +15,7 @@ from torch import nn
 
 import fxsparse
 from benchmarks.cells import Settings, environments, parser, run_cells
-from benchmarks.coverage import torchvision_model
+from benchmarks.coverage.models import torchvision_model
 from benchmarks.models.published import Published
 
 SPARSITY = 0.7

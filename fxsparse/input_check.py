@@ -14,8 +14,10 @@ from torch.utils import _pytree as pytree
 from fxsparse.errors import TraceError
 from fxsparse.inputs import split_inputs
 
-_FUNCTIONS = {"FloorDiv": operator.floordiv, "PythonMod": operator.mod, "Mod": operator.mod}
+_FUNCTIONS = {"FloorDiv": operator.floordiv, "remainder": operator.mod}
 """PyTorch's integer functions of sizes, by the names that sympy prints."""
+_REMAINDERS = ("Mod", "PythonMod")
+"""Functions that sympy would print as ``a % b``, without brackets around a product `b`."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,11 @@ class InputCheck:
     def __post_init__(self) -> None:
         symbols = sorted(self.condition.free_symbols, key=str)
         object.__setattr__(self, "symbols", symbols)
-        object.__setattr__(self, "holds", sympy.lambdify(symbols, self.condition, [_FUNCTIONS, "math"]))
+        spelled = self.condition.replace(
+            lambda part: part.func.__name__ in _REMAINDERS,
+            lambda part: sympy.Function("remainder")(*part.args),
+        )
+        object.__setattr__(self, "holds", sympy.lambdify(symbols, spelled, [_FUNCTIONS, "math"]))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.names, self.structures, self.wanted, self.condition, self.same)

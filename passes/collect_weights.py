@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
+from torch.nn.utils import parametrize
 
 from fxsparse.errors import PlanError
 from fxsparse.globs import matches, unmatched
@@ -119,7 +120,13 @@ def _why_unread(ctx: PassContext, name: str, graphs: list[GraphModule]) -> str:
     inside = next((path for path in sorted(called) if name.startswith(f"{path}.")), None)
     if inside is None:
         return "not read by the forward pass"
-    kind = type(ctx.program.skeleton.get_submodule(inside)).__name__
+    module = ctx.program.skeleton.get_submodule(inside)
+    if parametrize.is_parametrized(module):
+        return (
+            f"{inside} computes it by a parametrization at every call; "
+            "torch.nn.utils.parametrize.remove_parametrizations makes it a Parameter again"
+        )
+    kind = type(module).__name__
     return f"inside {inside} ({kind}), which runs as one module"
 
 

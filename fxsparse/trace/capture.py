@@ -20,6 +20,7 @@ from fxsparse.trace.export import trace_export
 from fxsparse.trace.modules import eligible_below
 from fxsparse.trace.recomputation import recomputation_refused
 from fxsparse.trace.symbolic import hidden_weights, trace_symbolic
+from fxsparse.trace.user_code import WAY_OUT, custom_functions
 from fxsparse.trace.walk import walk
 from fxsparse.verify import RUN_FAILURES, Observation, compare, observe
 
@@ -74,11 +75,11 @@ def capture(
             return Program(
                 program.tier, program.skeleton, program.graphs, notes, program.hidden, accepts=accepts
             )
-        notes.append(f"{program.tier}: {difference}")
+        notes.append(f"{program.tier}: {difference}{_forgotten(difference, model, example_inputs)}")
     if strict:
         raise TraceError(
             "neither symbolic tracing nor torch.export captured the model, and strict=True refuses the walk "
-            "over its layers: " + "; ".join(notes)
+            f"over its layers: {'; '.join(notes)}. {WAY_OUT}."
         )
     return _walk(model, modes, notes)
 
@@ -200,6 +201,14 @@ def _difference(
         if difference := compare(want, got):
             return f"its {mode} graph differs from the model: {difference}"
     return None
+
+
+def _forgotten(difference: str, model: nn.Module, example_inputs: Any) -> str:
+    """What the user wrote that a graph forgets, where gradients differ."""
+    if "differs from the model: gradient" not in difference or has_meta(model) or has_meta(example_inputs):
+        return ""
+    own = custom_functions(model, example_inputs)
+    return f" (a graph keeps the forward but not the backward of {', '.join(own)})" if own else ""
 
 
 def _accepts(

@@ -1,6 +1,10 @@
 """Front end E: ``torch.export`` once per mode, for what symbolic tracing cannot follow."""
 
+import io
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -14,6 +18,7 @@ from fxsparse.errors import TraceError
 from fxsparse.inputs import CPU, has_meta, has_sequence, on_device, split_inputs, stand_in
 from fxsparse.skeleton import substituted
 from fxsparse.trace.modules import has_hooks
+from fxsparse.trace.user_code import reason
 from fxsparse.verify import RUN_FAILURES, copied_inputs
 
 
@@ -42,24 +47,37 @@ def _trace(root: nn.Module, example_inputs: Any) -> tuple[fx.GraphModule, list[s
     try:
         gm, notes = _export(root, args, kwargs, _free_batch(args, kwargs)), []
     except RUN_FAILURES as error:  # torch's own errors (Dynamo, guards, constraints) derive from these
-        gm, notes = None, [f"the batch size is fixed, as export with a free one fails: {_first_line(error)}"]
+        gm, notes = None, [f"the batch size is fixed, as export with a free one fails: {reason(error)}"]
     if gm is None:
         args, kwargs = split_inputs(example_inputs)
         try:
             gm = _export(root, args, kwargs, None)
         except RUN_FAILURES as error:  # torch's own errors (Dynamo, guards, constraints) derive from these
-            raise TraceError(f"torch.export failed: {_first_line(error)}") from error
+            raise TraceError(f"torch.export failed: {reason(error)}") from error
     _drop_checks(gm)
     return gm, notes or _fixed_batches(gm)
 
 
 def _export(root: nn.Module, args: Any, kwargs: Any, shapes: ShapesCollection | None) -> fx.GraphModule:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # export warns of its own internals
+    with _without_chatter():
         program = torch.export.export(root, args, kwargs, dynamic_shapes=shapes, strict=False)
         module = program.module()
     assert isinstance(module, fx.GraphModule)
     return module
+
+
+@contextmanager
+def _without_chatter() -> Iterator[None]:
+    """Export warns of its own internals, and prints the graph that it could not finish; its error says what counts."""
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def _free_batch(args: Any, kwargs: Any) -> ShapesCollection | None:
@@ -95,8 +113,3 @@ def _fixed_batches(gm: fx.GraphModule) -> list[str]:
     batches = [v.shape[0] for v in vals if isinstance(v, Tensor) and v.dim()]
     fixed = {int(size) for size in batches if isinstance(size, int) or not size.node.expr.free_symbols}
     return [f"the batch size is fixed at {sorted(fixed)}: the model's code depends on it"] if fixed else []
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

@@ -16,6 +16,7 @@ from fxsparse.errors import TraceError
 from fxsparse.graph import attribute_nodes, canonical_names, is_product, operation_name, sites
 from fxsparse.trace.attention import traceable_forward
 from fxsparse.trace.modules import FUNCTIONAL, eligible_below, has_hooks, refuses_functional, site_type
+from fxsparse.trace.user_code import reason
 
 TRACE_FAILURES = (
     FxTraceError, TypeError, ValueError, RuntimeError, AttributeError, LookupError, NameError,
@@ -48,7 +49,7 @@ def trace_symbolic(
         with _RecordFactories(tracer):
             graph = tracer.trace(root, _fixed_arguments(root, arguments))
     except TRACE_FAILURES as error:
-        raise TraceError(f"forward of {type(root).__name__}: {_reason(error)}") from error
+        raise TraceError(f"forward of {type(root).__name__}: {reason(error)}") from error
     for node in graph.nodes:
         # Otherwise generated code registers it with fx by a dotted name, which breaks every later trace.
         node.meta.pop("is_wrapped", None)
@@ -66,8 +67,8 @@ def hidden_weights(gm: fx.GraphModule, opaque: Mapping[str, str]) -> dict[str, s
         refusal = refuses_functional(module)
         if refusal is None:
             continue
-        reason = opaque.get(path) or (refusal if site_type(module) else f"{path} runs as one module")
-        hidden.update(dict.fromkeys(eligible_below(module, path), reason))
+        why = opaque.get(path) or (refusal if site_type(module) else f"{path} runs as one module")
+        hidden.update(dict.fromkeys(eligible_below(module, path), why))
     reached = {site.weight.target for site in sites(gm)}
     names = canonical_names(gm)
     for name in {names[name] for name in eligible_below(gm)}:
@@ -111,7 +112,7 @@ class SiteTracer(fx.Tracer):
         except TRACE_FAILURES as error:
             self._erase_after(last)
             self.module_stack = stack
-            self.opaque[path] = f"{path} ({type(m).__name__}) runs as one module: {_reason(error)}"
+            self.opaque[path] = f"{path} ({type(m).__name__}) runs as one module: {reason(error)}"
             return self.create_proxy("call_module", path, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
@@ -154,8 +155,3 @@ def _fixed_arguments(root: nn.Module, arguments: Mapping[str, Any] | None) -> di
         if value is None or isinstance(value, (bool, int, float, str)):
             fixed[name] = value
     return fixed
-
-
-def _reason(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

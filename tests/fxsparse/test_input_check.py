@@ -5,12 +5,15 @@ import pickle
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from torch import Tensor, nn
+from torch.utils._sympy.functions import FloorDiv, Mod
 
 import fxsparse
 from fxsparse import Plan, inference
 from fxsparse.errors import TraceError
+from fxsparse.input_check import InputCheck
 from fxsparse.trace import capture
 from fxsparse.transformation import transform
 from fxsparse.transforms import SparseParallel
@@ -185,3 +188,11 @@ def test_under_torch_compile_sizes_are_checked_too() -> None:
     torch.testing.assert_close(fast(torch.randn(5, 8) * 0), sparse(torch.zeros(5, 8)))
     with pytest.raises(Exception, match=r"expected s\d+ < 8|Unsupported"):
         fast(torch.randn(9, 8))
+
+
+def test_a_remainder_by_a_product_is_that_of_the_product() -> None:
+    size = sympy.Symbol("size", positive=True, integer=True)
+    check = InputCheck(("x",), (None,), ((size,),), sympy.Ne(Mod(2, 2 * FloorDiv(size, 8)), 0))
+    check((torch.zeros(32),), {})  # 2 % (2 * 4), where (2 % 2) * 4 is 0
+    with pytest.raises(TraceError, match="size=8"):
+        check((torch.zeros(8),), {})

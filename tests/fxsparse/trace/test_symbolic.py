@@ -162,10 +162,13 @@ class Branching(nn.Module):
 def test_an_untraceable_child_runs_as_one_module_with_the_reason() -> None:
     model, x = nn.Sequential(nn.Linear(4, 4), Branching()), torch.randn(3, 4)
     program = symbolic(model)
-    assert program.notes == [
+    [note] = program.notes
+    assert note.startswith(
         "symbolic: 1 (Branching) runs as one module: TraceError: symbolically traced variables cannot be used as "
-        "inputs to control flow"
-    ]
+        "inputs to control flow ("
+    )
+    assert "test_symbolic.py" in note
+    assert "if x.sum() > 0" in note
     assert list(program.hidden) == ["1.lin.weight"]
     assert torch.equal(program.run("eval", x), model(x))
     assert "_1_lin" not in program.graphs["eval"].code  # nothing is left of the failed trace
