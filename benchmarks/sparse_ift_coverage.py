@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from benchmarks.cells import Cell, Settings, environments, parser, run_cells
-from benchmarks.coverage import torchvision_model
+from benchmarks.coverage.models import torchvision_model
 from fxsparse import Plan
 from fxsparse.errors import FxSparseError
 from fxsparse.inputs import split_inputs

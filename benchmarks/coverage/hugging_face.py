@@ -119,7 +119,7 @@ _ENCODERS = {
     "deberta-v2": _encoder("DebertaV2"),
     "modernbert": _encoder("ModernBert", cls_token_id=1, sep_token_id=2),
 }
-_GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+_GPT: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 _DECODERS = {
     "gpt2": _decoder("GPT2", "LMHeadModel", **_GPT),
     "gpt-j": _decoder("GPTJ", rotary_dim=4, **_GPT),

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import fxsparse
 from fxsparse import FxSparseError, Plan, SparseModule
@@ -82,7 +83,7 @@ def _inferred(pruned: nn.Module, inputs: Any) -> dict[str, Any]:
         fast = fxsparse.compile(pruned, mode="infer", example_inputs=inputs)
     except (FxSparseError, *RUN_FAILURES) as error:
         return {"infer": _refused(error)}
-    other = torch.utils._pytree.tree_map(_other, inputs)
+    other = pytree.tree_map(_other, inputs)
     want, got = _seen(pruned, other), _seen(fast, other)
     kernels = Counter(row["format"] for row in fast.report.layers)
     return {
