@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 
 import fxsparse
 from fxsparse import Plan
@@ -13,6 +14,13 @@ from fxsparse.methods import rigl, srigl
 def net():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+
+
+def pruned(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(torch.rand_like(parameter) < 0.1)
+    return model.eval()
 
 
 RIGL = rigl(every=2, stop=10_000, drop_fraction=0.3, decay="constant", variant="torch")
@@ -68,3 +76,40 @@ def test_a_dynamic_batch_compiles_once(storage):
         x = torch.randn(batch, 16)
         torch.testing.assert_close(call(x), sparse(x))
     assert counter.frame_count == 1
+
+
+def test_an_inference_artefact_compiles_once_for_all_batches():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    fast = fxsparse.compile(pruned(net()), mode="infer", example_inputs=(torch.randn(4, 16),))
+    call = torch.compile(fast, backend=counter, fullgraph=True, dynamic=True)
+    for batch in (3, 5, 7):
+        x = torch.randn(batch, 16)
+        torch.testing.assert_close(call(x), fast(x))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_the_modes_of_inductor(mode):
+    torch._dynamo.reset()
+    graphs = counters["stats"]["unique_graphs"]
+    sparse = fxsparse.compile(net(), Plan(sparsity=0.8, method=RIGL))
+    call = torch.compile(sparse, mode=mode, fullgraph=True)
+    optimizer = torch.optim.SGD(sparse.parameters(), lr=0.05)
+    sparse.attach(optimizer)
+    for _ in range(5):
+        x = torch.randn(12, 16)
+        y = call(x)
+        torch.testing.assert_close(y, sparse(x), rtol=1e-4, atol=1e-5)
+        optimizer.zero_grad()
+        y.square().mean().backward()
+        optimizer.step()
+    assert counters["stats"]["unique_graphs"] - graphs <= 2
+    fast = fxsparse.compile(sparse, mode="infer", example_inputs=(x,))
+    call = torch.compile(fast, mode=mode, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for batch in (3, 5):
+            x = torch.randn(batch, 16)
+            torch.testing.assert_close(call(x), fast(x), rtol=1e-4, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] - graphs <= 3

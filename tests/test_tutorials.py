@@ -44,7 +44,9 @@ def test_the_page_on_spartan_runs_and_its_masks_meet_the_plan():
     assert names["fast"](names["x"]).shape == (64, 10)
 
 
-def test_the_page_on_torch_compile_runs(capsys):
+def test_the_page_on_torch_compile_runs(capsys, monkeypatch):
+    aot = torch._dynamo.lookup_backend("aot_eager")  # in Inductor's place, which takes its time
+    monkeypatch.setattr(backend.entry, "by_inductor", lambda gm, inputs, settings: aot(gm, list(inputs)))
     if (
         "fxsparse" not in torch._dynamo.list_backends()
     ):  # as its entry point says where the package is installed
@@ -52,6 +54,7 @@ def test_the_page_on_torch_compile_runs(capsys):
     names = run(ROOT / "docs" / "torch_compile.md")
     torch.testing.assert_close(names["y"], names["model"](names["x"]).detach())
     assert "dense, by Inductor" in capsys.readouterr().out
+    assert names["share"] <= 0.1
 
 
 def test_the_page_on_one_shot_pruning_runs_and_each_method_beats_the_one_above_it():

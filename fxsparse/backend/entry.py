@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 from fxsparse.backend.held import HeldGraph, hold
 from fxsparse.backend.lowering import Call, by_inductor, is_changed, lower, times_us
 from fxsparse.backend.options import Options, read_options
+from fxsparse.backend.planned import mask_weights
 from fxsparse.backend.running import DifferentiableGraph, Packed, SwitchingGraph, watch
 from fxsparse.backend.trial import try_graph
 from fxsparse.report import Report
@@ -33,7 +34,7 @@ def fxsparse(
     """Compile a graph of Dynamo's: weights with zeros on the kernels that measured fastest, the rest by Inductor.
 
     Args:
-        gm: left as it is.
+        gm: may be edited.
         example_inputs: what the call that is compiled gives: inputs, parameters and buffers.
         mode: an Inductor mode.
         options: see `fxsparse.backend.options.read_options`.
@@ -51,9 +52,11 @@ def fxsparse(
 
 
 def _compiled(gm: GraphModule, example_inputs: Sequence[Any], wanted: Options) -> Call:
+    report = Report()
+    if wanted.plan is not None:
+        gm = mask_weights(gm, example_inputs, wanted.plan, report)
     held = hold(gm, example_inputs)  # before Inductor, which edits gm
     dense = by_inductor(gm, example_inputs, wanted.inductor)
-    report = Report()
     _REPORTS.append(report)
     if wanted.mode == "train":
         report.notes.append("dense, by Inductor: options['mode'] is 'train'")
@@ -92,7 +95,9 @@ def _pack(
     arguments = dict.fromkeys(calls, held.examples) | {"dense, by Inductor": held.arguments()}
     times = times_us(calls, arguments)
     fastest = min(times, key=times.__getitem__)
-    report.notes.append(f"{fastest}: " + ", ".join(f"{name} {us:.1f} us" for name, us in times.items()))
+    report.notes.append(
+        f"{fastest} is fastest: " + ", ".join(f"{name} {us:.1f} us" for name, us in times.items())
+    )
     if calls[fastest] is dense:
         return None
     tensors = held.tensors()

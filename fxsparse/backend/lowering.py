@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, _inductor
 from torch.fx import GraphModule
 
+from fxsparse.backend.attention import open_attention
 from fxsparse.backend.held import HeldGraph, with_weights_folded
+from fxsparse.errors import InvariantError
 from fxsparse.graph import canonical_names, owner
 from fxsparse.inference import infer_program
 from fxsparse.module import SparseModule
 from fxsparse.pipeline import Program
 from fxsparse.timing import interleaved_quartiles
-from fxsparse.verify import copied_inputs
+from fxsparse.verify import compare, copied_inputs, observe
 
 Call = Callable[..., Any]
 
@@ -26,10 +28,20 @@ def lower(held: HeldGraph) -> SparseModule:
     """What ``fxsparse.compile(mode="infer")`` makes of the graph; tensors that it left as they were are the model's."""
     with torch.inference_mode(False), torch.no_grad(), _compiling(False):
         root = with_weights_folded(held)
+        if open_attention(root):
+            _check_same(held, root)
         program = Program("dynamo", root, {"eval": root})
         artefact = infer_program(root, program, None, (*held.examples, {}))
         _share(artefact, held)
     return artefact
+
+
+def _check_same(held: HeldGraph, root: GraphModule) -> None:
+    want, got = (observe(gm, gm, (*held.examples, {}), training=False) for gm in (held.root, root))
+    if difference := compare(want, got):
+        raise InvariantError(
+            f"backend 'fxsparse': attention taken apart differs from the graph: {difference}"
+        )
 
 
 def is_changed(artefact: SparseModule) -> bool:

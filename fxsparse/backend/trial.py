@@ -57,7 +57,7 @@ def _why_not_run(held: HeldGraph) -> str | None:
 def _why_dense(held: HeldGraph) -> str | None:
     shares = [_zeros(weight) for weight in with_weights_folded(held).parameters() if weight.dim() > 1]
     if not shares:
-        return "it has no weights"
+        return "it has no weight of two dimensions or more"
     if max(shares) < LEAST_ZEROS:
         return f"no weight has more than {max(shares):.1%} zeros, where kernels that skip them start to gain"
     return None
