@@ -84,7 +84,9 @@ def compile(
     _check_device(model, device, optimizer)
     if plan is None:
         return compile_for_inference(model, example_inputs, strict=strict, values=values)
-    return _train(model, plan, example_inputs, optimizer, torch.device(device or "cpu"), strict)
+    # A caller's no_grad is not meant for what the module will train with, nor for the times of its kernels.
+    with torch.inference_mode(False), torch.enable_grad():
+        return _train(model, plan, example_inputs, optimizer, torch.device(device or "cpu"), strict)
 
 
 def plan_report(model: nn.Module, plan: Plan, example_inputs: Any = None) -> Report:

@@ -15,6 +15,7 @@ from fxsparse import sharding
 from fxsparse.errors import CheckpointError, FxSparseError, PlanError, TraceError
 from fxsparse.graph import owner
 from fxsparse.input_check import InputCheck
+from fxsparse.own_code import own_code_each
 from fxsparse.pipeline import Decision, Program
 from fxsparse.plans import Plan
 from fxsparse.probe_variant import PROBES, probe_graphs
@@ -65,6 +66,7 @@ class Emitted:
     """None for inference."""
 
 
+@own_code_each
 class SparseModule(nn.Module):
     """A compiled model.  Parameter names, ``state_dict`` keys, train/eval, ``to``, deepcopy and pickle are the user's.
 
