@@ -8,6 +8,7 @@ from fxsparse.module import SparseModule
 from fxsparse.plans import Override, Plan
 from fxsparse.report import Report
 from fxsparse.saving import load, save
+from fxsparse.scoring import saliency
 
 __all__ = [
     "Budget",
@@ -23,5 +24,6 @@ __all__ = [
     "load",
     "plan_report",
     "prune",
+    "saliency",
     "save",
 ]

@@ -10,31 +10,38 @@ from torch.optim import Optimizer
 
 from fxsparse import optimizer_state
 from fxsparse.calibration import batches_of
-from fxsparse.errors import PlanError, TraceError
+from fxsparse.compile_checks import (
+    check_call,
+    check_dense,
+    check_device,
+    check_model,
+    check_optimizer,
+    check_plan,
+    check_values,
+)
+from fxsparse.errors import PlanError
 from fxsparse.flops import FlopCount
-from fxsparse.formats import narrow
 from fxsparse.graph import comment, set_parameter
 from fxsparse.graph_model import GraphModel
 from fxsparse.inference import compile_for_inference
 from fxsparse.initial import target_of
+from fxsparse.initial_scores import check_scores
 from fxsparse.inputs import CPU
 from fxsparse.module import Emitted, Recipe, SparseModule
 from fxsparse.one_shot import check_pruning, prune_program
+from fxsparse.parameter_groups import add_groups, extras_held
 from fxsparse.passes import planning_pipeline, training_pipeline
 from fxsparse.pipeline import PassContext, run_passes
 from fxsparse.plans import Plan
 from fxsparse.report import Report
 from fxsparse.skeleton import copy_structure
-from fxsparse.storage import CompactWeight, read_weights
+from fxsparse.storage import CompactWeight
 from fxsparse.summary import add_balance, stored_bytes, summarize
 from fxsparse.topology import TopologyHistory
 from fxsparse.trace import capture
 from fxsparse.transformation import fitted, transform
 from fxsparse.updates import MaskUpdates
 from fxsparse.walk import swap_leaves
-from fxsparse.wrappers import refuse_wrapped
-
-MODES = ("train", "infer")
 
 
 def compile(
@@ -47,6 +54,7 @@ def compile(
     device: torch.device | str | None = None,
     strict: bool = False,
     values: str | None = None,
+    initial_scores: Mapping[str, Tensor] | None = None,
 ) -> SparseModule:
     """Compile `model` for sparse training with a `plan`, or for inference of the zeros it has.
 
@@ -71,6 +79,8 @@ def compile(
         values: of inference: "int8" (with a scale for each row) or "bfloat16", what the nonzeros of linear layers are
             stored in where that measured faster; inputs, sums and outputs keep their dtypes.  The report says what each
             layer and the whole model lose by it.
+        initial_scores: of training: {weight name: score of each entry}, as `fxsparse.saliency` makes them, for a
+            method whose initial mask goes by them (``init="snip"``) and for ``allocation="global_score"``.
 
     Raises:
         PlanError: a plan that does not fit this model, or arguments that do not fit together.
@@ -78,28 +88,44 @@ def compile(
         TraceError: TorchScript modules; in strict mode, a model that cannot be captured as a graph.
         UnsupportedError: in strict mode, a storage that a weight cannot have.
     """
-    _check(model, plan, mode)
-    _check_values(values, mode)
-    _check_optimizer(optimizer, mode)
-    _check_device(model, device, optimizer)
+    check_call(model, plan, mode)
+    check_values(values, mode)
+    check_optimizer(optimizer, mode)
+    check_device(model, device, optimizer)
     if plan is None:
+        check_scores(initial_scores, None, model)
         return compile_for_inference(model, example_inputs, strict=strict, values=values)
+    check_scores(initial_scores, plan, model)
+    place = torch.device(device or "cpu")
     # A caller's no_grad is not meant for what the module will train with, nor for the times of its kernels.
     with torch.inference_mode(False), torch.enable_grad():
-        return _train(model, plan, example_inputs, optimizer, torch.device(device or "cpu"), strict)
+        return _train(model, plan, example_inputs, optimizer, place, strict, initial_scores)
 
 
-def plan_report(model: nn.Module, plan: Plan, example_inputs: Any = None) -> Report:
+def plan_report(
+    model: nn.Module,
+    plan: Plan,
+    example_inputs: Any = None,
+    *,
+    initial_scores: Mapping[str, Tensor] | None = None,
+) -> Report:
     """What `compile` would select, allocate and count; nothing is measured and the model is left untouched.
 
     The model may be on the meta device.
     """
-    return _planned(model, plan, example_inputs).report
+    return _planned(model, plan, example_inputs, initial_scores).report
 
 
-def allocate(model: nn.Module, plan: Plan, example_inputs: Any = None) -> dict[str, int]:
+def allocate(
+    model: nn.Module,
+    plan: Plan,
+    example_inputs: Any = None,
+    *,
+    initial_scores: Mapping[str, Tensor] | None = None,
+) -> dict[str, int]:
     """{weight name: nonzeros} that the plan gives; the model is left untouched and may be on the meta device."""
-    return {name: decision.nnz for name, decision in _planned(model, plan, example_inputs).decisions.items()}
+    planned = _planned(model, plan, example_inputs, initial_scores)
+    return {name: decision.nnz for name, decision in planned.decisions.items()}
 
 
 def count_flops(
@@ -117,9 +143,9 @@ def count_flops(
     Raises:
         PlanError: an unknown convention, or a model whose shapes the example inputs do not tell.
     """
-    _check_model(model)
-    _check_plan(plan, "count_flops")
-    _check_dense(model, "count_flops")
+    check_model(model)
+    check_plan(plan, "count_flops")
+    check_dense(model, "count_flops")
     model, plan = _transformed(model, plan, example_inputs)
     ctx = PassContext(plan, "train", capture(model, example_inputs), Report(), example_inputs)
     run_passes(planning_pipeline(plan, convention), ctx)
@@ -153,8 +179,8 @@ def prune(
             take; a model on meta.
         NumericsError: weights or inputs that are not finite, or too few inputs for SparseGPT; it names the weight.
     """
-    _check_dense(model, "prune")
-    _check(model, plan, "train", planning=True)
+    check_dense(model, "prune")
+    check_call(model, plan, "train", planning=True)
     check_pruning(model, plan, calibration, report)
     batches = None if calibration is None else batches_of(model, calibration)
     if example_inputs is None and batches is not None:
@@ -171,112 +197,17 @@ def prune(
     return made
 
 
-def _planned(model: nn.Module, plan: Plan, example_inputs: Any) -> PassContext:
-    _check(model, plan, "train", planning=True)
+def _planned(
+    model: nn.Module, plan: Plan, example_inputs: Any, scores: Mapping[str, Tensor] | None = None
+) -> PassContext:
+    check_call(model, plan, "train", planning=True)
     model, plan = _transformed(model, plan, example_inputs)
     ctx = PassContext(plan, "train", capture(model, example_inputs), Report(), example_inputs)
+    ctx.scores = scores or {}
     run_passes(planning_pipeline(plan), ctx)
     summarize(ctx)
     add_balance(model, ctx)
     return ctx
-
-
-def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise PlanError(f"expected the model as an nn.Module, got {type(model).__name__}.")
-    refuse_wrapped(model)
-    scripted = [path for path, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
-    if scripted:
-        where = f"its submodule {scripted[0]!r}" if scripted[0] else "the model"
-        raise TraceError(
-            f"expected modules of Python code, got TorchScript: {where} was made by torch.jit.script, trace or load, "
-            "whose code and tensors cannot be rewritten; pass the nn.Module that it was made from."
-        )
-
-
-def _check_plan(plan: Plan | None, where: str) -> None:
-    if plan is not None and not isinstance(plan, Plan):
-        raise PlanError(
-            f"{where}: expected a Plan, got {type(plan).__name__}; Plan.load and Plan.from_dict make one."
-        )
-
-
-def _check_dense(model: nn.Module, where: str) -> None:
-    if isinstance(model, SparseModule):
-        raise PlanError(f"{where}: this model is compiled already; use model.to_dense() instead of it.")
-
-
-def _check_optimizer(optimizer: Optimizer | None, mode: str) -> None:
-    if optimizer is None:
-        return
-    if mode == "infer":
-        raise PlanError(
-            f"compile: mode='infer' takes no optimizer, since nothing is trained; got {type(optimizer).__name__}. "
-            "Leave it out, or compile with a plan."
-        )
-    if not isinstance(optimizer, Optimizer):
-        raise PlanError(f"compile: expected a torch.optim.Optimizer, got {type(optimizer).__name__}.")
-
-
-def _check_values(values: str | None, mode: str) -> None:
-    if values is None:
-        return
-    if values not in narrow.DTYPES:
-        raise PlanError(f"compile: expected values of {list(narrow.DTYPES)} or None, got {values!r}.")
-    if mode == "train":
-        raise PlanError(
-            f"compile: values={values!r} says how inference stores weights; training keeps the dtype of the model."
-        )
-
-
-def _check_device(model: nn.Module, device: torch.device | str | None, optimizer: Optimizer | None) -> None:
-    meta = _on_meta(model)
-    try:
-        place = torch.device(device or "cpu")
-    except (RuntimeError, TypeError) as error:
-        raise PlanError(f"compile: expected a device such as 'cpu', got {device!r}: {error}") from error
-    if device is not None and not meta:
-        raise PlanError(
-            f"compile: device={str(device)!r} says where parameters on meta are created, and this model has none; "
-            "move the model with model.to(device) instead."
-        )
-    if place.type == "meta":
-        raise PlanError("compile: expected a device with memory, got 'meta'; plan_report works without any.")
-    if meta and optimizer is not None:
-        raise PlanError(
-            f"compile: {meta[0]!r} is on meta, so no optimizer can hold what will be created for it; make the "
-            "optimizer from sparse.parameters() afterwards and call sparse.attach(optimizer)."
-        )
-
-
-def _on_meta(model: nn.Module) -> list[str]:
-    return [name for name, parameter in model.named_parameters() if parameter.is_meta]
-
-
-def _check(model: nn.Module, plan: Plan | None, mode: str, *, planning: bool = False) -> None:
-    _check_model(model)
-    if mode not in MODES:
-        raise PlanError(f"compile: expected mode 'train' or 'infer', got {mode!r}.")
-    _check_plan(plan, "compile")
-    if mode == "infer" and plan is not None:
-        raise PlanError(
-            "compile: mode='infer' takes no plan; make zeros with fxsparse.prune(model, plan) first."
-        )
-    if mode == "train" and plan is None:
-        raise PlanError("compile: training needs a plan, for example fxsparse.Plan(sparsity=0.9).")
-    meta = _on_meta(model)
-    if meta and mode == "infer":
-        raise PlanError(
-            f"compile: {meta[0]!r} is on the meta device and has no values to compile for inference; load them first."
-        )
-    if mode == "train":
-        _check_dense(model, "plan_report and allocate" if planning else "compile")
-    if plan is not None and plan.method.one_shot is not None and not planning:
-        raise PlanError(
-            f"compile: {plan.method.name} prunes a trained model without training: call fxsparse.prune(model, plan, "
-            "calibration=batches); to train on with its zeros, compile what that returns with static('magnitude') and "
-            "the same allocation and pattern."
-        )
 
 
 def _train(
@@ -286,6 +217,7 @@ def _train(
     optimizer: Optimizer | None,
     device: torch.device,
     strict: bool,
+    scores: Mapping[str, Tensor] | None,
 ) -> SparseModule:
     if plan.transform is not None and optimizer is not None and not isinstance(model, GraphModel):
         raise PlanError(
@@ -295,12 +227,14 @@ def _train(
     model, plan = _transformed(model, plan, example_inputs, strict=strict, device=device)
     program = capture(model, example_inputs, strict=strict, device=device)
     ctx = PassContext(plan, "train", program, Report(), example_inputs, strict=strict, device=device)
+    ctx.scores = scores or {}
     run_passes(training_pipeline, ctx)
     sparse = _emit(model, ctx)
     if optimizer is not None:
         for name, weight in sparse.weights():
             if isinstance(weight, CompactWeight):
                 optimizer_state.rehome(optimizer, model.get_parameter(name), weight.values, weight.active())
+        add_groups(optimizer, extras_held(sparse.weights(), plan.method.extras))
         sparse.attach(optimizer)
     return sparse
 
@@ -362,7 +296,7 @@ def _emit(model: nn.Module, ctx: PassContext) -> SparseModule:
         swap_leaves(program.skeleton, ctx.decisions, plan.method, program.switch)
     summarize(ctx)
     add_balance(model, ctx)
-    weights = read_weights(program.skeleton, updates.transposed)
+    weights = updates.weights()
     ctx.report.totals["bytes_sparse"] = stored_bytes(weight for _, weight in weights)
     shell = _shell(
         model,

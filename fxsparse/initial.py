@@ -9,11 +9,12 @@ from fxsparse.creation import AT_CREATION
 from fxsparse.errors import NumericsError
 from fxsparse.formats import csr
 from fxsparse.graph import fetch
+from fxsparse.initial_scores import given_score
 from fxsparse.knapsack import KeepLargest, refuse_diverged
 from fxsparse.pattern import Unstructured
 from fxsparse.pipeline import PassContext
 from fxsparse.rng import generator_for
-from fxsparse.scores import random_tiles
+from fxsparse.scores import Given, random_tiles
 from fxsparse.selection import random_positions, to_positions
 from fxsparse.update_mask import Target
 
@@ -35,6 +36,9 @@ def target_of(ctx: PassContext, name: str) -> Target:
         decision.cost,
         decision.price,
         decision.limit,
+        decision.initial,
+        decision.feeds,
+        decision.dense,
     )
 
 
@@ -45,12 +49,16 @@ def initial_mask(ctx: PassContext, name: str) -> Tensor:
     if ctx.state is not None:
         return ctx.state[f"{name}_mask"].clone()
     target, method = target_of(ctx, name), ctx.plan.method
-    weight = fetch(ctx.program.skeleton, name).detach()
-    score = method.init(
-        weight.t() if target.transposed else weight, generator_for(ctx.plan.seed, name, BEFORE_TRAINING)
-    )
+    if isinstance(method.init, Given):
+        given = given_score(ctx, name)
+        score = given.t() if target.transposed else given
+    else:
+        weight = fetch(ctx.program.skeleton, name).detach()
+        score = method.init(
+            weight.t() if target.transposed else weight, generator_for(ctx.plan.seed, name, BEFORE_TRAINING)
+        )
     if isinstance(method.rule, KeepLargest):
-        refuse_diverged(weight, score, name, "before training")
+        refuse_diverged(fetch(ctx.program.skeleton, name).detach(), score, name, "before training")
     try:
         mask = target.pattern.project(score, target.nnz_at(BEFORE_TRAINING, method))
     except NumericsError as error:
@@ -61,7 +69,9 @@ def initial_mask(ctx: PassContext, name: str) -> Tensor:
 def initial_positions(ctx: PassContext, name: str) -> Tensor:
     """Flat positions of the entries that compact storage starts with, int64, ascending."""
     if ctx.state is None:
-        on_meta = fetch(ctx.program.skeleton, name).is_meta
+        assert ctx.plan is not None
+        scored = isinstance(ctx.plan.method.init, Given)
+        on_meta = fetch(ctx.program.skeleton, name).is_meta and not scored
         return _random_positions(ctx, name) if on_meta else to_positions(initial_mask(ctx, name))
     rows, *fan_in = ctx.weights[name].shape
     return csr.positions_in(ctx.state[f"{name}.indices"], (rows, torch.Size(fan_in).numel()))

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, ParamSpec, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from fxsparse.errors import PlanError
+from fxsparse.errors import InvariantError, PlanError
 from fxsparse.pattern import Pattern
 from fxsparse.schedule import Schedule
 
@@ -25,36 +25,74 @@ class Probe(Enum):
     """The same, and sums over a layer's inputs and outputs: ``WeightView.marginals``."""
     DENSE = "dense"
     """The gradient of every entry: ``WeightView.gradient_tiles``."""
+    EMA_DENSE = "ema_dense"
+    """The optimizer's average of dense gradients, ``WeightView.momentum``; the reparametrisation hands them out at
+    every step."""
+    TOPOLOGY = "topology"
+    """No gradient, but the masks of the layers before and after: ``WeightView.feeds``."""
+
+    @property
+    def collects(self) -> bool:
+        """Whether a probe step has to leave gradients behind."""
+        return self in (Probe.SAMPLED, Probe.GUIDED, Probe.DENSE)
 
 
 Signs = Callable[[Tensor], Tensor]
 """Numbers of the terms that a weight gradient is the sum of, int64 -> +1 or -1 for each."""
 
 MaskFunction = Callable[..., Tensor]
-"""(weight, mask, *numbers) -> effective weight, differentiable; defined at module level."""
+"""(weight, mask, *extras, *numbers) -> effective weight, differentiable; defined at module level."""
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A tensor beside every sparse weight, ``<weight>_<name>`` in the state dict and nowhere in the dense one."""
+
+    name: str
+    start: Callable[[Tensor, Tensor, torch.Generator], Tensor]
+    """(weight, mask, generator) -> its first value; in the weight's own layout where it has the weight's shape."""
+    learned: bool = False
+    """A Parameter that the optimizer trains; else a buffer, which the update rule may write."""
+    lr: float = 1.0
+    """Learning rate in multiples of the weights', in ``SparseModule.parameter_groups``."""
+    weight_decay: float = 0.0
 
 
 class Reparam(Protocol):
     """How the stored weight becomes the effective weight, and how its gradient flows back."""
 
-    exact_zeros: ClassVar[bool]
-    """Pruned entries are kept at exactly 0 in storage, and grown ones start there; only then may storage be
-    compact.  Otherwise nothing is zeroed: an entry that comes back still has its value and state."""
-
-    probe: ClassVar[Probe]
-    """What the weight gradient of *every* step needs beyond the active entries (FLOPs are counted by it)."""
-
-    def function(self, dense_grad: bool) -> tuple[MaskFunction, tuple[float, ...]]:
-        """What a pass puts in the graph: the function, and its arguments after (weight, mask)."""
+    @property
+    def exact_zeros(self) -> bool:
+        """Pruned entries are kept at exactly 0 in storage, and grown ones start there; only then may storage be
+        compact.  Otherwise nothing is zeroed: an entry that comes back still has its value and state.
+        """
         ...
 
-    def effective(self, weight: Tensor, mask: Tensor, dense_grad: bool) -> Tensor:
+    @property
+    def probe(self) -> Probe:
+        """What the weight gradient of *every* step needs beyond the active entries (FLOPs are counted by it)."""
+        ...
+
+    def function(self, dense_grad: bool) -> tuple[MaskFunction, tuple[float, ...]]:
+        """What a pass puts in the graph: the function, and its arguments after (weight, mask, *extras)."""
+        ...
+
+    def effective(self, weight: Tensor, mask: Tensor, dense_grad: bool, *extras: Tensor) -> Tensor:
         """The weight the op sees, differentiable; on a probe step `dense_grad` unmasks the gradient."""
         ...
 
-    def fold(self, weight: Tensor, mask: Tensor) -> Tensor:
+    def fold(self, weight: Tensor, mask: Tensor, *extras: Tensor) -> Tensor:
         """The effective weight as a plain tensor, for inference and ``to_dense``."""
         ...
+
+
+def extras_of(reparam: Reparam) -> tuple[Extra, ...]:
+    """The tensors beside a weight that a reparametrisation computes with: its attribute ``extras``, if any."""
+    return getattr(reparam, "extras", ())
+
+
+def _unknown() -> Tensor:
+    raise InvariantError("an update rule reads what its Probe does not ask for")
 
 
 @dataclass(frozen=True)
@@ -90,6 +128,28 @@ class WeightView:
     """``fxsparse.rng.generator_for(seed, weight name, step)``, so that all ranks draw the same numbers."""
     ablates: bool = False
     """Whether whole neurons (rows) may go."""
+    final: int = 0
+    """Entries that the weight is to have when training ends."""
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    """The method's `Extra` tensors by name, detached, in the logical layout."""
+    active_gradient: Callable[[], Tensor] = _unknown
+    """The gradient that the optimizer has just seen at the active entries, [nnz]; no probe is needed for it."""
+    momentum: Callable[[], Tensor] = _unknown
+    """The optimizer's average of gradients for every entry, of the weight's shape; only with Probe.EMA_DENSE."""
+    feeds: tuple[str, ...] = ()
+    """Weights whose columns are exactly this weight's rows, elementwise ops between; only with Probe.TOPOLOGY."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a rule decides for one weight beyond its active entries."""
+
+    entries: Tensor
+    """Flat positions of the active entries (int64, ascending), or a bool mask of the weight's logical shape."""
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    """New values of the method's `Extra` buffers, in the logical layout."""
+    forget: bool = False
+    """The optimizer's state of the whole weight starts at 0 again."""
 
 
 class UpdateRule(Protocol):
@@ -100,8 +160,20 @@ class UpdateRule(Protocol):
         """What an update needs; between updates nothing beyond the active entries is computed for it."""
         ...
 
-    def __call__(self, view: WeightView) -> Tensor:
-        """Flat positions of the entries to be active, int64, ascending."""
+    def __call__(self, view: WeightView) -> "Tensor | Choice":
+        """Flat positions of the entries to be active, int64, ascending; or a Choice, which can say more."""
+        ...
+
+
+@runtime_checkable
+class GlobalRule(UpdateRule, Protocol):
+    """A rule that sees all weights at once: global thresholds, redistribution.  Storage is masked.
+
+    ``__call__`` is the choice of a weight alone, as `check_method` asks for it.
+    """
+
+    def choose_all(self, views: Sequence[WeightView], total: int) -> Sequence["Tensor | Choice"]:
+        """For every view what is to be active, `total` entries in all: the method's nnz of all these weights."""
         ...
 
 
@@ -158,6 +230,27 @@ class WholeRule(UpdateRule, Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Held:
+    """One weight as a penalty sees it, detached and in the user's layout."""
+
+    name: str
+    weight: Tensor
+    mask: Tensor
+    extras: Mapping[str, Tensor]
+
+
+class Penalty(Protocol):
+    """A regulariser by its gradient, added to ``.grad`` right before every optimizer step, after any clipping."""
+
+    def __call__(self, weights: Sequence[Held], step: int) -> Sequence[Mapping[str, Tensor]]:
+        """For every weight what is added to its gradient, under "weight", and to those of its learned extras.
+
+        `step` counts the optimizer steps before this one.  The same on all ranks, which hold the same weights.
+        """
+        ...
+
+
 class Score(Protocol):
     """The initial mask's score: larger is kept first."""
 
@@ -209,19 +302,38 @@ class Method:
     """An update may leave any number of entries up to the weight's budget; else it leaves exactly nnz."""
     one_shot: OneShot | None = None
     """Prunes a trained model by calibration batches; such a method does not train."""
+    learned_nnz: bool = False
+    """Training decides how many entries there are, from none to all, and every weight starts with all of them; the
+    plan's sparsity is only what the report compares with."""
+    initial_sparsity: float | None = None
+    """Of all weights together before the first update, shared by the plan's allocation; None: by the ramp."""
+    state: tuple[Extra, ...] = ()
+    """What the rule keeps beside every weight, apart from the extras of the reparametrisation."""
+    penalty: Penalty | None = None
+    keeps_state: bool = False
+    """The optimizer's state of entries that are pruned or grown stays as it is."""
+    freezes_weights: bool = False
+    """The selected weights do not learn (``requires_grad`` is False in the compiled model, which shares them)."""
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """The keyword arguments it was built from, without those at their default: what ``to_dict`` writes."""
 
     @property
     def is_joint(self) -> bool:
         """Whether an update may move entries from one weight to another."""
-        return isinstance(self.rule, JointRule) or getattr(self.rule, "together", False)
+        return isinstance(self.rule, JointRule | GlobalRule) or getattr(self.rule, "together", False)
+
+    @property
+    def extras(self) -> tuple[Extra, ...]:
+        """All tensors beside a weight: those of the reparametrisation first, in the order in which it takes them."""
+        return (*extras_of(self.reparam), *self.state)
 
     def nnz(self, step: int, final: int, numel: int) -> int:
         """Entries of a weight after `step` optimizer steps, on the way to `final`.
 
         Step -1 asks for the initial mask.  ``pattern.feasible`` rounds what comes out.
         """
+        if self.learned_nnz:
+            return numel
         if self.schedule is None or self.schedule.ramp is None:
             return final
         return self.schedule.ramp(self.schedule.last_update(step), final, numel)

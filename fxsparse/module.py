@@ -12,16 +12,17 @@ from torch.fx import GraphModule
 from torch.optim import Optimizer
 
 from fxsparse import sharding
+from fxsparse.dense_copies import check_bytes, fill, listed, mask_of, numel_of
 from fxsparse.errors import CheckpointError, FxSparseError, PlanError, TraceError
 from fxsparse.graph import owner
 from fxsparse.input_check import InputCheck
 from fxsparse.own_code import own_code_each
+from fxsparse.parameter_groups import extras_held, parameter_groups
 from fxsparse.pipeline import Decision, Program
 from fxsparse.plans import Plan
 from fxsparse.probe_variant import PROBES, probe_graphs
 from fxsparse.ranks import verify_same
 from fxsparse.report import Report
-from fxsparse.selection import to_mask
 from fxsparse.sharding import refuse_sharded_parts, release_sharded, whole
 from fxsparse.skeleton import SHARED_DICTS, bind
 from fxsparse.soft_updates import refuse_averaged
@@ -146,6 +147,19 @@ class SparseModule(nn.Module):
         """Raise InvariantError if ranks hold different masks.  Call on all ranks; without a process group, a no-op."""
         verify_same(self.weights())
 
+    def parameter_groups(self, lr: float, **options: Any) -> list[dict[str, Any]]:
+        """Groups for an optimizer: the model's parameters at `lr` with these options, and what the method learns beside
+        its weights (scores, thresholds) at the learning rate and weight decay that the method gives it.
+        """
+        held = extras_held(self.weights(), self._training().method.extras)
+        return parameter_groups(self, held, lr, options)
+
+    @property
+    def penalty_norm(self) -> float | None:
+        """Of what the method's penalty added to the gradients of the last step; None where it adds nothing."""
+        norm = self._training().penalty_norm
+        return None if norm is None else float(norm)
+
     @property
     def report(self) -> Report:
         """What was done to every parameter, pass and call site."""
@@ -173,7 +187,8 @@ class SparseModule(nn.Module):
     def weights(self) -> Iterator[tuple[str, CompactWeight | MaskedWeight]]:
         """(name, storage) of every sparse weight, as it is now."""
         transposed = {name: target.transposed for name, target in self._emitted.targets.items()}
-        return read_weights(self._emitted.program.skeleton, transposed)
+        extras = () if self._emitted.updates is None else self._emitted.updates.method.extras
+        return read_weights(self._emitted.program.skeleton, transposed, extras)
 
     def track_itop(self) -> None:
         """Count from now on which entries were ever active, for the ITOP rate in the report; costs at most a bit each.
@@ -189,21 +204,21 @@ class SparseModule(nn.Module):
         """{weight name: bool tensor in the dense shape}, copies."""
         self._training()
         chosen = self._chosen(names)
-        _check_bytes(sum(_numel(weight) for weight in chosen.values()), max_bytes, "masks")
-        return {name: _mask(weight) for name, weight in chosen.items()}
+        check_bytes(sum(numel_of(weight) for weight in chosen.values()), max_bytes, "masks")
+        return {name: mask_of(weight) for name, weight in chosen.items()}
 
     def coordinates(self, names: Iterable[str] | None = None) -> dict[str, tuple[Tensor, Tensor]]:
         """{weight name: (rows, columns)} of the active entries in [out, fan-in], int64, row-major."""
         self._training()
         found = {}
         for name, weight in self._chosen(names).items():
-            active, fan_in = weight.active(), _numel(weight) // weight.shape[0]
+            active, fan_in = weight.active(), numel_of(weight) // weight.shape[0]
             found[name] = (active // fan_in, active % fan_in)
         return found
 
     def sparsity(self) -> dict[str, float]:
         """{weight name: fraction of zeros}, and "total" over all of them."""
-        counts = {name: (weight.active().numel(), _numel(weight)) for name, weight in self.weights()}
+        counts = {name: (weight.active().numel(), numel_of(weight)) for name, weight in self.weights()}
         if self._emitted.updates is None:
             counts = {row["name"]: (row["nnz"], row["numel"]) for row in self.report.layers}
         found = {name: 1 - nnz / numel for name, (nnz, numel) in counts.items()}
@@ -217,14 +232,14 @@ class SparseModule(nn.Module):
         """The user's keys with the masks folded in and zeros filled in; `names` limits it to some keys."""
         self.check_masks()
         sharding.reshard(self)
-        keys = self._emitted.user_keys if names is None else _listed(names)
+        keys = self._emitted.user_keys if names is None else listed(names)
         unknown = [key for key in keys if key not in self._emitted.user_keys]
         if unknown:
             raise PlanError(
                 f"no entry {unknown[0]!r} in the model's state dict; expected some of its own keys."
             )
         weights = dict(self.weights())
-        _check_bytes(sum(self._dense_bytes(key, weights) for key in keys), max_bytes, "dense_state_dict")
+        check_bytes(sum(self._dense_bytes(key, weights) for key in keys), max_bytes, "dense_state_dict")
         state = self.state_dict()
         return {
             key: self._folded(key, weights) if key in weights else whole(state[key]).clone() for key in keys
@@ -239,12 +254,12 @@ class SparseModule(nn.Module):
         sharding.reshard(self)
         weights = dict(self.weights())
         chosen = self._chosen(names)
-        _check_bytes(sum(self._dense_bytes(key, weights) for key in chosen), max_bytes, "to_dense")
+        check_bytes(sum(self._dense_bytes(key, weights) for key in chosen), max_bytes, "to_dense")
         dense = copy.deepcopy(self._emitted.recipe.shell)
         state = self.state_dict()
         others = {key: state[key] for key in self._emitted.user_keys if key not in weights}
         values = {key: whole(value) if isinstance(value, Tensor) else value for key, value in others.items()}
-        _fill(dense, values | {name: self._folded(name, weights) for name in chosen})
+        fill(dense, values | {name: self._folded(name, weights) for name in chosen})
         for path, buffer in self._user_buffers():
             module, leaf = owner(dense, path)
             module._buffers[leaf] = buffer.clone()
@@ -325,7 +340,7 @@ class SparseModule(nn.Module):
         weights = dict(self.weights())
         if names is None:
             return weights
-        names = _listed(names)
+        names = listed(names)
         unknown = [name for name in names if name not in weights]
         if unknown:
             raise PlanError(
@@ -339,14 +354,14 @@ class SparseModule(nn.Module):
             return weight.dense()
         if self.plan is None:
             return whole(weight.parameter).clone()
-        return self.plan.method.reparam.fold(whole(weight.parameter), weight.factor)
+        return weight.folded(self.plan.method.reparam)
 
     def _dense_bytes(self, key: str, weights: dict[str, CompactWeight | MaskedWeight]) -> int:
         weight = weights.get(key)
         if weight is None:
             return 0
         values = weight.values if isinstance(weight, CompactWeight) else weight.parameter
-        return _numel(weight) * values.element_size()
+        return numel_of(weight) * values.element_size()
 
     def _user_buffers(self) -> Iterable[tuple[str, Tensor]]:
         """Buffers that the user's model has too, by path."""
@@ -358,42 +373,3 @@ def _copy_graphs(graphs: Mapping[str, GraphModule], skeleton: nn.Module) -> dict
     """Graphs bound to another tree; one object stays one object."""
     copies = {id(gm): bind(copy.deepcopy(gm.graph), skeleton) for gm in graphs.values()}
     return {mode: copies[id(gm)] for mode, gm in graphs.items()}
-
-
-def _fill(model: nn.Module, values: Mapping[str, Any]) -> None:
-    """Give parameters and buffers these values; tied ones stay tied, and objects the same but for those on meta."""
-    named = list(model.named_parameters(remove_duplicate=False))
-    made = {
-        id(p): nn.Parameter(values[n].clone(), p.requires_grad) for n, p in named if p.is_meta and n in values
-    }
-    for name, parameter in named:
-        module, leaf = owner(model, name)
-        if id(parameter) in made:
-            module._parameters[leaf] = made[id(parameter)]
-        elif name in values:
-            parameter.data = values[name].clone()
-    known = dict(named)
-    model.load_state_dict({name: value for name, value in values.items() if name not in known}, strict=False)
-
-
-def _numel(weight: CompactWeight | MaskedWeight) -> int:
-    return torch.Size(weight.shape).numel()
-
-
-def _mask(weight: CompactWeight | MaskedWeight) -> Tensor:
-    if isinstance(weight, MaskedWeight):
-        return weight.mask.clone()
-    return to_mask(weight.active(), weight.shape)
-
-
-def _check_bytes(needed: int, max_bytes: int, call: str) -> None:
-    if needed > max_bytes:
-        raise PlanError(
-            f"{call}() would make {needed:,} bytes of dense tensors, more than max_bytes={max_bytes:,}: "
-            "pass names= of some weights, or a larger max_bytes=."
-        )
-
-
-def _listed(names: Iterable[str]) -> tuple[str, ...]:
-    """One name alone stands for itself, not for its letters."""
-    return (names,) if isinstance(names, str) else tuple(names)

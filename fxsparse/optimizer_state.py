@@ -39,10 +39,30 @@ def per_element(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Iterator
 
 
 @torch.no_grad()
-def reset(optimizer: torch.optim.Optimizer, parameter: Tensor, entries: tuple[Tensor, ...]) -> None:
-    """Zero the state at `entries`, an index into the weight; in place, everything else keeps its state."""
+def reset(
+    optimizer: torch.optim.Optimizer, parameter: Tensor, entries: tuple[Tensor, ...] | None = None
+) -> None:
+    """Zero the state at `entries`, an index into the weight, or all of it; in place, the rest keeps its state."""
     for state in per_element(optimizer, parameter):
-        sharding.here(state)[sharding.entries(state, entries)] = 0
+        place = ... if entries is None else sharding.entries(state, entries)
+        sharding.here(state)[place] = 0
+
+
+def momentum(optimizer: torch.optim.Optimizer, parameter: Tensor, name: str) -> Tensor:
+    """The average of gradients that the optimizer keeps: SGD's momentum, or ``exp_avg / (sqrt(exp_avg_sq) + 1e-8)``.
+
+    Raises:
+        UnsupportedError: it keeps neither for this parameter.
+    """
+    state = optimizer.state.get(parameter, {})
+    if isinstance(state.get("momentum_buffer"), Tensor):
+        return sharding.whole(state["momentum_buffer"])
+    if isinstance(state.get("exp_avg"), Tensor) and isinstance(state.get("exp_avg_sq"), Tensor):
+        return sharding.whole(state["exp_avg"] / (state["exp_avg_sq"].sqrt() + 1e-8))
+    raise UnsupportedError(
+        f"{type(optimizer).__name__} keeps {sorted(state) or 'no state'} for {name!r}: expected the momentum buffer of "
+        "SGD(momentum=0.9), or Adam's averages, which this method redistributes by."
+    )
 
 
 @torch.no_grad()

@@ -100,6 +100,10 @@ class Decision:
     """What all weights that may be pruned may cost together by their prices."""
     dense: bool = False
     """An override keeps the weight dense, outside of what others share."""
+    initial: int | None = None
+    """Entries before the first update, where the method starts from a sparsity of its own."""
+    feeds: tuple[str, ...] = ()
+    """Weights whose columns are this weight's rows, for a method whose updates go by topology."""
     ablates: bool = False
     """The method may ablate neurons of this weight."""
     neurons: str = ""
@@ -170,6 +174,8 @@ class PassContext:
     """The state dict of the module that is built again; masks are then taken from it."""
     prices: Prices | None = None
     """What the entries of the weights cost, where the plan has a budget."""
+    scores: Mapping[str, Tensor] = field(default_factory=dict)
+    """{weight: what its entries are worth before training}, in the user's layout, where the caller gave any."""
     shrunk: dict[str, Shrunk] = field(default_factory=dict)
     """What remove-dead-neurons took, by weight."""
     flops_before: FlopCount | None = None

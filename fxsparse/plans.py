@@ -16,7 +16,7 @@ from fxsparse import pattern as patterns
 from fxsparse.budget import Budget
 from fxsparse.errors import PlanError
 from fxsparse.knapsack import KeepLargest
-from fxsparse.method import Method
+from fxsparse.method import GlobalRule, Method
 from fxsparse.pattern import NM, Block, Pattern, Strided, Unstructured
 from fxsparse.transforms import Transform
 
@@ -212,6 +212,8 @@ def _check_types(plan: Plan) -> None:
     _check_method_pattern(plan)
     if isinstance(plan.method.rule, KeepLargest):
         _check_largest(plan, plan.method.rule)
+    if isinstance(plan.method.rule, GlobalRule):
+        _check_shared(plan, "Override(glob, sparsity=0) keeps a weight dense.")
 
 
 def _check_budget(plan: Plan) -> None:
@@ -257,16 +259,23 @@ def _check_largest(plan: Plan, rule: KeepLargest) -> None:
             )
     if not rule.together:
         return
-    advice = f"Use {name}(scope='layer'), or Override(glob, sparsity=0) for weights that are to stay dense."
+    _check_shared(
+        plan, f"Use {name}(scope='layer'), or Override(glob, sparsity=0) for weights that are to stay dense."
+    )
+
+
+def _check_shared(plan: Plan, advice: str) -> None:
+    """Refuse sparsities of single weights where all of them share one budget."""
+    name = plan.method.name
     if isinstance(plan.allocation, Mapping):
         raise PlanError(
-            f"Plan.allocation: all weights of {name}(scope='global') share one budget: expected the name of a policy, "
+            f"Plan.allocation: all weights of {name} share one budget: expected the name of a policy, "
             f"got {dict(plan.allocation)!r}. {advice}"
         )
     for o in plan.overrides:
         if o.sparsity:
             raise PlanError(
-                f"Override({o.glob!r}).sparsity: all weights of {name}(scope='global') share one budget: expected 0 or "
+                f"Override({o.glob!r}).sparsity: all weights of {name} share one budget: expected 0 or "
                 f"none, got {o.sparsity}. {advice}"
             )
 

@@ -1,6 +1,6 @@
 """Update rules that methods share, and the growth criteria they are put together from."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar, Protocol
@@ -8,10 +8,11 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from fxsparse.method import Probe, WeightView
+from fxsparse.method import Choice, Probe, WeightView
 from fxsparse.pattern import Pattern, Unstructured
 from fxsparse.scores import random_tiles
 from fxsparse.selection import random_positions, to_positions, union
+from fxsparse.topk import top_mask
 
 Tiles = Iterator[tuple[int, Tensor]]
 """(first row, scores [rows, fan_in]) in ascending row order."""
@@ -95,6 +96,45 @@ class LargestMagnitude:
 
     def __call__(self, view: WeightView) -> Tensor:
         return to_positions(self.mask(view.weight(), view.pattern, view.nnz))
+
+
+@dataclass(frozen=True)
+class LargestOfAll:
+    """Keep the largest magnitudes of all weights together: one global cut (AC/DC, GraNet, HyperSparse).
+
+    Where there are to be more entries than are active, those come back that are first in order of weights and
+    positions; all of them, where there is to be no zero.  `forget`: the optimizer's state starts anew whenever entries
+    come back.
+    """
+
+    forget: bool = False
+
+    @property
+    def probe(self) -> Probe:
+        return Probe.NONE
+
+    def __call__(self, view: WeightView) -> Choice:
+        """The choice of a weight alone."""
+        return self.choose_all([view], view.nnz)[0]
+
+    def choose_all(self, views: Sequence[WeightView], total: int) -> list[Choice]:
+        kept = cut(views, total)
+        grows = total > sum(len(view.active) for view in views)
+        return [
+            Choice(mask.view(view.shape), forget=self.forget and grows)
+            for view, mask in zip(views, kept, strict=True)
+        ]
+
+
+def cut(views: Sequence[WeightView], total: int) -> list[Tensor]:
+    """Flat bool masks of the `total` largest magnitudes among active entries; inactive ones come after every other."""
+    scores = []
+    for view in views:
+        score = view.values.new_full((prod(view.shape),), -1.0)
+        score[view.active] = view.values.detach().abs()
+        scores.append(score)
+    mask = top_mask(torch.cat(scores), total)
+    return list(mask.split([len(score) for score in scores]))
 
 
 def _largest_active(view: WeightView, keep: int) -> Tensor:

@@ -1,6 +1,8 @@
 """When a topology moves, and by how much: frozen values of the optimizer step."""
 
 import math
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,6 +52,24 @@ class Cosine:
 
     def __call__(self, step: int) -> float:
         return self.initial / 2 * (1 + math.cos(math.pi * min(step, self.stop) / self.stop))
+
+
+@dataclass(frozen=True)
+class CosineTo:
+    """A cosine from `initial` at step 0 to `final` at `stop` and after it: GraNet, arXiv:2106.10404."""
+
+    initial: float
+    final: float
+    stop: int
+
+    def __post_init__(self) -> None:
+        _check_fraction("drop fraction", self.initial)
+        _check_fraction("final drop fraction", self.final)
+        _check_integer("stop", self.stop, 1)
+
+    def __call__(self, step: int) -> float:
+        done = min(step, self.stop) / self.stop
+        return self.final + (self.initial - self.final) / 2 * (1 + math.cos(math.pi * done))
 
 
 @dataclass(frozen=True)
@@ -124,8 +144,35 @@ class LinearRamp:
 
 
 @dataclass(frozen=True)
+class Levels:
+    """A table of ``(from step, sparsity)``, ascending; None as the sparsity stands for the final nnz.
+
+    Before the first entry and at sparsity 0 everything is there.  AC/DC's phases (arXiv:2106.12379) and MEST's bounds
+    (arXiv:2110.14032) are such tables.
+    """
+
+    table: tuple[tuple[int, float | None], ...]
+
+    def __post_init__(self) -> None:
+        for step, sparsity in self.table:
+            _check_integer("a step of the table", step, 0)
+            if sparsity is not None:
+                _check_fraction("a sparsity of the table", sparsity)
+        steps = [step for step, _ in self.table]
+        if not steps or steps != sorted(set(steps)):
+            raise PlanError(f"expected a table of ascending steps, got {steps}.")
+
+    def __call__(self, step: int, final: int, numel: int) -> int:
+        sparsity: float | None = 0.0
+        for first, level in self.table:
+            if first <= step:
+                sparsity = level
+        return final if sparsity is None else round((1 - sparsity) * numel)
+
+
+@dataclass(frozen=True)
 class Schedule:
-    """Update at step t if ``start <= t < stop`` and ``(t - start) % every == 0``.
+    """Update at step t if ``start <= t < stop`` and ``(t - start) % every == 0``; or at the steps `at`, below `stop`.
 
     t counts the optimizer steps before the update, replaced ones included.  With `skip_step` it replaces
     the optimizer step (RigL, Algorithm 1), so it can come at t = 0; without, it follows one: t = 100 is the
@@ -141,21 +188,33 @@ class Schedule:
     skip_step: bool = False
     drop_fraction: Curve = Constant(0.0)
     ramp: Ramp | None = None
+    at: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_integer("every", self.every, 1)
         _check_integer("start", self.start, 0)
         if self.stop is not None:
             _check_integer("stop", self.stop, self.start)
+        if self.at is not None:
+            for step in self.at:
+                _check_integer("a step of an update", step, 0)
+            if list(self.at) != sorted(set(self.at)):
+                raise PlanError(f"expected ascending steps of updates, got {list(self.at)[:10]}.")
 
     def fires(self, step: int) -> bool:
         """Whether the masks move at this optimizer step."""
+        if self.at is not None:
+            place = bisect_left(self.at, step)
+            listed = place < len(self.at) and self.at[place] == step
+            return listed and (self.stop is None or step < self.stop)
         if step < self.start or (self.stop is not None and step >= self.stop):
             return False
         return (step - self.start) % self.every == 0
 
-    def updates(self, total: int) -> range:
+    def updates(self, total: int) -> Sequence[int]:
         """The steps t < `total` at which the masks move."""
+        if self.at is not None:
+            return self.at[: bisect_left(self.at, total if self.stop is None else min(total, self.stop))]
         return range(self.start, total if self.stop is None else min(total, self.stop), self.every)
 
     def last_update(self, step: int) -> int:

@@ -1,10 +1,12 @@
 """Scores by which an initial mask is chosen, by name."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxsparse.errors import PlanError
 from fxsparse.method import Score
@@ -35,11 +37,81 @@ def random_tiles(
         yield first, tile.to(device)
 
 
-SCORES: dict[str, Score] = {"random": random, "magnitude": magnitude}
+@dataclass(frozen=True)
+class Given:
+    """A score that takes more than the weight: ``compile(..., initial_scores=...)`` hands it in."""
+
+    name: str
+
+    def __call__(self, weight: Tensor, generator: torch.Generator) -> Tensor:
+        del weight, generator
+        raise PlanError(f"score {self.name!r} is made of a model and its loss; pass it as initial_scores.")
+
+
+@dataclass
+class Scoring:
+    """What a saliency may use: a copy of the model that is its own, dropout off, and the loss on some batches."""
+
+    model: nn.Module
+    names: tuple[str, ...]
+    """Of the weights to be scored."""
+    loss: Callable[[nn.Module, Any], Tensor] | None
+    batches: Sequence[Any]
+    density: float
+    """Share of all their entries that is to stay."""
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The weights to be scored, of the copy."""
+        return {name: self.model.get_parameter(name) for name in self.names}
+
+    def gradients(self, batches: Sequence[Any] | None = None) -> dict[str, Tensor]:
+        """{weight: gradient of the loss, added up over `batches`, by default all}, in at least fp32.
+
+        Raises:
+            PlanError: there is no loss, or no batch.
+        """
+        chosen = self.batches if batches is None else batches
+        if self.loss is None or not chosen:
+            raise PlanError(
+                "saliency: this score goes by gradients: expected loss_fn(model, batch) and at least one batch, got "
+                f"{'no loss_fn' if self.loss is None else 'no batch'}."
+            )
+        weights = self.weights()
+        total = {name: torch.zeros_like(w, dtype=_precise(w)) for name, w in weights.items()}
+        for batch in chosen:
+            loss = self.loss(self.model, batch)
+            found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+            for name, gradient in zip(weights, found, strict=True):
+                if gradient is not None:
+                    total[name] += gradient
+        return total
+
+
+Saliency = Callable[[Scoring], dict[str, Tensor]]
+"""What the entries of every weight are worth before training; larger is kept first."""
+
+SCORES: dict[str, Score] = {"random": random, "magnitude": magnitude, "given": Given("given")}
+SALIENCIES: dict[str, Saliency] = {}
+
+
+def register_saliency(function: Saliency) -> Saliency:
+    """Make a score that needs the model and its loss known by its function name, for ``init=`` of every method."""
+    name = function.__name__
+    known = SALIENCIES.get(name)
+    if name in SCORES or (known is not None and known.__module__ != function.__module__):
+        raise PlanError(f"score {name!r} is registered already. Choose another name.")
+    SALIENCIES[name] = function
+    return function
 
 
 def score_named(name: str) -> Score:
-    """The score registered in `SCORES`; PlanError for another name."""
+    """The score registered under this name; PlanError for another name."""
+    if name in SALIENCIES:
+        return Given(name)
     if name not in SCORES:
-        raise PlanError(f"expected a score among {', '.join(sorted(SCORES))}, got {name!r}.")
+        raise PlanError(f"expected a score among {', '.join(sorted({*SCORES, *SALIENCIES}))}, got {name!r}.")
     return SCORES[name]
+
+
+def _precise(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)

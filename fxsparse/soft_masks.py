@@ -6,8 +6,8 @@ gains the others lose.  Tai et al. 2022, arXiv:2205.14107, algorithms 3 and 5.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,18 +36,18 @@ def shared_shift(
 class SoftMask:
     """Spartan's effective weight, ``weight * soft``; the whole weight learns until the masks are frozen."""
 
-    exact_zeros: ClassVar[bool] = False
-    probe: ClassVar[Probe] = Probe.DENSE
+    exact_zeros: bool = field(default=False, init=False, repr=False)
+    probe: Probe = field(default=Probe.DENSE, init=False, repr=False)
 
     def function(self, dense_grad: bool) -> tuple[MaskFunction, tuple[float, ...]]:
         del dense_grad
         return soft_mask, ()
 
-    def effective(self, weight: Tensor, mask: Tensor, dense_grad: bool) -> Tensor:
-        del dense_grad
+    def effective(self, weight: Tensor, mask: Tensor, dense_grad: bool, *extras: Tensor) -> Tensor:
+        del dense_grad, extras
         return soft_mask(weight, mask)
 
-    def fold(self, weight: Tensor, mask: Tensor) -> Tensor:
+    def fold(self, weight: Tensor, mask: Tensor, *extras: Tensor) -> Tensor:
         return weight.detach() * mask
 
 
@@ -55,18 +55,18 @@ class SoftMask:
 class AveragedMask:
     """A hard mask whose dropped entries go on learning until it is frozen: dual averaging."""
 
-    exact_zeros: ClassVar[bool] = False
-    probe: ClassVar[Probe] = Probe.DENSE
+    exact_zeros: bool = field(default=False, init=False, repr=False)
+    probe: Probe = field(default=Probe.DENSE, init=False, repr=False)
 
     def function(self, dense_grad: bool) -> tuple[MaskFunction, tuple[float, ...]]:
         del dense_grad
         return averaged_mask, ()
 
-    def effective(self, weight: Tensor, mask: Tensor, dense_grad: bool) -> Tensor:
-        del dense_grad
+    def effective(self, weight: Tensor, mask: Tensor, dense_grad: bool, *extras: Tensor) -> Tensor:
+        del dense_grad, extras
         return averaged_mask(weight, mask)
 
-    def fold(self, weight: Tensor, mask: Tensor) -> Tensor:
+    def fold(self, weight: Tensor, mask: Tensor, *extras: Tensor) -> Tensor:
         return averaged_mask(weight.detach(), mask)
 
 

@@ -30,6 +30,8 @@ def before_loading(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> 
         dense = state.get(prefix + name)
         if dense is not None and isinstance(weight, MaskedWeight):
             state.setdefault(f"{prefix}{name}_mask", weight.mask)
+            for extra, tensor in weight.extras.items():
+                state.setdefault(f"{prefix}{name}_{extra}", tensor.detach())
         elif dense is not None and tuple(dense.shape) == tuple(weight.shape):
             dense = state.pop(prefix + name).to(weight.values.device)
             state[f"{prefix}{name}.values"] = csr.values_of(dense, weight.index)
@@ -104,7 +106,8 @@ def _check_mask(updates: MaskUpdates, name: str, weight: MaskedWeight, mask: Ten
 def _check_count(updates: MaskUpdates, name: str, where: str, got: int, step: int) -> None:
     target = updates.targets[name]
     expected = target.nnz_at(step, updates.method)
-    if got == expected or (updates.method.varying_nnz and got <= target.budget) or updates.method.is_joint:
+    free = updates.method.is_joint or updates.method.learned_nnz
+    if got == expected or (updates.method.varying_nnz and got <= target.budget) or free:
         return
     raise CheckpointError(
         f"{where}: expected {expected} active entries, as this plan has after {step} steps, got {got}. {_ADVICE}"

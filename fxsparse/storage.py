@@ -4,8 +4,8 @@ Both forms answer the same questions in the *logical* layout, [rows, fan-in] wit
 update rule cannot tell them apart.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
@@ -16,6 +16,7 @@ from fxsparse import optimizer_state, sharding
 from fxsparse.formats import csr
 from fxsparse.graph import fetch, owner
 from fxsparse.kernel import Entries
+from fxsparse.method import Extra, Reparam, extras_of
 from fxsparse.selection import MaskChange
 
 
@@ -29,11 +30,32 @@ class MaskedWeight:
     """The user's layout is [in, out]."""
     soft: Tensor | None = None
     """What the parameter is multiplied by where masks are not binary; it counts within the mask alone."""
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    """The method's `Extra` tensors by name, in the user's layout."""
 
     @property
     def factor(self) -> Tensor:
         """What the effective weight is a multiple by: the soft mask, cut to the mask, or the mask."""
         return self.mask if self.soft is None else self.soft * self.mask
+
+    def folded(self, reparam: Reparam) -> Tensor:
+        """The effective weight as a plain tensor in the user's layout."""
+        extras = [sharding.whole(self.extras[extra.name]) for extra in extras_of(reparam)]
+        return reparam.fold(sharding.whole(self.parameter), self.factor, *extras)
+
+    def logical(self, tensor: Tensor) -> Tensor:
+        """A tensor beside the weight in the logical layout, where it has the weight's shape; a view."""
+        return tensor.t() if self.transposed and tensor.shape == self.parameter.shape else tensor
+
+    def logical_extras(self) -> dict[str, Tensor]:
+        """The extras, detached and in the logical layout."""
+        return {name: self.logical(sharding.whole(tensor)) for name, tensor in self.extras.items()}
+
+    @torch.no_grad()
+    def write_extras(self, values: Mapping[str, Tensor]) -> None:
+        """Take over new values, given in the logical layout, in place."""
+        for name, value in values.items():
+            self.logical(self.extras[name].detach()).copy_(value)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -68,11 +90,17 @@ class MaskedWeight:
         return weight.t() if self.transposed else weight
 
     @torch.no_grad()
-    def move(self, change: MaskChange, optimizer: torch.optim.Optimizer | None, exact_zeros: bool) -> None:
+    def move(
+        self,
+        change: MaskChange,
+        optimizer: torch.optim.Optimizer | None,
+        exact_zeros: bool,
+        keeps_state: bool = False,
+    ) -> None:
         """Apply the change in place.
 
         With `exact_zeros` grown entries start at 0, pruned ones leave nothing behind, and the optimizer state of both
-        is zero; otherwise the hidden weights live on and only the mask moves.
+        is zero, unless the method keeps it; otherwise the hidden weights live on and only the mask moves.
         """
         pruned, grown = self._entries(change.pruned), self._entries(change.grown)
         self.mask[pruned] = False
@@ -81,7 +109,7 @@ class MaskedWeight:
             return
         for entries in (pruned, grown):
             sharding.here(self.parameter)[sharding.entries(self.parameter, entries)] = 0
-            if optimizer is not None:
+            if optimizer is not None and not keeps_state:
                 optimizer_state.reset(optimizer, self.parameter, entries)
 
     def logical_mask(self) -> Tensor:
@@ -199,7 +227,7 @@ class CompactWeight(nn.Module):
 
 
 def read_weights(
-    tree: nn.Module, transposed: Mapping[str, bool]
+    tree: nn.Module, transposed: Mapping[str, bool], extras: Sequence[Extra] = ()
 ) -> Iterator[tuple[str, MaskedWeight | CompactWeight]]:
     """(name, storage) of the named sparse weights; {name: whether the user stores it [in, out]}."""
     for name, is_transposed in transposed.items():
@@ -209,4 +237,5 @@ def read_weights(
         else:
             module, leaf = owner(tree, name)
             soft = module._buffers.get(f"{leaf}_soft")
-            yield name, MaskedWeight(weight, fetch(tree, f"{name}_mask"), is_transposed, soft)
+            beside = {extra.name: fetch(tree, f"{name}_{extra.name}") for extra in extras}
+            yield name, MaskedWeight(weight, fetch(tree, f"{name}_mask"), is_transposed, soft, beside)

@@ -19,11 +19,10 @@ from fxsparse.guards import forbid_tensors_of as forbid_tensors_of
 from fxsparse.guards import poisoned_memory as poisoned_memory
 from fxsparse.kernel import OF_THE_WEIGHT, Entries, Kernel, Problem, tolerance
 from fxsparse.kernels.library import ACTIVATIONS, activate
-from fxsparse.method import Method, Probe, Signs, WeightView, from_dict
-from fxsparse.observed import Observed, marginals
+from fxsparse.method_checks import check_method as check_method
+from fxsparse.method_checks import view_of as view_of
 from fxsparse.pattern import NM, Pattern
-from fxsparse.rng import generator_for
-from fxsparse.selection import check_positions, to_mask, to_positions
+from fxsparse.selection import to_positions
 
 BLOCKS = ((4, 4), (8, 8), (32, 32), (1, 16), (4, 1))
 GROUPS = ((2, 4), (1, 8), (7, 16))
@@ -267,110 +266,6 @@ def check_pattern(pattern: Pattern, shape: Sequence[int], nnz: int, seed: int = 
         assert torch.equal(pattern.project(score, nnz), mask), f"{pattern}: project is not deterministic"
         _check_prune_and_regrow(pattern, score, mask, nnz)
         _check_tiles(pattern, score, mask, nnz)
-
-
-def check_method(method: Method, pattern: Pattern, shape: Sequence[int], nnz: int, updates: int = 50) -> None:
-    """Run a method's first updates on one random weight that drifts, and check every choice it makes.
-
-    `nnz` is the count at the end; a weight of `shape` has to fit `pattern`.  No optimizer takes part.
-    """
-    assert from_dict(method.to_dict()) == method, f"{method.name}: from_dict(to_dict()) is another method"
-    assert method.source, f"{method.name}: source names no paper"
-    random = torch.Generator().manual_seed(0)
-    weight = torch.randn(tuple(shape), generator=random)
-    count = pattern.feasible(shape, method.nnz(-1, nnz, prod(shape)))
-    mask = pattern.project(method.init(weight, generator_for(0, "w", -1)), count)
-    if method.rule is None or method.schedule is None:
-        assert method.rule is method.schedule is None, f"{method.name}: rule and schedule go together"
-        return
-    for index, step in enumerate(itertools.islice(method.schedule.updates(2**62), updates)):
-        if method.reparam.exact_zeros:
-            weight = weight * mask
-        gradient = torch.randn(tuple(shape), generator=random)
-        count = pattern.feasible(shape, method.nnz(step, nnz, prod(shape)))
-        heights = (None, 1, 3) if index < 20 else (None,)
-        view = [
-            view_of(method, pattern, weight, mask, gradient, count, step, height, nnz) for height in heights
-        ]
-        mask = _checked_update(method, view, mask)
-        weight = weight - 0.1 * gradient
-
-
-def view_of(
-    method: Method,
-    pattern: Pattern,
-    weight: Tensor,
-    mask: Tensor,
-    gradient: Tensor,
-    nnz: int,
-    step: int,
-    tile_rows: int | None = None,
-    budget: int | None = None,
-) -> WeightView:
-    """What a rule sees of a weight named "w" at seed 0; the dense gradient in tiles of `tile_rows` (all).
-
-    Its marginals are those of the inputs `gradient` and one output gradient of 1 for each.
-    `budget` is `nnz` unless it is given.
-    """
-    matrix = gradient.reshape(len(gradient), -1)
-    height = tile_rows or len(matrix)
-
-    def tiles() -> Iterator[tuple[int, Tensor]]:
-        asked = method.rule is not None and method.rule.probe is Probe.DENSE
-        assert asked, f"{method.name}: reads the dense gradient without asking for it"
-        return ((first, matrix[first : first + height]) for first in range(0, len(matrix), height))
-
-    def at(positions: Tensor) -> Tensor:
-        asked = method.rule is not None and method.rule.probe in (Probe.SAMPLED, Probe.GUIDED)
-        assert asked, f"{method.name}: reads sampled gradients without asking for them"
-        check_positions(positions, gradient.numel(), method.name)
-        return gradient.flatten()[positions]
-
-    def sums(signs: Signs | None) -> tuple[Tensor, Tensor] | None:
-        asked = method.rule is not None and method.rule.probe is Probe.GUIDED
-        assert asked, f"{method.name}: reads marginals without asking for them"
-        seen = Observed(matrix, torch.eye(len(matrix), dtype=matrix.dtype))
-        return marginals([seen], matrix.shape, signs)
-
-    def whole() -> Tensor:
-        assert not method.reparam.exact_zeros, f"{method.name}: reads the whole weight, yet has exact zeros"
-        return weight
-
-    return WeightView(
-        name="w",
-        shape=tuple(weight.shape),
-        pattern=pattern,
-        nnz=nnz,
-        budget=nnz if budget is None else budget,
-        step=step,
-        drop_fraction=method.schedule.drop_fraction(step) if method.schedule else 0.0,
-        active=to_positions(mask),
-        values=weight[mask],
-        weight=whole,
-        gradient_tiles=tiles,
-        gradient_at=at,
-        marginals=sums,
-        generator=generator_for(0, "w", step),
-        ablates=method.never_ablate is not None,
-    )
-
-
-def _checked_update(method: Method, views: Sequence[WeightView], mask: Tensor) -> Tensor:
-    """The mask after an update; `views` are of the same weight, in different tiles."""
-    assert method.rule is not None
-    first = views[0]
-    where = f"{method.name} at step {first.step}"
-    new = method.rule(first)
-    check_positions(new, mask.numel(), where)
-    if method.varying_nnz:
-        assert len(new) <= first.budget, f"{where}: {len(new)} entries, the budget is {first.budget}"
-    else:
-        assert len(new) == first.nnz, f"{where}: {len(new)} entries, expected {first.nnz}"
-    for view in views[1:]:
-        assert torch.equal(new, method.rule(view)), f"{where}: the choice depends on the gradient's tiles"
-    moved = to_mask(new, mask.shape)
-    first.pattern.check(moved)
-    return moved
 
 
 def _check_prune_and_regrow(pattern: Pattern, score: Tensor, mask: Tensor, nnz: int) -> None:

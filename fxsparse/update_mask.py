@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fxsparse.errors import InvariantError
+from fxsparse import optimizer_state, sharding
+from fxsparse.errors import InvariantError, PlanError
 from fxsparse.kernels import probe
 from fxsparse.kernels.csr.conv_gradient import conv_gradient_at, conv_gradient_tiles
 from fxsparse.kernels.csr.sampled import gradient_at
-from fxsparse.method import JointRule, Method, Probe, Proposal, WeightView, WholeRule
+from fxsparse.method import Choice, GlobalRule, JointRule, Method, Proposal, WeightView, WholeRule
 from fxsparse.observed import Evidence, Observed, marginals, sum_over_ranks
 from fxsparse.pattern import Pattern
 from fxsparse.prices import Price
 from fxsparse.rng import generator_for
-from fxsparse.selection import MaskChange
+from fxsparse.selection import MaskChange, to_positions
 from fxsparse.storage import CompactWeight, MaskedWeight
 from fxsparse.topology import TopologyHistory
 
@@ -42,9 +43,17 @@ class Target:
     """Of the whole weight by its nonzeros, where the plan has a budget and the weight may be pruned."""
     limit: float = 0.0
     """What all weights may cost together by their prices."""
+    initial: int | None = None
+    """Entries before the first update, where the method starts from a sparsity of its own."""
+    feeds: tuple[str, ...] = ()
+    """Weights whose columns are this weight's rows."""
+    dense: bool = False
+    """An override keeps the weight dense, outside of what others share."""
 
     def nnz_at(self, step: int, method: Method) -> int:
         """Entries after the update of this step; -1 asks for the initial mask."""
+        if self.initial is not None and (method.schedule is None or method.schedule.last_update(step) < 0):
+            return self.initial
         return self.pattern.feasible(self.shape, method.nnz(step, self.nnz, torch.Size(self.shape).numel()))
 
 
@@ -68,12 +77,18 @@ class UpdateStep:
         return self.method.schedule.drop_fraction(self.number)
 
 
-def update_mask(step: UpdateStep, weight: Any, mask: Tensor | None, name: str) -> bool:
+Extras = Mapping[str, Tensor]
+"""{name of an `Extra`: its tensor beside the weight}."""
+
+
+def update_mask(
+    step: UpdateStep, weight: Any, mask: Tensor | None, name: str, extras: Extras | None = None
+) -> bool:
     """Choose the new entries of one weight, and move mask, weight and optimizer state in place; whether any moved.
 
     `weight` is a Parameter with its `mask`, or a CompactWeight and None.
     """
-    rule, store = step.method.rule, _store(step, weight, mask, name)
+    rule, store = step.method.rule, _store(step, weight, mask, name, extras)
     assert rule is not None, "an update graph has nodes only where a rule moves masks"
     if (
         isinstance(rule, WholeRule)
@@ -84,9 +99,43 @@ def update_mask(step: UpdateStep, weight: Any, mask: Tensor | None, name: str) -
     if not _takes_part(store, name, step):
         return False
     view = _view(store, name, step)
-    chosen = rule(view)
-    _check_count(len(chosen), view, step.method)
-    return _move(step, name, store, view.active, chosen)
+    choice = as_choice(rule(view))
+    _check_count(counted(choice), view, step.method)
+    return _carry_out(step, name, store, view.active, choice)
+
+
+def update_together(
+    step: UpdateStep, weights: Sequence[tuple[Any, Tensor, str] | tuple[Any, Tensor, str, Extras]]
+) -> bool:
+    """Let a `GlobalRule` choose for all weights at once, and move all of them in place; whether any moved."""
+    rule, method = step.method.rule, step.method
+    assert isinstance(rule, GlobalRule)
+    stores = [(name, _store(step, weight, mask, name, *more)) for weight, mask, name, *more in weights]
+    stores = [(n, s) for n, s in stores if not step.targets[n].dense and _takes_part(s, n, step)]
+    if not stores:
+        return False
+    views = [_view(store, name, step) for name, store in stores]
+    targets = [step.targets[name] for name, _ in stores]
+    numels = [torch.Size(target.shape).numel() for target in targets]
+    total = method.nnz(step.number, sum(target.nnz for target in targets), sum(numels))
+    choices = [as_choice(choice) for choice in rule.choose_all(views, total)]
+    _check_total(sum(map(counted, choices)), total, step)
+    moved = [
+        _carry_out(step, name, store, view.active, choice)
+        for (name, store), view, choice in zip(stores, views, choices, strict=True)
+    ]
+    return any(moved)
+
+
+def as_choice(chosen: Tensor | Choice) -> Choice:
+    """What a rule gave as a Choice."""
+    return chosen if isinstance(chosen, Choice) else Choice(chosen)
+
+
+def counted(choice: Choice) -> int:
+    """Entries that are to be active."""
+    entries = choice.entries
+    return int(entries.sum()) if entries.dtype == torch.bool else len(entries)
 
 
 def propose(step: UpdateStep, weight: Any, mask: Tensor | None, name: str) -> Proposal | None:
@@ -112,8 +161,12 @@ def move_mask(
     return name in chosen and _move(step, name, store, store.active(), chosen[name])
 
 
-def _store(step: UpdateStep, weight: Any, mask: Tensor | None, name: str) -> MaskedWeight | CompactWeight:
-    return weight if mask is None else MaskedWeight(weight, mask, step.targets[name].transposed)
+def _store(
+    step: UpdateStep, weight: Any, mask: Tensor | None, name: str, extras: Extras | None = None
+) -> MaskedWeight | CompactWeight:
+    if mask is None:
+        return weight
+    return MaskedWeight(weight, mask, step.targets[name].transposed, extras=extras or {})
 
 
 def _rewrite(step: UpdateStep, rule: WholeRule, store: MaskedWeight, name: str) -> bool:
@@ -121,6 +174,20 @@ def _rewrite(step: UpdateStep, rule: WholeRule, store: MaskedWeight, name: str) 
     mask = rule.mask(store.dense(), target.pattern, target.nnz_at(step.number, step.method))
     step.history.record_masks(name, step.number, store.logical_mask(), mask)
     return store.rewrite(mask)
+
+
+def _carry_out(
+    step: UpdateStep, name: str, store: MaskedWeight | CompactWeight, active: Tensor, choice: Choice
+) -> bool:
+    if isinstance(store, MaskedWeight):
+        store.write_extras(choice.extras)
+        if choice.forget and step.optimizer is not None:
+            optimizer_state.reset(step.optimizer, store.parameter)
+        if choice.entries.dtype == torch.bool and not step.method.reparam.exact_zeros:
+            step.history.record_masks(name, step.number, store.logical_mask(), choice.entries)
+            return store.rewrite(choice.entries)
+    entries = choice.entries
+    return _move(step, name, store, active, to_positions(entries) if entries.dtype == torch.bool else entries)
 
 
 def _move(
@@ -131,12 +198,12 @@ def _move(
     if isinstance(store, CompactWeight):
         store.move(change, step.optimizer)
     else:
-        store.move(change, step.optimizer, step.method.reparam.exact_zeros)
+        store.move(change, step.optimizer, step.method.reparam.exact_zeros, step.method.keeps_state)
     return len(change.pruned) + len(change.grown) > 0
 
 
 def _check_count(got: int, view: WeightView, method: Method) -> None:
-    if got == view.nnz or (method.varying_nnz and got <= view.budget):
+    if got == view.nnz or (method.varying_nnz and got <= view.budget) or method.learned_nnz:
         return
     expected = f"at most {view.budget}" if method.varying_nnz else view.nnz
     raise InvariantError(
@@ -145,15 +212,25 @@ def _check_count(got: int, view: WeightView, method: Method) -> None:
     )
 
 
+def _check_total(got: int, total: int, step: UpdateStep) -> None:
+    if got != total and not step.method.learned_nnz:
+        raise InvariantError(
+            f"{step.method.name}'s rule chose {got} entries of all weights at step {step.number}, expected {total}. "
+            "fxsparse.testing.check_method tests a rule; Method(learned_nnz=True) is one whose count training decides."
+        )
+
+
 def _trains(store: MaskedWeight | CompactWeight) -> bool:
-    """What is grown in a frozen weight could never leave 0."""
-    return (store.values if isinstance(store, CompactWeight) else store.parameter).requires_grad
+    """What is grown in a frozen weight could never leave 0, unless its mask is learned."""
+    if isinstance(store, CompactWeight):
+        return store.values.requires_grad
+    return store.parameter.requires_grad or any(extra.requires_grad for extra in store.extras.values())
 
 
 def _takes_part(store: MaskedWeight | CompactWeight, name: str, step: UpdateStep) -> bool:
     """A frozen weight keeps its mask, and so does one without a gradient to grow by, as it was not in the loss."""
     assert step.method.rule is not None
-    if step.method.rule.probe is Probe.NONE or not _trains(store):
+    if not step.method.rule.probe.collects or not _trains(store):
         return _trains(store)
     evidence = step.evidence
     return bool(
@@ -179,7 +256,36 @@ def _view(store: MaskedWeight | CompactWeight, name: str, step: UpdateStep) -> W
         marginals=lambda signs: marginals(observed, store.shape, signs),
         generator=generator_for(step.seed, name, step.number),
         ablates=target.ablates,
+        final=target.nnz,
+        extras={} if isinstance(store, CompactWeight) else store.logical_extras(),
+        active_gradient=lambda: _active_gradient(store, active, name, step),
+        momentum=lambda: _momentum(store, name, step),
+        feeds=target.feeds,
     )
+
+
+def _active_gradient(
+    store: MaskedWeight | CompactWeight, active: Tensor, name: str, step: UpdateStep
+) -> Tensor:
+    gradient = (store.values if isinstance(store, CompactWeight) else store.parameter).grad
+    if gradient is None:
+        raise PlanError(
+            f"{step.method.name} at step {step.number} ranks {name!r} by its gradient, and it has none: expected a "
+            "backward through it before the step, and zero_grad() after the update, not before it."
+        )
+    scale = getattr(
+        step.optimizer, "grad_scale", None
+    )  # of a GradScaler, which a fused optimizer divides by itself
+    compact = isinstance(store, CompactWeight)
+    found = gradient[: len(active)] if compact else store.at(sharding.whole(gradient), active)
+    return found if scale is None else found / scale
+
+
+def _momentum(store: MaskedWeight | CompactWeight, name: str, step: UpdateStep) -> Tensor:
+    assert isinstance(store, MaskedWeight), "a method with Probe.EMA_DENSE has masked storage"
+    if step.optimizer is None:
+        raise PlanError(f"{step.method.name} reads the optimizer's momentum: attach an optimizer first.")
+    return store.logical(optimizer_state.momentum(step.optimizer, store.parameter, name))
 
 
 def _tiles(store: MaskedWeight | CompactWeight, name: str, step: UpdateStep) -> Iterator[tuple[int, Tensor]]:

@@ -4,6 +4,7 @@ An update happens around ``optimizer.step()`` and never in the forward graph, so
 checkpointing and evaluation do not count as steps.
 """
 
+import functools
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,14 +17,17 @@ from torch.fx import GraphModule
 from torch.optim import LBFGS, Optimizer
 
 from fxsparse import optimizer_state, sharding
-from fxsparse.errors import NumericsError, PlanError, UnsupportedError
+from fxsparse.errors import PlanError, UnsupportedError
 from fxsparse.fresh_probe import FreshProbe
 from fxsparse.graph import fetch
-from fxsparse.method import Method, Probe
+from fxsparse.method import Method
 from fxsparse.observed import Evidence, ProbeSwitch, sum_over_ranks
+from fxsparse.parameter_groups import check_hints, extras_held
+from fxsparse.penalties import add_penalty
 from fxsparse.schedule import Schedule
 from fxsparse.step_closure import Once
 from fxsparse.step_count import StepCount
+from fxsparse.step_hooks import Each, checked, is_skipped, makes_state_alone
 from fxsparse.storage import CompactWeight, MaskedWeight, read_weights
 from fxsparse.topology import TopologyHistory
 from fxsparse.undisturbed import undisturbed
@@ -51,12 +55,17 @@ class MaskUpdates:
     """From before the optimizer's step, for an update after it."""
     _explored: Evidence | None = None
     """What blocks of `exploring` saw since the last update."""
+    penalty_norm: Tensor | None = None
+    """Of what the method's penalty added to the gradients of the last step."""
+    _outside: dict[str, Tensor] = field(default_factory=dict)
+    """Weights from before the optimizer's step, where part of them does not learn."""
     _optimizer: Optimizer | None = None
     _handles: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.schedule = self.method.schedule or _NEVER
-        self.needs_probe = self.method.rule is not None and self.method.rule.probe is not Probe.NONE
+        self.needs_probe = self.method.rule is not None and self.method.rule.probe.collects
+        self._learns = getattr(self.method.reparam, "learns", "")
         self._probes = {
             name: FreshProbe(name, self.switch) for name in self.targets if self.switch.keys(name)
         }
@@ -95,7 +104,7 @@ class MaskUpdates:
                 yield
                 seen = self._collected()
                 whole = {name: sharding.whole(gradient) for name, gradient in seen.gradients.items()}
-                self._explored = _checked(Evidence(whole, seen.observed)) + (self._explored or Evidence())
+                self._explored = checked(Evidence(whole, seen.observed)) + (self._explored or Evidence())
             finally:
                 self.switch.exploring = False
                 self._arm(self.step)
@@ -159,7 +168,7 @@ class MaskUpdates:
 
     def weights(self) -> Iterator[tuple[str, MaskedWeight | CompactWeight]]:
         """(name, storage) of every sparse weight, read from the module tree as it is now."""
-        return read_weights(self.graph, self.transposed)
+        return read_weights(self.graph, self.transposed, self.method.extras)
 
     @property
     def transposed(self) -> dict[str, bool]:
@@ -177,17 +186,30 @@ class MaskUpdates:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Where the backward is still to come, in a closure, the arguments with one that goes on with the update."""
         self._check_not_exploring()
-        self._only_made_state = _makes_state_alone(optimizer)
-        if self._only_made_state or self.count.waiting or not self._fires() or _is_skipped(optimizer):
+        self._only_made_state = makes_state_alone(optimizer)
+        if self._only_made_state:
+            return None
+        due = not (self.count.waiting or not self._fires() or is_skipped(optimizer))
+        if self._learns:
+            self._outside = {n: sharding.here(_trained(weight)).clone() for n, weight in self.weights()}
+        if not due and self.method.penalty is None:
             return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            self._before_update(optimizer)
+            self._with_gradients(optimizer, due)
             return None
-        closure = Once(closure, lambda: self._before_update(optimizer), type(optimizer).__name__)
+        then = functools.partial(self._with_gradients, optimizer, due)
+        closure = Once(closure, then, type(optimizer).__name__) if due else Each(closure, then)
         if "closure" in kwargs:
             return args, {**kwargs, "closure": closure}
         return (args[0], closure, *args[2:]), kwargs
+
+    def _with_gradients(self, optimizer: Optimizer, due: bool) -> None:
+        """What a step does when gradients are there and the optimizer has not used them yet."""
+        if due:
+            self._before_update(optimizer)
+        if self.method.penalty is not None:
+            self.penalty_norm = add_penalty(self.method.penalty, self.weights(), self.step, optimizer)
 
     def _before_update(self, optimizer: Optimizer) -> None:
         """Gradients are there and the optimizer has not used them yet."""
@@ -224,10 +246,22 @@ class MaskUpdates:
                 "nothing but the next mask update. Step after the block; several blocks add up."
             )
 
+    @torch.no_grad()
+    def _restore_outside(self) -> None:
+        """Undo what momentum and weight decay did to entries that do not learn."""
+        for name, weight in self.weights():
+            if isinstance(weight, MaskedWeight) and name in self._outside:
+                learns = sharding.part(weight.parameter, weight.extras[self._learns])
+                values = sharding.here(weight.parameter)
+                values.copy_(torch.where(learns, values, self._outside[name]))
+        self._outside = {}
+
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._outside:
+            self._restore_outside()
         if self._only_made_state or self._can_wait(optimizer):
             return
-        if _is_skipped(optimizer):
+        if is_skipped(optimizer):
             if self.count.waiting:
                 self._arm(self.step)
             return
@@ -306,8 +340,10 @@ class MaskUpdates:
     @torch.no_grad()
     def _reset_pruned_state(self, optimizer: Optimizer) -> None:
         """A first step without hooks may have fed dense gradients into the optimizer's state."""
+        if not self.method.reparam.exact_zeros or self.method.keeps_state:
+            return
         for _, weight in self.weights():
-            if isinstance(weight, MaskedWeight) and self.method.reparam.exact_zeros:
+            if isinstance(weight, MaskedWeight):
                 for state in optimizer_state.per_element(optimizer, weight.parameter):
                     sharding.here(state).mul_(sharding.part(state, weight.mask))
 
@@ -322,6 +358,7 @@ class MaskUpdates:
                     "optimizer made from sparse.parameters(). Make it after fxsparse.compile and fully_shard, or pass "
                     "compile(..., optimizer=optimizer)."
                 )
+        check_hints(optimizer, extras_held(self.weights(), self.method.extras), self.method.name)
 
     def _check_follows(self, optimizer: Optimizer) -> None:
         moves = self.method.rule is not None and self.method.reparam.exact_zeros
@@ -339,33 +376,3 @@ def _trained(weight: MaskedWeight | CompactWeight) -> Tensor:
 
 def _buffers(weight: MaskedWeight | CompactWeight) -> Iterable[Tensor]:
     return weight.buffers() if isinstance(weight, CompactWeight) else (weight.mask,)
-
-
-def _checked(evidence: Evidence) -> Evidence:
-    if not evidence.gradients and not evidence.observed:
-        raise PlanError(
-            "exploring(): expected a backward through sparse weights inside the block, got none. Call "
-            "loss(sparse(x), y).backward() in it, with the module in train mode."
-        )
-    for name, tensor in evidence.tensors():
-        if not bool(tensor.isfinite().all()):
-            raise NumericsError(
-                f"exploring(): expected finite gradients, got inf or NaN at {name!r}. Leave a GradScaler out of the "
-                "block (only the order of gradients counts), or look at the loss."
-            )
-    return evidence
-
-
-def _is_skipped(optimizer: Optimizer) -> bool:
-    """GradScaler hands a fused optimizer its inf check; the hooks of such a step fire although nothing moved."""
-    found_inf = getattr(optimizer, "found_inf", None)
-    return found_inf is not None and bool(found_inf)
-
-
-def _makes_state_alone(optimizer: Optimizer) -> bool:
-    """torch.distributed.checkpoint has a fresh optimizer make its state by a step with gradients of 0 at lr 0."""
-    groups = optimizer.param_groups
-    if optimizer.state or any(float(group.get("lr", 1)) for group in groups):
-        return False
-    gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-    return bool(gradients) and not any(bool(sharding.whole(gradient).any()) for gradient in gradients)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fxsparse.graph import owner
 from fxsparse.kernels import probe
-from fxsparse.method import Method, Probe, Reparam
+from fxsparse.method import Method, Probe, Reparam, extras_of
 from fxsparse.observed import ProbeSwitch, Watched
 from fxsparse.trace.modules import FUNCTIONAL, functional_arguments, is_transposed_linear, site_type
 
@@ -29,7 +29,8 @@ class WalkSite:
 
     def __call__(self, module: Any, x: Tensor) -> Tensor:
         armed = self.switch.on and torch.is_grad_enabled()
-        weight = self.reparam.effective(module.weight, module.weight_mask, armed)
+        extras = [getattr(module, f"weight_{extra.name}") for extra in extras_of(self.reparam)]
+        weight = self.reparam.effective(module.weight, module.weight_mask, armed, *extras)
         y = self.call(x, weight.t() if self.transposed else weight, module.bias, **self.arguments)
         return probe.watch(y, x, self.watched.key) if armed and self.watched is not None else y
 

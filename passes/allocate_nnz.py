@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 from fxsparse.allocation import Target, by_magnitude_per_cost, resolve, target_densities
 from fxsparse.errors import PatternError, PlanError
 from fxsparse.globs import matches, unmatched
+from fxsparse.initial_scores import given_score
 from fxsparse.pattern import Pattern, Unstructured
 from fxsparse.pipeline import Decision, PassContext, WeightSpec
 from fxsparse.plans import Override, Plan
@@ -56,6 +57,7 @@ def decide(plan: Plan, ctx: PassContext) -> dict[str, Decision]:
         keep_dense_counts=plan.keep_dense_counts,
         excluded_numel=sum(spec.numel for spec in ctx.excluded.values()),
         weight=ctx.program.skeleton.get_parameter,
+        score=lambda name: given_score(ctx, name),
     )
     specs = list(ctx.weights.values())
     if ctx.prices is not None:
@@ -63,9 +65,31 @@ def decide(plan: Plan, ctx: PassContext) -> dict[str, Decision]:
     budgets = resolve(plan.allocation)(specs, target)
     densities = target_densities(plan.allocation, specs, target)
     made = {s.name: _decision(s, patterns[s.name], budgets[s.name], densities[s.name]) for s in specs}
+    if plan.method.initial_sparsity is not None:
+        _start(plan, specs, patterns, target, made)
     if isinstance(plan.allocation, str):
         ctx.notes += _difference(plan.allocation, specs, target, made)
     return _marked(made, wishes)
+
+
+def _start(
+    plan: Plan,
+    specs: list[WeightSpec],
+    patterns: Mapping[str, Pattern],
+    target: Target,
+    made: Mapping[str, Decision],
+) -> None:
+    """Fill `initial`: what the allocation gives at the sparsity that the method starts from."""
+    start = plan.method.initial_sparsity
+    assert start is not None
+    if start > target.sparsity:
+        raise PlanError(
+            f"{plan.method.name} starts at sparsity {start} and ends at the plan's, {target.sparsity}: expected a "
+            "start that is not sparser. Lower initial_sparsity."
+        )
+    counts = resolve(plan.allocation)(specs, replace(target, sparsity=start))
+    for spec in specs:
+        made[spec.name].initial = _feasible(spec, patterns[spec.name], counts[spec.name])
 
 
 def _marked(made: dict[str, Decision], wishes: Mapping[str, Override]) -> dict[str, Decision]:

@@ -131,6 +131,9 @@ def _refusals(gm: GraphModule, spec: WeightSpec, decision: Decision, ctx: PassCo
         f"{method.name} changes its count of nonzeros": method.schedule is not None
         and method.schedule.ramp is not None,
         f"{method.name} ranks all weights together, so that their counts drift": method.is_joint,
+        f"{method.name} keeps tensors beside its weights, or adds to their gradients": bool(method.extras)
+        or method.penalty is not None
+        or method.keeps_state,
         f"{decision.pattern} chooses over the whole weight": not decision.pattern.streams,
     }
     return [reason for reason, applies in tests.items() if applies]

@@ -59,16 +59,17 @@ class FoldMasks:
 def _fold_masked(gm: GraphModule, ctx: PassContext) -> int:
     if ctx.plan is None:
         return 0
-    reparam = ctx.plan.method.reparam
-    function, _ = reparam.function(dense_grad=False)
+    method = ctx.plan.method
+    function, _ = method.reparam.function(dense_grad=False)
     found = gm.graph.find_nodes(op="call_function", target=function)
     names = [str(node.args[0].target) for node in found]
-    for name, weight in read_weights(gm, dict.fromkeys(names, False)):
+    for name, weight in read_weights(gm, dict.fromkeys(names, False), method.extras):
         assert isinstance(weight, MaskedWeight), "the graph reads its mask"
-        replace_parameter(gm, name, reparam.fold(weight.parameter.detach(), weight.factor))
+        replace_parameter(gm, name, weight.folded(method.reparam))
         holder, leaf = owner(gm, name)
-        for buffer in (f"{leaf}_mask", f"{leaf}_soft"):
-            holder._buffers.pop(buffer, None)
+        for beside in ("mask", "soft", *(extra.name for extra in method.extras)):
+            holder._buffers.pop(f"{leaf}_{beside}", None)
+            holder._parameters.pop(f"{leaf}_{beside}", None)
     for node in found:
         node.replace_all_uses_with(node.args[0])
         gm.graph.erase_node(node)

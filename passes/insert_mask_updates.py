@@ -1,20 +1,20 @@
 """Build the update graph, with mask-update nodes for every weight, and the probe variants of the graphs that run."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from fxsparse.knapsack import KeepLargest
-from fxsparse.method import Probe
+from fxsparse.method import GlobalRule, Probe
 from fxsparse.passes.insert_soft_masks import NUMBERS, choosing
 from fxsparse.pipeline import PassContext
 from fxsparse.probe_variant import probe_graphs
 from fxsparse.skeleton import bind
 from fxsparse.soft_masks import SoftMask
 from fxsparse.soft_updates import keep_largest
-from fxsparse.update_mask import choose_together, move_mask, propose, update_mask
+from fxsparse.update_mask import choose_together, move_mask, propose, update_mask, update_together
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class InsertMaskUpdates:
         ctx.program.skeleton.register_buffer("fxsparse_rng", torch.tensor(ctx.plan.seed))
         moving = ctx.decisions if method.rule is not None else {}
         graphs["update"] = bind(_update_graph(ctx, list(moving)), ctx.program.skeleton)
-        if method.rule is not None and method.rule.probe is not Probe.NONE:
+        if method.rule is not None and method.rule.probe.collects:
             switch = ctx.program.switch
             graphs |= probe_graphs(graphs, method, switch, ctx.program.skeleton)
             if method.rule.probe is Probe.GUIDED:
@@ -61,6 +61,9 @@ def _update_graph(ctx: PassContext, names: list[str]) -> Graph:
         softened = [_softened(graph, ctx, *weight) for weight in stored]
         graph.output(graph.call_function(keep_largest, (step, graph.get_attr(NUMBERS), softened)))
         return graph
+    if isinstance(ctx.plan.method.rule, GlobalRule) and stored:
+        graph.output((graph.call_function(update_together, (step, stored)),))
+        return graph
     if ctx.plan.method.is_joint and stored:
         proposals = tuple(graph.call_function(propose, (step, *weight)) for weight in stored)
         chosen = graph.call_function(choose_together, (step, proposals))
@@ -79,7 +82,10 @@ def _softened(
     return weight, mask, soft, name
 
 
-def _stored(ctx: PassContext, graph: Graph, name: str) -> tuple[Node, Node | None, str]:
-    """What a node of the update graph is told of a weight: the weight, its mask, its name."""
+def _stored(ctx: PassContext, graph: Graph, name: str) -> tuple[Any, ...]:
+    """What a node of the update graph is told of a weight: the weight, its mask, its name, and extras if there are."""
+    assert ctx.plan is not None
     masked = ctx.decisions[name].storage == "masked"
-    return graph.get_attr(name), graph.get_attr(f"{name}_mask") if masked else None, name
+    known = (graph.get_attr(name), graph.get_attr(f"{name}_mask") if masked else None, name)
+    extras = {extra.name: graph.get_attr(f"{name}_{extra.name}") for extra in ctx.plan.method.extras}
+    return (*known, extras) if extras else known

@@ -4,11 +4,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from fxsparse.errors import PlanError, UnsupportedError
 from fxsparse.graph import attribute_nodes, owner
-from fxsparse.initial import initial_mask, initial_values, note_drawn
+from fxsparse.initial import BEFORE_TRAINING, initial_mask, initial_values, note_drawn
+from fxsparse.method import Extra, extras_of
 from fxsparse.pipeline import PassContext
+from fxsparse.rng import generator_for
 from fxsparse.storage import MaskedWeight
 
 
@@ -26,18 +30,25 @@ class InsertReparam:
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         assert ctx.plan is not None
-        function, arguments = ctx.plan.method.reparam.function(dense_grad=False)
+        method = ctx.plan.method
+        function, arguments = method.reparam.function(dense_grad=False)
         rewrites = 0
         note_drawn(ctx, [name for name, decision in ctx.decisions.items() if decision.storage == "masked"])
         for name, decision in ctx.decisions.items():
             if decision.storage != "masked":
                 continue
+            _refuse_layout(ctx, name)
             register_mask(ctx, name)
+            register_extras(ctx, name)
+            names = ["mask", *(extra.name for extra in extras_of(method.reparam))]
             for node in attribute_nodes(gm.graph, name):
-                with gm.graph.inserting_after(node):
-                    mask = gm.graph.get_attr(f"{name}_mask")
-                with gm.graph.inserting_after(mask):
-                    effective = gm.graph.call_function(function, (node, mask, *arguments))
+                beside, last = [], node
+                for extra in names:
+                    with gm.graph.inserting_after(last):
+                        last = gm.graph.get_attr(f"{name}_{extra}")
+                    beside.append(last)
+                with gm.graph.inserting_after(last):
+                    effective = gm.graph.call_function(function, (node, *beside, *arguments))
                 effective.meta["val"] = node.meta.get("val")
                 node.replace_all_uses_with(
                     effective, delete_user_cb=lambda user, own=effective: user is not own
@@ -64,3 +75,51 @@ def register_mask(ctx: PassContext, name: str) -> None:
     if ctx.plan.method.reparam.exact_zeros:
         with torch.no_grad():
             parameter.mul_(mask)
+
+
+@torch.no_grad()
+def register_extras(ctx: PassContext, name: str) -> None:
+    """Register the method's tensors beside a weight, once: Parameters where they are learned, else buffers.
+
+    Raises:
+        PlanError: the module has something under that name already.
+    """
+    assert ctx.plan is not None
+    module, leaf = owner(ctx.program.skeleton, name)
+    parameter = module._parameters[leaf]
+    assert parameter is not None
+    if ctx.plan.method.freezes_weights:
+        parameter.requires_grad_(False)
+    for extra in ctx.plan.method.extras:
+        own = f"{leaf}_{extra.name}"
+        known = module._parameters if extra.learned else module._buffers
+        if known.get(own) is not None:
+            return  # another graph of the program was here
+        if hasattr(module, own):
+            raise PlanError(
+                f"{ctx.plan.method.name} keeps a tensor beside {name!r} as {own!r}, and the module has an attribute of "
+                "that name: rename that one."
+            )
+        value = _first_value(ctx, name, extra, parameter.detach(), module._buffers[f"{leaf}_mask"])
+        if extra.learned:
+            module.register_parameter(own, nn.Parameter(value))
+        else:
+            module.register_buffer(own, value)
+
+
+def _first_value(ctx: PassContext, name: str, extra: Extra, weight: Tensor, mask: Tensor | None) -> Tensor:
+    assert ctx.plan is not None
+    assert mask is not None
+    if ctx.state is not None:
+        return ctx.state[f"{name}_{extra.name}"].clone()
+    generator = generator_for(ctx.plan.seed, f"{name} {extra.name}", BEFORE_TRAINING)
+    return extra.start(weight, mask, generator).to(weight.device)
+
+
+def _refuse_layout(ctx: PassContext, name: str) -> None:
+    assert ctx.plan is not None
+    if getattr(ctx.plan.method.reparam, "by_rows", False) and ctx.weights[name].transposed:
+        raise UnsupportedError(
+            f"{name!r} is stored [in, out], and {ctx.plan.method.name} computes with rows of [out, in]: expected "
+            "weights of nn.Linear or a convolution. Exclude this one, or use another method."
+        )

@@ -16,11 +16,27 @@ def global_magnitude(specs: Sequence[Weight], target: Target) -> dict[str, int]:
     Raises:
         PlanError: the weights have no values to compare (none given, or meta tensors).
     """
+    return among_largest(specs, target, lambda spec: _magnitudes(spec, target))
+
+
+def global_score(specs: Sequence[Weight], target: Target) -> dict[str, int]:
+    """{name: nnz}: the same by the caller's scores (SNIP, GraSP, SynFlow), of all weights together.
+
+    Raises:
+        PlanError: a weight has no score.
+    """
+    return among_largest(specs, target, lambda spec: _scores(spec, target))
+
+
+def among_largest(
+    specs: Sequence[Weight], target: Target, score: Callable[[Weight], torch.Tensor]
+) -> dict[str, int]:
+    """{name: nnz}: how many of each free weight's flat scores are among the largest of all of them."""
     total, free = target.free_total(specs), target.free(specs)
     if not free:
         return target.forced_counts(specs)
     sizes = [s.numel for s in free]
-    scores = torch.cat([_magnitudes(s, target) for s in free])
+    scores = torch.cat([score(s) for s in free])
     firsts = torch.tensor([0, *sizes[:-1]]).cumsum(0)
     tops = torch.stack([part.argmax() for part in scores.split(sizes)]) + firsts
     scores[tops] = torch.inf
@@ -72,3 +88,9 @@ def _magnitudes(spec: Weight, target: Target) -> torch.Tensor:
             "load the weights first, or use 'erk' or 'uniform'."
         )
     return weight.detach().abs().flatten().to("cpu", torch.float32)
+
+
+def _scores(spec: Weight, target: Target) -> torch.Tensor:
+    if target.score is None:
+        raise PlanError("allocation 'global_score' ranks scores: pass compile(..., initial_scores=...).")
+    return target.score(spec.name).detach().flatten().to("cpu", torch.float32)

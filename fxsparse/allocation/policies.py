@@ -6,7 +6,7 @@ from fxsparse.allocation.er import er, er_densities
 from fxsparse.allocation.er_unrolled import er_unrolled, er_unrolled_densities
 from fxsparse.allocation.erk import erk, erk_densities
 from fxsparse.allocation.explicit import Explicit
-from fxsparse.allocation.global_magnitude import global_magnitude
+from fxsparse.allocation.global_magnitude import global_magnitude, global_score
 from fxsparse.allocation.target import Target, Weight
 from fxsparse.allocation.uniform import uniform, uniform_densities
 from fxsparse.errors import PlanError
@@ -16,7 +16,7 @@ Policy = Callable[[Sequence[Weight], Target], dict[str, int]]
 Densities = Callable[[Sequence[Weight], Target], dict[str, float]]
 
 POLICIES: dict[str, Policy] = {
-    policy.__name__: policy for policy in (uniform, er, erk, er_unrolled, global_magnitude)
+    policy.__name__: policy for policy in (uniform, er, erk, er_unrolled, global_magnitude, global_score)
 }
 
 DENSITIES: dict[str, Densities] = {

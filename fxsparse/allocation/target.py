@@ -43,6 +43,8 @@ class Target:
     """Entries of weights that the plan leaves dense and that are not among the specs."""
     weight: Callable[[str], Tensor] | None = None
     """The dense tensor of a weight, for policies that look at values."""
+    score: Callable[[str], Tensor] | None = None
+    """What the entries of a weight are worth before training, where the caller says so."""
 
     def free(self, specs: Sequence[Weight]) -> list[Weight]:
         """The weights a policy decides, sorted by name so that no result depends on the order of `specs`."""

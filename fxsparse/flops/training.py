@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
+from sympy import Min
+
 from fxsparse.errors import PlanError
 from fxsparse.method import Method, Probe, SampledRule
 
@@ -20,12 +22,21 @@ def train_flops(
 ) -> float:
     """FLOPs of an average training step; divide by ``3 * forward(numels)`` for the ratio to dense training.
 
-    ``3 f_S`` plus what `probe_flops` says.  A ramp of the nonzeros (GMP) is averaged from step 0 to its end.
+    ``3 f_S`` plus what `probe_flops` says.  A ramp of the nonzeros (GMP, AC/DC's phases) is averaged from step 0 to its
+    end.  Where weight gradients are of a superset of the entries (Top-KAST, arXiv:2106.03517): ``2 f(A) + f(B)``.
     """
     if method.schedule is not None and method.schedule.ramp is not None:
-        return 3 * forward(average_counts(method, counts, numels))
+        counts = average_counts(method, counts, numels)
     sparse, dense = forward(counts), forward(numels)
+    more = gradient_per_entry(method)
+    if more is not None:
+        return 2 * sparse + forward({n: min(float(numels[n]), more * c) for n, c in counts.items()})
     return 3 * sparse + probe_flops(method, sparse, dense)
+
+
+def gradient_per_entry(method: Method) -> float | None:
+    """Entries that get a weight gradient at every step, for each active one; None: those alone, or all."""
+    return getattr(method.reparam, "gradient_per_entry", None)
 
 
 def probe_flops(method: Method, sparse: Any, dense: Any) -> Any:
@@ -40,9 +51,12 @@ def probe_flops(method: Method, sparse: Any, dense: Any) -> Any:
     Raises:
         PlanError: a rule with Probe.SAMPLED or GUIDED that does not say how many candidates it has.
     """
+    more = gradient_per_entry(method)
+    if more is not None:
+        return Min(dense, more * sparse) - sparse
     if method.reparam.probe is Probe.DENSE:
         return dense - sparse
-    if method.rule is None or method.rule.probe is Probe.NONE:
+    if method.rule is None or not method.rule.probe.collects:
         return 0 * sparse
     if method.rule.probe is Probe.DENSE:
         return (dense - sparse) * update_share(method)
@@ -62,6 +76,8 @@ def update_share(method: Method) -> Fraction:
     """
     if method.schedule is None:
         return Fraction(0)
+    if method.schedule.at is not None:
+        return Fraction(len(method.schedule.at), max(1, method.schedule.stop or method.schedule.at[-1] + 1))
     return Fraction(1, method.schedule.every + (1 if method.schedule.skip_step else 0))
 
 

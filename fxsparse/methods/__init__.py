@@ -2,8 +2,12 @@
 
 from fxsparse.ablation import srigl_fan_in
 from fxsparse.method import from_dict
+from fxsparse.methods.acdc import acdc
+from fxsparse.methods.feather import feather
 from fxsparse.methods.gmp import gmp
+from fxsparse.methods.granet import granet
 from fxsparse.methods.gse import gse
+from fxsparse.methods.movement import movement
 from fxsparse.methods.rigl import rigl
 from fxsparse.methods.set_ import set_
 from fxsparse.methods.sparsegpt import sparsegpt
@@ -11,6 +15,8 @@ from fxsparse.methods.spartan import dual_averaging, imp, spartan
 from fxsparse.methods.sr_ste import sr_ste
 from fxsparse.methods.srigl import srigl
 from fxsparse.methods.static import static
+from fxsparse.methods.str_ import str_
+from fxsparse.methods.top_kast import top_kast
 from fxsparse.methods.wanda import wanda
 
 METHODS = (
@@ -26,15 +32,25 @@ METHODS = (
     sr_ste,
     wanda,
     sparsegpt,
+    acdc,
+    granet,
+    feather,
+    top_kast,
+    str_,
+    movement,
 )  # what the contract tests run over
 
 __all__ = [
     "METHODS",
+    "acdc",
     "dual_averaging",
+    "feather",
     "from_dict",
     "gmp",
+    "granet",
     "gse",
     "imp",
+    "movement",
     "rigl",
     "set_",
     "sparsegpt",
@@ -43,5 +59,7 @@ __all__ = [
     "srigl",
     "srigl_fan_in",
     "static",
+    "str_",
+    "top_kast",
     "wanda",
 ]

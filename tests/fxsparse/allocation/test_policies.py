@@ -23,7 +23,7 @@ def specs(shape):
 def target(specs, sparsity, **options):
     generator = torch.Generator().manual_seed(0)
     tensors = {s.name: torch.randn(s.shape, generator=generator) for s in sorted(specs, key=lambda s: s.name)}
-    return Target(sparsity, weight=tensors.__getitem__, **options)
+    return Target(sparsity, weight=tensors.__getitem__, score=tensors.__getitem__, **options)
 
 
 @policy
@@ -66,6 +66,7 @@ def test_names_and_tables_resolve():
 @pytest.mark.parametrize("wrong", ["ERK", None, 0.9])
 def test_an_unknown_policy_lists_the_known_ones(wrong):
     with pytest.raises(
-        PlanError, match=r"expected uniform, er, erk, er_unrolled, global_magnitude or {glob: sparsity}"
+        PlanError,
+        match=r"expected uniform, er, erk, er_unrolled, global_magnitude, global_score or {glob: sparsity}",
     ):
         check(wrong)

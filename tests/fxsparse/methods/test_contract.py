@@ -3,10 +3,14 @@ import pytest
 from fxsparse.method import Method
 from fxsparse.methods import (
     METHODS,
+    acdc,
     dual_averaging,
+    feather,
     gmp,
+    granet,
     gse,
     imp,
+    movement,
     rigl,
     set_,
     sparsegpt,
@@ -14,6 +18,8 @@ from fxsparse.methods import (
     sr_ste,
     srigl,
     static,
+    str_,
+    top_kast,
     wanda,
 )
 from fxsparse.pattern import NM, Block, ConstantFanIn, Pattern, Strided, Unstructured
@@ -36,6 +42,16 @@ FAST = {
     "imp": imp(steps=1250),
     "wanda": wanda(),
     "sparsegpt": sparsegpt(),
+    "acdc": acdc(
+        steps=2000,
+        compress=tuple(k / 1000 for k in range(1, 1000, 2)),
+        decompress=tuple(k / 1000 for k in range(2, 1000, 2)),
+    ),
+    "granet": granet(every=1, start=0, ramp=500, stop=1100),
+    "feather": feather(steps=1100),
+    "top_kast": top_kast(every=1),
+    "str": str_(initial=-1.0),
+    "movement": movement(steps=1100, warmup=50, cooldown=100),
 }
 PATTERNS = [Unstructured(), ConstantFanIn(), NM(2, 4), Block(2, 4), Strided(4)]
 

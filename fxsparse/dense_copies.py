@@ -1,0 +1,54 @@
+"""What dense copies of sparse weights are made with, and how large they may be."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxsparse.errors import PlanError
+from fxsparse.graph import owner
+from fxsparse.selection import to_mask
+from fxsparse.storage import CompactWeight, MaskedWeight
+
+
+def fill(model: nn.Module, values: Mapping[str, Any]) -> None:
+    """Give parameters and buffers these values; tied ones stay tied, and objects the same but for those on meta."""
+    named = list(model.named_parameters(remove_duplicate=False))
+    made = {
+        id(p): nn.Parameter(values[n].clone(), p.requires_grad) for n, p in named if p.is_meta and n in values
+    }
+    for name, parameter in named:
+        module, leaf = owner(model, name)
+        if id(parameter) in made:
+            module._parameters[leaf] = made[id(parameter)]
+        elif name in values:
+            parameter.data = values[name].clone()
+    known = dict(named)
+    model.load_state_dict({name: value for name, value in values.items() if name not in known}, strict=False)
+
+
+def numel_of(weight: CompactWeight | MaskedWeight) -> int:
+    """Entries of the dense weight."""
+    return torch.Size(weight.shape).numel()
+
+
+def mask_of(weight: CompactWeight | MaskedWeight) -> Tensor:
+    """Its mask in the dense shape, a copy."""
+    if isinstance(weight, MaskedWeight):
+        return weight.mask.clone()
+    return to_mask(weight.active(), weight.shape)
+
+
+def check_bytes(needed: int, max_bytes: int, call: str) -> None:
+    """PlanError where so many bytes are more than the caller allows."""
+    if needed > max_bytes:
+        raise PlanError(
+            f"{call}() would make {needed:,} bytes of dense tensors, more than max_bytes={max_bytes:,}: "
+            "pass names= of some weights, or a larger max_bytes=."
+        )
+
+
+def listed(names: Iterable[str]) -> tuple[str, ...]:
+    """One name alone stands for itself, not for its letters."""
+    return (names,) if isinstance(names, str) else tuple(names)

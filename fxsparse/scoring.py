@@ -1,0 +1,85 @@
+"""``saliency``: scores of a model's weights before training, for initial masks and for counts."""
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxsparse.allocation import Target
+from fxsparse.errors import NumericsError, PlanError
+from fxsparse.passes import planning_pipeline
+from fxsparse.pipeline import PassContext, run_passes
+from fxsparse.plans import Plan
+from fxsparse.report import Report
+from fxsparse.saliencies import snip as snip
+from fxsparse.scores import SALIENCIES, Given, Scoring
+from fxsparse.trace import capture
+
+_DROPOUT = (nn.modules.dropout._DropoutNd, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+def saliency(
+    model: nn.Module,
+    plan: Plan,
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+    batches: Iterable[Any] = (),
+    *,
+    example_inputs: Any = None,
+) -> dict[str, Tensor]:
+    """{weight: score of each entry} of every weight that the plan selects, by the score that its method names.
+
+    For ``compile(model, plan, initial_scores=...)``.  A copy of the model is scored in train mode with its dropout
+    modules off; `model` is left untouched.  With ``Plan(allocation="global_score")`` the largest of all scores
+    together decide how many entries each weight keeps, as in SNIP, GraSP and SynFlow; any other allocation gives the
+    counts, and scores only rank the entries of a weight.
+
+    Args:
+        loss_fn: (model, batch) -> scalar loss.
+        batches: whatever `loss_fn` takes; all are used.
+        example_inputs: as for `compile`.
+
+    Raises:
+        PlanError: the plan's method names no such score, or the model has no values.
+        NumericsError: a score that is inf or NaN.
+    """
+    init = plan.method.init
+    if not isinstance(init, Given) or init.name not in SALIENCIES:
+        raise PlanError(
+            f"saliency: expected a method whose init names one of {', '.join(sorted(SALIENCIES))}, such as "
+            f"static(score='snip'), got {plan.method.name} with another."
+        )
+    if plan.transform is not None:
+        raise PlanError("saliency: this plan transforms the model first, so its weights do not exist yet.")
+    meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if meta:
+        raise PlanError(
+            f"saliency: {meta[0]!r} is on the meta device and has no values to score; load them first."
+        )
+    names, density = _selected(model, plan, example_inputs)
+    own = copy.deepcopy(model).train()
+    for module in own.modules():
+        if isinstance(module, _DROPOUT):
+            module.eval()
+    for name in names:
+        own.get_parameter(name).requires_grad_(True)
+    found = SALIENCIES[init.name](Scoring(own, names, loss_fn, list(batches), density))
+    for name in names:
+        if not bool(found[name].isfinite().all()):
+            raise NumericsError(
+                f"saliency {init.name!r} of {name!r}: expected finite scores, got inf or NaN. Look at the loss on "
+                "these batches, and at the dtype of the model."
+            )
+    with torch.no_grad():
+        return {name: found[name].detach().clone() for name in names}
+
+
+def _selected(model: nn.Module, plan: Plan, example_inputs: Any) -> tuple[tuple[str, ...], float]:
+    """Names of the plan's weights, and the share of their entries that is to stay."""
+    ctx = PassContext(plan, "train", capture(model, example_inputs), Report(), example_inputs)
+    run_passes(planning_pipeline(None), ctx)
+    specs = list(ctx.weights.values())
+    numel = sum(spec.numel for spec in specs)
+    kept = Target(plan.sparsity or 0.0).free_total(specs)
+    return tuple(ctx.weights), kept / numel if numel else 1.0

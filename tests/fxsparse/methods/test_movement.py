@@ -1,0 +1,63 @@
+import pytest
+import torch
+from torch import nn
+
+import fxsparse
+from fxsparse import Plan
+from fxsparse.errors import PlanError
+from fxsparse.methods import movement
+from fxsparse.methods.movement import movement_map, ranks
+
+
+def test_scores_learn_by_gradient_times_weight_and_only_kept_weights_learn():
+    weight = torch.tensor([1.0, -2, 3], requires_grad=True)
+    scores = torch.zeros(3, requires_grad=True)
+    found = movement_map(weight, torch.tensor([True, False, True]), scores)
+    assert found.tolist() == [1.0, 0.0, 3.0]
+    found.backward(torch.tensor([1.0, 2.0, 5.0]))
+    assert weight.grad.tolist() == [1.0, 0.0, 5.0]
+    assert scores.grad.tolist() == [1.0, -4.0, 15.0]
+
+
+def test_the_share_kept_follows_the_papers_cubic():
+    method = movement(steps=1000, warmup=100, cooldown=200)
+    found = [method.nnz(step, 150_000, 1_000_000) / 1e6 for step in (0, 100, 275, 450, 625, 800, 801, 1000)]
+    assert found == pytest.approx([1, 1, 0.508594, 0.25625, 0.163281, 0.15, 0.15, 0.15], abs=1e-6)
+
+
+def test_equal_scores_go_by_magnitude_and_then_by_place():
+    scores, sizes = torch.tensor([0.0, 1, 0, 0]), torch.tensor([5.0, 0, 7, 5])
+    assert ranks(scores, sizes).tolist() == [1, 3, 2, 0]
+
+
+def test_scores_are_learned_without_decay_at_their_own_rate_and_are_gone_from_the_dense_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 8))
+    keys = list(model.state_dict())
+    method = movement(steps=20, warmup=2, cooldown=5, score_lr=10.0)
+    sparse = fxsparse.compile(model, Plan(sparsity=0.8, method=method, allocation="uniform"))
+    optimizer = torch.optim.AdamW(sparse.parameter_groups(0.01, weight_decay=0.1))
+    sparse.attach(optimizer)
+    assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.01, 0.1), (0.1, 0.0)]
+    for _ in range(20):
+        optimizer.zero_grad()
+        (sparse(torch.randn(12, 16)) - 1).square().mean().backward()
+        optimizer.step()
+    scores = sparse.get_parameter("0.weight_scores").detach()
+    mask = sparse.masks()["0.weight"]
+    assert int(mask.sum()) == 77
+    assert scores[mask].min() >= scores[~mask].max()
+    assert list(sparse.dense_state_dict()) == keys
+    assert list(sparse.to_dense().state_dict()) == keys
+    assert "0.weight_scores" in sparse.state_dict()
+    fast = fxsparse.compile(sparse.eval(), mode="infer")
+    assert not [key for key in fast.state_dict() if "scores" in key or "mask" in key]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"score_lr": 0}, "score_lr as a multiple"), ({"steps": 10}, r"warmup \+ cooldown below the 10 steps")],
+)
+def test_a_bad_option_is_named(options, message):
+    with pytest.raises(PlanError, match=message):
+        movement(**options)

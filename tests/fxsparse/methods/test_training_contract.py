@@ -1,0 +1,144 @@
+"""What every method keeps while a real model trains: counts, state, checkpoints, folding, two frames."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import fxsparse
+from fxsparse import Plan
+from fxsparse.methods import (
+    METHODS,
+    acdc,
+    dual_averaging,
+    feather,
+    gmp,
+    granet,
+    gse,
+    imp,
+    movement,
+    rigl,
+    set_,
+    spartan,
+    sr_ste,
+    srigl,
+    static,
+    str_,
+    top_kast,
+)
+from fxsparse.storage import MaskedWeight
+
+STEPS = 16
+SHORT = {
+    "static": static(),
+    "set": set_(every=2),
+    "rigl": rigl(every=3, stop=100),
+    "srigl": srigl(every=3, stop=100),
+    "gse": gse(every=3, stop=100),
+    "gmp": gmp(start=2, stop=10, every=2),
+    "sr_ste": sr_ste(),
+    "spartan": spartan(steps=STEPS),
+    "dual_averaging": dual_averaging(steps=STEPS),
+    "imp": imp(steps=STEPS),
+    "acdc": acdc(steps=STEPS, compress=(0.2, 0.7), decompress=(0.45,)),
+    "granet": granet(every=2, ramp=10, stop=STEPS),
+    "feather": feather(steps=STEPS),
+    "top_kast": top_kast(every=3),
+    "str": str_(initial=-3.0, weight_decay=0.01),
+    "movement": movement(steps=STEPS, warmup=2, cooldown=4),
+}
+"""Every exported method on a schedule that moves its masks within `STEPS`."""
+BATCHES = [torch.randn(12, 16, generator=torch.Generator().manual_seed(at)) for at in range(STEPS)]
+
+
+def build(method, sparsity=0.8):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 8))
+    sparse = fxsparse.compile(model, Plan(sparsity=sparsity, storage="masked", method=method))
+    optimizer = torch.optim.SGD(sparse.parameter_groups(0.05, weight_decay=1e-3), momentum=0.9)
+    sparse.attach(optimizer)
+    return sparse, optimizer
+
+
+def step(sparse, optimizer, at, call=None):
+    optimizer.zero_grad()
+    ((sparse if call is None else call)(BATCHES[at]) - 1).square().mean().backward()
+    optimizer.step()
+
+
+def total(sparse):
+    return sum(int(mask.sum()) for mask in sparse.masks().values())
+
+
+def test_every_exported_method_trains_here():
+    assert {build().name for build in METHODS if build().one_shot is None} == set(SHORT)
+
+
+@pytest.mark.parametrize("method", SHORT.values(), ids=SHORT)
+def test_a_run_ends_on_its_count_and_goes_on_from_any_step_bit_for_bit(method):
+    """The checkpoint is taken at step 7, in the middle of every ramp and phase, and pickled with the module."""
+    sparse, optimizer = build(method)
+    for at in range(7):
+        step(sparse, optimizer, at)
+    saved = copy.deepcopy((sparse.state_dict(), optimizer.state_dict()))
+    resumed, again = build(method)
+    resumed.load_state_dict(saved[0])
+    again.load_state_dict(saved[1])
+    for at in range(7, STEPS):
+        step(sparse, optimizer, at)
+        step(resumed, again, at)
+    for name, value in sparse.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    if not method.learned_nnz and not method.varying_nnz:
+        assert total(sparse) == sum(row["nnz"] for row in sparse.report.layers)
+    twin = pickle.loads(pickle.dumps(sparse))
+    for name, value in sparse.state_dict().items():
+        assert torch.equal(value, twin.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("method", SHORT.values(), ids=SHORT)
+def test_what_is_folded_is_what_the_module_computes(method):
+    sparse, optimizer = build(method)
+    user_keys = set(nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 8)).state_dict())
+    for at in range(9):
+        step(sparse, optimizer, at)
+    expected = sparse.eval()(BATCHES[0]).detach()
+    assert set(sparse.dense_state_dict()) == user_keys
+    torch.testing.assert_close(sparse.to_dense()(BATCHES[0]).detach(), expected)
+    fast = fxsparse.compile(sparse, mode="infer", example_inputs=BATCHES[0])
+    torch.testing.assert_close(fast(BATCHES[0]), expected, rtol=1e-4, atol=1e-5)
+    masks = sparse.masks()
+    for name, weight in sparse.dense_state_dict(["0.weight", "2.weight"]).items():
+        assert not weight[~masks[name]].any()
+
+
+@pytest.mark.parametrize("method", SHORT.values(), ids=SHORT)
+def test_state_of_entries_follows_the_mask(method):
+    """Where pruned entries are 0 in storage their optimizer state is too, unless the method says that it stays."""
+    sparse, optimizer = build(method)
+    for at in range(9):
+        step(sparse, optimizer, at)
+        for _, weight in sparse.weights():
+            assert isinstance(weight, MaskedWeight)
+            if not method.reparam.exact_zeros:
+                continue
+            assert not weight.parameter[~weight.mask].any()
+            if not method.keeps_state:
+                state = optimizer.state[weight.parameter].get("momentum_buffer")
+                assert state is None or not state[~weight.mask].any()
+
+
+@pytest.mark.parametrize("method", SHORT.values(), ids=SHORT)
+def test_two_frames_at_most_and_the_same_run(method):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    (sparse, optimizer), (plain, other) = build(method), build(method)
+    call = torch.compile(sparse, backend=counter, fullgraph=True)
+    for at in range(STEPS):
+        step(sparse, optimizer, at, call)
+        step(plain, other, at)
+    assert counter.frame_count <= 2
+    assert total(sparse) == total(plain)
