@@ -33,6 +33,8 @@ class Problem:
     """What the values may be stored in, too, narrower than `dtype`; inference only."""
     group: tuple[int, int] | None = None
     """(N, M) where every aligned group of M inputs has at most N nonzeros (``formats.nm.group_of``)."""
+    strides: int | None = None
+    """M where no two of M inputs that lie a stride apart have nonzeros (``formats.strided.strides_of``)."""
 
     @property
     def is_full(self) -> bool:
@@ -227,7 +229,9 @@ def _either_mode(kernel: Kernel, dtype: torch.dtype) -> list[str]:
         nnz = torch.Size(shape).numel() // 8
         cell = (kernel.op, shape, 64, nnz, dtype, torch.device(device), training, 8, given, True)
         missing = ["there is no GPU here"] if device == "cuda" and not torch.cuda.is_available() else []
-        found.append([*kernel.refuses(Problem(*cell, values=kernel.values, group=(1, 8))), *missing])
+        found.append(
+            [*kernel.refuses(Problem(*cell, values=kernel.values, group=(1, 8), strides=8)), *missing]
+        )
     return min(found, key=lambda why: (any(reason.startswith("it runs on ") for reason in why), len(why)))
 
 

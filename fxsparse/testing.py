@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxsparse.choosing import stored
-from fxsparse.formats import bsr, condensed, nm
+from fxsparse.formats import bsr, condensed, nm, strided
 from fxsparse.guards import forbid_host_reads as forbid_host_reads
 from fxsparse.guards import forbid_tensors_of as forbid_tensors_of
 from fxsparse.guards import poisoned_memory as poisoned_memory
@@ -21,11 +21,11 @@ from fxsparse.kernel import OF_THE_WEIGHT, Entries, Kernel, Problem, tolerance
 from fxsparse.kernels.library import ACTIVATIONS, activate
 from fxsparse.method_checks import check_method as check_method
 from fxsparse.method_checks import view_of as view_of
-from fxsparse.pattern import NM, Pattern
+from fxsparse.pattern import NM, Pattern, Strided
 from fxsparse.selection import to_positions
 
 BLOCKS = ((4, 4), (8, 8), (32, 32), (1, 16), (4, 1))
-GROUPS = ((2, 4), (1, 8), (7, 16))
+PATTERNS = (NM(2, 4), NM(1, 8), NM(7, 16), Strided(4), Strided(10))
 SHAPES = ((1, 3), (37, 53), (64, 32), (16, 200), (130, 17))
 """(out, in): odd sizes, whole and broken blocks, wide and tall."""
 DENSITIES = (0.0, 0.2, 1.0)
@@ -100,12 +100,12 @@ def problem_of(
     mask = weight.flatten(1) != 0
     fan_in = condensed.fan_in(mask)
     shape, nnz = tuple(weight.shape), int(mask.sum())
-    given = tuple((arguments or {}).items())
-    blocked = weight.dim() == 2 and bsr.block_of(mask) != (1, 1)
-    group = nm.group_of(mask) if weight.dim() == 2 else None
+    given, flat = tuple((arguments or {}).items()), weight.dim() == 2
+    blocked = flat and bsr.block_of(mask) != (1, 1)
+    group, strides = (nm.group_of(mask), strided.strides_of(mask)) if flat else (None, None)
     device, values = weight.device, kernel.values
     return Problem(
-        kernel.op, shape, batch, nnz, dtype, device, training, fan_in, given, blocked, values, group
+        kernel.op, shape, batch, nnz, dtype, device, training, fan_in, given, blocked, values, group, strides
     )
 
 
@@ -142,9 +142,9 @@ def _problems(op: str) -> Iterator[tuple[Tensor, tuple[int, ...], dict[str, Any]
             size = (*batch, 3 * block[1])
             weight = kept * sparse_weight((5 * block[0], 3 * block[1]), 1.0)
             yield weight, size, {"in_features": size[-1]}
-        for (n, m), batch in itertools.product(GROUPS, BATCHES):
-            score = sparse_weight((37, 3 * m), 1.0)
-            yield score * NM(n, m).project(score, 0), (*batch, 3 * m), {"in_features": 3 * m}
+        for pattern, batch in itertools.product(PATTERNS, BATCHES):
+            score, size = sparse_weight((37, 3 * pattern.m), 1.0), (*batch, 3 * pattern.m)
+            yield score * pattern.project(score, 0), size, {"in_features": size[-1]}
         return
     for (shape, size, given), density, samples in itertools.product(CONVOLUTIONS, DENSITIES, SAMPLES):
         weight = sparse_weight((shape[0], prod(shape[1:])), density).view(shape)

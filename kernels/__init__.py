@@ -25,6 +25,7 @@ from fxsparse.kernels.onednn.linear import onednn_linear
 from fxsparse.kernels.pool.max_pool import max_pool2d
 from fxsparse.kernels.semi_structured.linear import semi_structured_linear
 from fxsparse.kernels.soft_topk.shift import soft_topk_shift
+from fxsparse.kernels.strided.linear import strided_linear
 from fxsparse.kernels.striped.linear import striped_linear
 from fxsparse.kernels.top_mask.select import top_of_rows
 
@@ -57,6 +58,7 @@ __all__ = [
     "scaled_dot_product_attention",
     "semi_structured_linear",
     "soft_topk_shift",
+    "strided_linear",
     "striped_linear",
     "to_lanes",
     "top_of_rows",

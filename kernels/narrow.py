@@ -14,6 +14,7 @@ from fxsparse.kernel import Cost, Entries, Kernel, Problem, packed, register, re
 from fxsparse.kernels.csr.linear import CSR, CSR_ON_GPU
 from fxsparse.kernels.lookup.linear import LOOKUP
 from fxsparse.kernels.nm_lanes.linear import NM_LANES
+from fxsparse.kernels.strided.linear import STRIDED
 from fxsparse.kernels.striped.linear import STRIPED
 
 
@@ -66,6 +67,8 @@ def pack_rounded(kernel: Kernel, values: Tensor | Entries, scales: Tensor) -> Ma
 
 
 NARROW = tuple(
-    register(narrowed(kernel, name)) for name in narrow.DTYPES for kernel in (CSR, LOOKUP, STRIPED, NM_LANES)
+    register(narrowed(kernel, name))
+    for name in narrow.DTYPES
+    for kernel in (CSR, LOOKUP, STRIPED, NM_LANES, STRIDED)
 )
 NARROW_ON_GPU = tuple(register(narrowed(CSR_ON_GPU, name)) for name in narrow.DTYPES)

@@ -49,7 +49,7 @@ def _detect_in_entries(name: str, ctx: PassContext) -> None:
     constant = len(filled) > 0 and bool((filled == filled[0]).all())
     pattern = Unstructured()
     if constant:
-        m = strided.groups_of(entries.indices[1], int(filled[0]), prod(entries.shape[1:]))
+        m = strided.exact_strides(entries.indices[1], int(filled[0]), prod(entries.shape[1:]))
         pattern = ConstantFanIn(int(filled[0])) if m is None else Strided(m)
     ctx.decisions[name] = Decision(pattern, 1 - nnz / ctx.weights[name].numel, nnz)
     if len(filled) < len(counts):
@@ -72,10 +72,11 @@ def detect(mask: Tensor) -> Pattern:
         n = _ones_per_group(filled, size)
         if n is not None:
             return NM(n, size)
-    if (m := strided.stride_of(filled.flatten(1))) is not None:
-        return Strided(m)
     k = condensed.fan_in(filled.flatten(1))
-    return Unstructured() if k is None else ConstantFanIn(k)
+    if k is None:
+        return Unstructured()
+    m = strided.exact_strides(filled.flatten(1).nonzero()[:, 1], k, prod(mask.shape[1:]))
+    return ConstantFanIn(k) if m is None else Strided(m)
 
 
 def _ones_per_group(mask: Tensor, size: int) -> int | None:

@@ -12,7 +12,7 @@ from torch.fx.node import map_arg
 
 from fxsparse import choosing, kernel
 from fxsparse.choosing import Choice
-from fxsparse.formats import condensed, nm
+from fxsparse.formats import condensed, nm, strided
 from fxsparse.graph import (
     CONVOLUTION,
     Site,
@@ -231,6 +231,7 @@ def site_problem(
         is_blocked=is_blocked,
         values=values,
         group=nm.group_of(weight != 0) if weight.dim() == 2 else None,
+        strides=strided.strides_of(weight != 0) if weight.dim() == 2 else None,
     )
 
 

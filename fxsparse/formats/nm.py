@@ -1,4 +1,7 @@
-"""N:M: at most N nonzeros in every aligned group of M inputs, as N values of each group and their places in it."""
+"""N:M: at most N nonzeros in every aligned group of M inputs, as N values of each group and their places in it.
+
+Strided 1:M (`strided.pack_rows`) has other groups, {g, g + C/M, g + 2 C/M, ...} of C inputs; all else is the same.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -53,12 +56,18 @@ def pack(weight: Tensor, group: tuple[int, int] | None = None) -> Mapping[str, T
     }
 
 
+def sizes_of(group: Tensor) -> tuple[int, int, bool]:
+    """N, M, and whether groups are strided."""
+    return group.shape[1], group.shape[2], group.dim() == 4
+
+
 def to_dense(values: Tensor, positions: Tensor, group: Tensor) -> Tensor:
-    """The weight [out, in] that `pack` took apart; differentiable in `values`."""
-    n, m = group.shape[1:]
+    """The weight [out, in] that `pack` or ``strided.pack_rows`` took apart; differentiable in `values`."""
+    n, m, is_strided = sizes_of(group)
     groups = values.unflatten(1, (-1, n))
     dense = groups.new_zeros(*groups.shape[:2], m)
-    return dense.scatter(2, positions.unflatten(1, (-1, n)).long(), groups).flatten(1)
+    dense = dense.scatter(2, positions.unflatten(1, (-1, n)).long(), groups)
+    return (dense.transpose(1, 2) if is_strided else dense).flatten(1)
 
 
 def check(weight: Tensor, n: int, m: int) -> tuple[int, int]:

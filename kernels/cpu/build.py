@@ -20,7 +20,7 @@ INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512vbmi", "avx512bf16")
 """What the kernels are compiled for; the best one that the CPU has is used."""
 
 _OPS = ("csr_forward", "csr_backward", "csr_sample", "condensed_forward", "lookup_forward", "striped_forward")
-_OPS += ("bsr_forward", "nm_lanes_forward")
+_OPS += ("bsr_forward", "nm_lanes_forward", "strided_forward")
 _OPS += (
     "csr_conv_forward",
     "csr_conv_backward",
@@ -202,7 +202,7 @@ def _compile(compiler: list[str], folder: Path) -> None:
             units[name] = ["products.cpp", f"-DFXSPARSE_TABLE=table_{name}", *flags]
             units[f"tiles_{name}"] = ["tiles.cpp", f"-DFXSPARSE_TILES=tiles_{name}", *flags]
             units[f"lanes_{name}"] = ["lanes.cpp", f"-DFXSPARSE_LANES=lanes_{name}", *flags]
-            units[f"nm_{name}"] = ["nm.cpp", f"-DFXSPARSE_NM=multiply_chunks_{name}", *flags]
+            units[f"nm_{name}"] = ["nm.cpp", f"-DFXSPARSE_NM=nm_{name}", *flags]
             units[f"attend_{name}"] = ["attend.cpp", f"-DFXSPARSE_ATTEND=attend_{name}", *flags]
     if _X86:
         units |= _BEYOND

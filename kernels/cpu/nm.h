@@ -1,4 +1,4 @@
-// Products with N:M weights: what each instruction set provides.
+// Products with N:M and strided 1:M weights: what each instruction set provides.
 #pragma once
 #include "table.h"
 
@@ -13,16 +13,21 @@ struct Chunks {
   Scalar scalar;
   const uint32_t* places;  // [groups, runs, 16]
   int64_t groups, runs, run, steps;
-  int64_t rows;
+  int64_t rows, chunks;
 
   int64_t slots() const { return runs * run * steps * kChunk16; }  // of a group
+  int64_t width() const { return chunks * kChunk16; }              // inputs of a token, filled up with zeros
 };
 
-// dst[t, r] = activation(sum of values * x[t, ...] + bias) for all tokens of x [tokens, features] and the rows of the
-// groups begin <= g < end.
-using MultiplyChunks = void(const float* x, int64_t features, const Chunks&, int64_t begin, int64_t end, const Epilogue&,
-                            const Matrix& dst);
+struct NmTable {
+  // The inputs of a strided weight, as formats/strided.py sorts them: to [tokens, chunks * 16] of the tokens begin <= t < end
+  // of x [tokens, features].
+  void (*arrange)(const float* x, int64_t features, int64_t strides, int64_t begin, int64_t end, int64_t chunks, float* to);
+  // dst[t, r] = activation(sum of values * x[t, ...] + bias) for all tokens of x [tokens, chunks * 16] and the rows of the
+  // groups begin <= g < end.
+  void (*multiply)(const float* x, const Chunks&, int64_t begin, int64_t end, const Epilogue&, const Matrix& dst);
+};
 
-MultiplyChunks multiply_chunks_portable, multiply_chunks_avx2, multiply_chunks_avx512;
+const NmTable &nm_portable(), &nm_avx2(), &nm_avx512();
 
 }  // namespace fxsparse

@@ -23,10 +23,13 @@ class Launch:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-def of_tiles(tokens: int, n: int, m: int, itemsize: int) -> Sequence[Launch]:
-    """For tensor cores: 128 bytes of inputs at a time; fewer rows for a few tokens or many values."""
+def of_tiles(tokens: int, n: int, m: int, itemsize: int, strided: bool = False) -> Sequence[Launch]:
+    """For tensor cores: 128 bytes of inputs at a time; fewer rows for a few tokens or many values.
+
+    Those of strided groups are in M places, at least 4 in each.
+    """
     most = min(128, max(16, 1 << max(0, tokens - 1).bit_length()))
-    inputs = max(128 // itemsize, m)
+    inputs = max(128 // itemsize, 4 * m if strided else m)
     first = Launch(128 if n <= 2 and most >= 64 else 64, most, inputs, 8 if most >= 64 else 4, 3)
     others = [
         replace(first, rows=first.rows // 2),

@@ -1,10 +1,10 @@
-"""Inference of N:M linear layers on the GPU: memory holds N values of every M inputs, registers the zeros."""
+"""Inference of N:M and strided 1:M linear layers on the GPU: memory holds N of every M inputs, registers the zeros."""
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fxsparse.formats import nm
+from fxsparse.formats import nm, strided
 from fxsparse.kernel import Cost, Kernel, Problem, register
 from fxsparse.kernels import gpu
 from fxsparse.kernels.library import (
@@ -30,7 +30,7 @@ def nm_linear(
     activation: str = "none",
     residual: Tensor | None = None,
 ) -> Tensor:
-    """``activation(x @ W^T + bias + residual)`` [..., out] for W from ``formats.nm.pack``; inference only.
+    """``activation(x @ W^T + bias + residual)`` [..., out] for W of ``nm.pack`` or ``strided.pack_rows``; inference.
 
     x [..., in], values and residual [..., out] are of one floating dtype; sums in fp32 (fp64 for fp64).  Zeros that
     fill up a group multiply an input by 0, as a dense weight does.
@@ -45,7 +45,7 @@ def nm_linear(
 
 def inputs_of(values: Tensor, group: Tensor) -> int:
     """How many inputs the weight has."""
-    n, m = group.shape[1:]
+    n, m, _ = nm.sizes_of(group)
     return values.shape[1] // n * m
 
 
@@ -123,10 +123,20 @@ def _refuses(problem: Problem) -> list[str]:
     if problem.group is None:
         return [*reasons, "the zeros are not N:M"]
     n, m = problem.group
-    stored = torch.Size(problem.shape).numel() * n / m / max(1, problem.nnz)
-    return reasons + (
-        [f"as {n}:{m} it would store {stored:.1f} slots a nonzero"] if stored > _MOST_STORED else []
-    )
+    return reasons + _too_empty(problem, n / m, f"{n}:{m}")
+
+
+def _refuses_strided(problem: Problem) -> list[str]:
+    reasons = gpu.refuses(problem) + (["it has no gradient"] if problem.training else [])
+    m = problem.strides
+    if m is None or m & (m - 1):
+        return [*reasons, "the zeros are not strided 1:M, M a power of 2 up to 16"]
+    return reasons + _too_empty(problem, 1 / m, f"strided 1:{m}")
+
+
+def _too_empty(problem: Problem, density: float, name: str) -> list[str]:
+    stored = torch.Size(problem.shape).numel() * density / max(1, problem.nnz)
+    return [f"as {name} it would store {stored:.1f} slots a nonzero"] if stored > _MOST_STORED else []
 
 
 def _cost(problem: Problem) -> Cost:
@@ -134,3 +144,8 @@ def _cost(problem: Problem) -> Cost:
 
 
 NM = register(Kernel("cuda-nm", "linear", "nm", nm.pack, _run, _reference, _refuses, _cost))
+STRIDED = register(
+    Kernel(
+        "cuda-strided", "linear", "nm-strided", strided.pack_rows, _run, _reference, _refuses_strided, _cost
+    )
+)

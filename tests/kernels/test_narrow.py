@@ -10,7 +10,7 @@ from fxsparse.formats import narrow
 from fxsparse.kernel import candidates, registered, tolerance
 from fxsparse.kernels import NARROW, cpu
 from fxsparse.kernels.cpu.build import INSTRUCTION_SETS
-from fxsparse.pattern import NM
+from fxsparse.pattern import NM, Strided
 
 COMPILED = pytest.mark.skipif(cpu.availability() is not None, reason=str(cpu.availability()))
 NAMES = [kernel.name for kernel in NARROW]
@@ -19,14 +19,15 @@ EACH = pytest.mark.parametrize("name", NAMES)
 
 def problem(name, **change):
     return testing.problem_of(
-        registered()[name], grouped((37, 300)), 1, change.pop("dtype", torch.float32), False
+        registered()[name], grouped(name, (37, 300)), 1, change.pop("dtype", torch.float32), False
     )
 
 
-def grouped(shape):
-    """A weight with one entry in four inputs, and with empty rows."""
+def grouped(name, shape):
+    """A weight with one entry in four inputs, and with empty rows, as the kernel needs them."""
     weight = testing.sparse_weight(shape, 1.0)
-    weight = weight * NM(1, 4).project(weight.abs(), 0)
+    pattern = Strided(4) if "strided" in name else NM(1, 4)
+    weight = weight * pattern.project(weight.abs(), 0)
     weight[::12] = 0
     return weight
 
@@ -34,7 +35,7 @@ def grouped(shape):
 def call(name, dtype=torch.float32, batch=3, shape=(37, 300)):
     """A call of the kernel: x, bias, residual, and the buffers of a weight with empty rows."""
     generator = torch.Generator().manual_seed(0)
-    weight = grouped(shape).to(dtype)
+    weight = grouped(name, shape).to(dtype)
     x, bias = torch.randn(batch, shape[1], generator=generator), torch.randn(shape[0], generator=generator)
     residual = torch.randn(batch, shape[0], generator=generator)
     buffers = tuple(registered()[name].pack(weight).values())
@@ -91,6 +92,7 @@ OPS = {
     "lookup": "lookup_forward",
     "striped": "striped_forward",
     "nm-lanes": "nm_lanes_forward",
+    "strided": "strided_forward",
 }
 
 
@@ -98,7 +100,7 @@ OPS = {
 def test_ops_pass_opcheck(name):
     _, buffers, x, bias, residual = call(name)
     layout = registered()[name].format
-    width = () if layout in ("striped", "nm-lanes") else (300,)
+    width = () if layout in ("striped", "nm-lanes", "strided") else (300,)
     arguments = (x, *buffers[:-1], *width, bias, 1, residual, buffers[-1])
     opcheck(getattr(torch.ops.fxsparse, OPS[layout]).default, arguments)
 

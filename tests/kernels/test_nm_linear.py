@@ -7,11 +7,11 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxsparse import testing
-from fxsparse.errors import UnsupportedError
-from fxsparse.formats import nm
+from fxsparse.errors import PatternError, UnsupportedError
+from fxsparse.formats import nm, strided
 from fxsparse.kernel import Problem, registered
 from fxsparse.kernels import nm_linear
-from fxsparse.pattern import NM
+from fxsparse.pattern import NM, Strided
 
 ENTRY = registered()["cuda-nm"]
 
@@ -26,6 +26,24 @@ def test_what_runs_without_a_gpu_fulfils_the_contract():
         return ENTRY.refuses(replace(problem, device=torch.device("cuda")))
 
     assert testing.check_kernel(replace(ENTRY, refuses=refuses)) >= 20
+
+
+def test_strided_groups_fulfil_the_contract_too():
+    entry = registered()["cuda-strided"]
+
+    def refuses(problem):
+        return entry.refuses(replace(problem, device=torch.device("cuda")))
+
+    assert testing.check_kernel(replace(entry, refuses=refuses)) >= 8
+    problem = Problem(
+        "linear", (64, 60), 4, 384, torch.float16, torch.device("cuda"), training=False, strides=10
+    )
+    assert entry.refuses(problem) == ["the zeros are not strided 1:M, M a power of 2 up to 16"]
+    assert entry.refuses(replace(problem, strides=4, nnz=960)) == []
+    with pytest.raises(
+        PatternError, match=r"M a power of 2, got a weight \[8, 60\] with 48 nonzeros and M 10"
+    ):
+        strided.pack_rows(torch.rand(8, 60) * Strided(10).project(torch.rand(8, 60), 0))
 
 
 def test_the_op_passes_opcheck_and_counts_stored_values():

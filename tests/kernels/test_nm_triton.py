@@ -1,48 +1,54 @@
 """The GPU's products with N:M weights, without a GPU: in Triton's interpreter, and their code for other machines."""
 
+from collections.abc import Mapping
 from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fxsparse.formats import nm
-from fxsparse.kernel import registered
+from fxsparse.formats import nm, strided
 from fxsparse.kernels import nm_linear
-from fxsparse.pattern import NM
+from fxsparse.pattern import NM, Strided
 from tests.kernels.interpreter import check_sums, interpreted
 
 pytest.importorskip("triton")
-GROUPS = [(1, 4), (2, 4), (3, 8), (2, 16)]
+PATTERNS = [NM(1, 4), NM(2, 4), NM(3, 8), NM(2, 16), Strided(4), Strided(16)]
 
 
-def weight_of(group: tuple[int, int], rows: int, groups: int, density: float) -> torch.Tensor:
+def weight_of(pattern: NM | Strided, rows: int, groups: int, density: float) -> torch.Tensor:
     """With that share of the entries which the pattern allows; its first row is empty below 1."""
-    score = torch.rand(rows, groups * group[1])
-    weight = torch.randn(score.shape) * NM(*group).project(score, 0) * (torch.rand(score.shape) < density)
+    score = torch.rand(rows, groups * pattern.m)
+    weight = torch.randn(score.shape) * pattern.project(score, 0) * (torch.rand(score.shape) < density)
     weight[0] *= density == 1
     return weight
 
 
-def compare(groups: list[tuple[int, int]], tokens: list[int], dtypes: list[torch.dtype]) -> int:
+def packed(weight: torch.Tensor, pattern: NM | Strided) -> Mapping[str, torch.Tensor]:
+    if isinstance(pattern, NM):
+        return nm.pack(weight, (pattern.n, pattern.m))
+    return strided.pack_rows(weight, pattern.m)
+
+
+def compare(patterns: list[NM | Strided], tokens: list[int], dtypes: list[torch.dtype]) -> int:
     """Runs in the interpreter: the kernel beside the exact product, over memory that is NaN until written."""
     from fxsparse.kernels.library import ACTIVATIONS, activate
     from fxsparse.kernels.nm import _triton
     from fxsparse.testing import poisoned_memory
 
-    cases = list(product(groups, tokens, dtypes))
-    for seed, (group, count, dtype) in enumerate(cases):
+    cases = list(product(patterns, tokens, dtypes))
+    for seed, (pattern, count, dtype) in enumerate(cases):
         torch.manual_seed(seed)
         density = (0.6, 1.0, 0.0)[seed % 4 % 3]
         rows, code = (37, 150)[seed % 2], seed % len(ACTIVATIONS)
         groups_of_row = (5, 40 if count > 8 else 300)[seed % 2]  # the gather takes 512 values at a time
-        weight = weight_of(group, rows, groups_of_row, density).to(dtype)
+        weight = weight_of(pattern, rows, groups_of_row, density).to(dtype)
         features = weight.shape[1]
         x = torch.randn(count, 2 * features).to(dtype)[:, ::2]
         bias = torch.randn(rows).to(dtype) if seed % 2 else None
         residual = torch.randn(rows, count).to(dtype).T if seed % 3 else None
         with poisoned_memory():
-            y = _triton.forward(x, **nm.pack(weight, group), bias=bias, activation=code, residual=residual)
+            y = _triton.forward(x, **packed(weight, pattern), bias=bias, activation=code, residual=residual)
         exact = x.double() @ weight.double().T
         for added in (bias, residual):
             exact += 0 if added is None else added.double()
@@ -54,11 +60,12 @@ def test_the_interpreter_gives_the_product() -> None:
     types = "[torch.float32, torch.bfloat16, torch.float16]"
     made = interpreted(
         __name__,
-        f"compare(GROUPS, [17], {types})",
-        f"compare([(2, 4), (3, 8)], [1, 7], {types})",
-        "compare([(2, 4), (8, 16)], [9, 150], [torch.float32])",
+        f"compare(PATTERNS[:4], [17], {types})",
+        f"compare([NM(2, 4), NM(3, 8)], [1, 7], {types})",
+        "compare([NM(2, 4), NM(8, 16)], [9, 150], [torch.float32])",
+        "compare([Strided(4), Strided(16)], [3, 17, 40], [torch.bfloat16])",
     )
-    assert made == ["12", "12", "4"]
+    assert made == ["12", "12", "4", "6"]
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
@@ -67,7 +74,12 @@ def test_forms_compile_ahead_of_time_without_spills(capability: int, monkeypatch
     from benchmarks.triton_ahead import compiled
     from fxsparse.kernels.nm import _triton
 
-    asked = ("2:4 torch.bfloat16, 128", "2:8 torch.float32, 64", "1:4 torch.bfloat16, 8")
+    asked = (
+        "2:4 torch.bfloat16, 128",
+        "2:8 torch.float32, 64",
+        "1:4 torch.bfloat16, 8",
+        "strided 1:4 torch.bfloat16, 128",
+    )
     made = [compiled(*v, capability) for v in _triton.variants() if v[0].startswith(asked)]
     assert len(made) == len(asked)
     assert {row["spilled bytes"] for row in made} == {0}
@@ -92,13 +104,13 @@ def test_launches_are_few_and_the_default_is_the_first() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("tokens", [1, 8, 33, 300])
-def test_a_gpu_gives_the_product(dtype: torch.dtype, group: tuple[int, int], tokens: int) -> None:
-    weight = weight_of(group, 530, 60, 1.0).to("cuda", dtype)
+def test_a_gpu_gives_the_product(dtype: torch.dtype, pattern: NM | Strided, tokens: int) -> None:
+    weight = weight_of(pattern, 530, 60, 1.0).to("cuda", dtype)
     x = torch.randn(tokens, weight.shape[1], device="cuda", dtype=dtype)
     bias = torch.randn(530, device="cuda", dtype=dtype)
-    y = nm_linear(x, **registered()["cuda-nm"].pack(weight), bias=bias, activation="gelu")
+    y = nm_linear(x, **packed(weight, pattern), bias=bias, activation="gelu")
     exact = F.gelu(x.double() @ weight.double().T + bias.double())
     allowed = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
     assert (y.double() - exact).abs().max() < allowed * exact.abs().max()

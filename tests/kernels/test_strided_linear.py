@@ -1,0 +1,126 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+import fxsparse
+from fxsparse import Plan, choosing
+from fxsparse.formats import strided
+from fxsparse.kernel import Problem, candidates, registered, tolerance
+from fxsparse.kernels import cpu, strided_linear
+from fxsparse.kernels.cpu.build import INSTRUCTION_SETS
+from fxsparse.pattern import Strided
+
+COMPILED = pytest.mark.skipif(cpu.availability() is not None, reason=str(cpu.availability()))
+
+
+def packed(m=4, shape=(70, 320), dtype=torch.float32):
+    score = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    weight = (score * Strided(m).project(score.abs(), 0)).to(dtype)
+    return weight, tuple(strided.pack(weight).values())
+
+
+@COMPILED
+@pytest.mark.parametrize("level", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("m", [2, 4, 10, 16])
+def test_every_tile_is_right_on_every_instruction_set(m, dtype, level, instruction_set):
+    if instruction_set(level) != level:
+        pytest.skip(f"this CPU has no {level}")
+    for shape in ((70, 21 * m), (129, m), (5, 128 * m)):
+        weight, buffers = packed(m, shape, dtype)
+        bias = torch.randn(shape[0]).to(dtype)
+        for batch in (1, 2, 3, 4, 7, 8, 9, 40):
+            x = torch.randn(batch, shape[1]).to(dtype)
+            exact = F.gelu(F.linear(x.double(), weight.double(), bias.double()))
+            scale = F.linear(x.double().abs(), weight.double().abs(), bias.double().abs()).max()
+            error = (strided_linear(x, *buffers, bias, "gelu").double() - exact).abs().max() / scale
+            assert error < tolerance(dtype, shape[1] + 1)
+
+
+@COMPILED
+@pytest.mark.parametrize("batch", [1, 320])
+def test_threads_do_not_change_a_bit(batch):
+    _, buffers = packed(shape=(1030, 320))
+    x, before, results = torch.randn(batch, 320), torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(strided_linear(x, *buffers))
+    torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_op_passes_opcheck():
+    _, buffers = packed()
+    opcheck(torch.ops.fxsparse.strided_forward.default, (torch.randn(3, 320), *buffers, torch.randn(70), 1))
+
+
+def test_counted_flops_are_two_per_slot_and_token():
+    _, buffers = packed()
+    with FlopCounterMode(display=False) as counter:
+        strided_linear(torch.randn(3, 5, 320), *buffers)
+    assert counter.get_total_flops() == 2 * 15 * buffers[0].numel()
+
+
+@COMPILED
+def test_broken_buffers_are_refused():
+    _, (values, places, dense) = packed()
+    x = torch.randn(2, 320)
+    with pytest.raises(RuntimeError, match=r"expected values \[groups, runs, run, steps, 16\]"):
+        strided_linear(x, values[0], places, dense)
+    with pytest.raises(RuntimeError, match="expected places int32"):
+        strided_linear(x, values, places.long(), dense)
+    with pytest.raises(RuntimeError, match="expected chunks for 70 x 640"):
+        strided_linear(torch.randn(2, 640), values, places, torch.empty(0, 70, 640, 4, dtype=torch.uint8))
+    for m in (1, 3, 32):
+        with pytest.raises(RuntimeError, match="expected 2 to 16 strides of 320 inputs, got"):
+            strided_linear(x, values, places, torch.empty(0, 70, 320, m, dtype=torch.uint8))
+    for size in ((5, 0, 2, 4, 16), (5, 10, 2, 0, 16), (2**60 + 1, 1, 1, 0, 16)):
+        with pytest.raises(RuntimeError, match="and 1 to 8 steps in a run"):
+            strided_linear(x, torch.empty(size), places, dense)
+
+
+@COMPILED
+def test_inputs_that_do_not_fit_the_caches_take_turns():
+    for shape, batch in (((1030, 4096), 70), ((40, 8192), 8), ((530, 4096), 4)):
+        weight, buffers = packed(4, shape)
+        x, bias = torch.randn(batch, shape[1]), torch.randn(shape[0])
+        exact = F.linear(x.double(), weight.double(), bias.double())
+        error = (strided_linear(x, *buffers, bias).double() - exact).abs().max()
+        assert error < tolerance(torch.float32, shape[1]) * F.linear(x.abs(), weight.abs()).max()
+
+
+@COMPILED
+def test_other_patterns_are_refused_with_what_they_would_store():
+    entry = registered()["cpu-strided"]
+
+    def reasons(nnz, strides, training=False):
+        problem = Problem(
+            "linear", (64, 64), 1, nnz, torch.float32, torch.device("cpu"), training, strides=strides
+        )
+        return entry.refuses(problem)
+
+    assert reasons(1024, 4) == []
+    assert reasons(2048, None) == ["the zeros are not strided 1:M, M from 2 to 16"]
+    assert reasons(256, 4) == ["as strided 1:4 it would store 4.0 slots a nonzero"]
+    assert reasons(1024, 4, training=True) == ["it has no gradient"]
+
+
+@COMPILED
+def test_a_strided_model_is_offered_it(monkeypatch):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(512, 1024), torch.nn.GELU(), torch.nn.Linear(1024, 512))
+    x, seen = torch.randn(8, 512), []
+    chosen = choosing.choose
+
+    def choose(problem, *args, **kwargs):
+        seen.append(problem)
+        return chosen(problem, *args, **kwargs)
+
+    monkeypatch.setattr(choosing, "choose", choose)
+    pruned = fxsparse.prune(model.eval(), Plan(pattern=Strided(8), allocation="uniform"), x)
+    fast = fxsparse.compile(pruned, mode="infer", example_inputs=x)
+    torch.testing.assert_close(fast(x), pruned(x), rtol=1e-4, atol=1e-5)
+    assert [problem.strides for problem in seen] == [8, 8]
+    assert all("cpu-strided" in [kernel.name for kernel in candidates(problem)[0]] for problem in seen)
