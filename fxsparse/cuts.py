@@ -32,7 +32,7 @@ def cuts(place: Mapping[Node, int], moving: Collection[Node], found: Sequence[Si
     inputs = sum(node.op == "placeholder" for node in place)
     gaps = []
     for before, after in itertools.pairwise(at):
-        best = min(range(before + 1, after + 1), key=lambda k: (shut[k], alive[k]))
+        best = min(range(before + 1, after + 1), key=alive.__getitem__)
         gaps.append((inf if shut[best] else alive[best], best))
     fewest = [min(alive[inputs : at[0] + 1]), *(count for count, _ in gaps), inf]
     inner = [

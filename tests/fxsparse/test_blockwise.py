@@ -86,6 +86,23 @@ def test_a_transformer_is_cut_where_one_value_is_alive():
     assert len(held) == 1
 
 
+class Gated(nn.Module):
+    """Residual parts of three layers each, two of which read the same: fewer values are alive behind the second."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d, self.e, self.f, self.g = (nn.Linear(4, 4) for _ in range(7))
+
+    def forward(self, x):
+        x = x + self.c(self.a(x).sigmoid() * self.b(x))
+        return self.g(x + self.f(self.d(x).sigmoid() * self.e(x)))
+
+
+def test_no_cut_is_made_where_the_next_place_has_fewer_values():
+    blocks = runs(Gated(), [torch.randn(2, 4)]).blocks
+    assert ["".join(name[0] for name in block) for block in blocks] == ["abc", "def", "g"]
+
+
 class Shared(nn.Module):
     """One layer is used at both ends."""
 
