@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.utils import prune
 
 import fxsparse
@@ -90,13 +93,13 @@ X = torch.randn(4, 16, generator=torch.Generator().manual_seed(1))
 RIGL = rigl(every=2, stop=100, variant="torch")
 
 
-def train(sparse, steps=5):
+def train(sparse, steps=5, call=None):
     optimizer = torch.optim.AdamW(sparse.parameters(), lr=0.01, weight_decay=0.1)
     sparse.attach(optimizer)
     for step in range(steps):
         optimizer.zero_grad()
         x = torch.randn(4, 16, generator=torch.Generator().manual_seed(step))
-        sparse(x).square().mean().backward()
+        (sparse if call is None else call)(x).square().mean().backward()
         optimizer.step()
 
 
@@ -208,6 +211,34 @@ def test_names_under_a_wrapper_are_refused_with_those_that_are_there():
     wrapped = nn.ModuleDict({"module": net()})
     with pytest.raises(PlanError, match=r"exclude glob '2' matches no parameter; nearest names: \['module"):
         fxsparse.compile(wrapped, Plan(sparsity=0.8, exclude=("2",)))
+
+
+@pytest.fixture
+def group(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_sharded_module_trains_under_torch_compile(group):
+    sparse = fxsparse.compile(net(), Plan(sparsity=0.8, method=RIGL))
+    fully_shard(sparse, mesh=init_device_mesh("cpu", (1,)))
+    counter = CompileCounterWithBackend("eager")
+    before = sparse.masks()
+    train(sparse, call=torch.compile(sparse, backend=counter))
+    assert counter.frame_count > 0
+    for name, mask in sparse.masks().items():
+        assert mask.sum() == before[name].sum()
+        assert not torch.equal(mask, before[name])
+
+
+@pytest.mark.filterwarnings(
+    "ignore:FSDP is switching to use `NO_SHARD`"
+)  # one process has nothing to shard with
+def test_flat_parameters_are_refused_with_the_way(group):
+    flat = FullyShardedDataParallel(net(), device_id=torch.device("cpu"))
+    with pytest.raises(PlanError, match=r"wrapped in FullyShardedDataParallel: .* then wrap: fully_shard"):
+        fxsparse.compile(flat, Plan(sparsity=0.8))
 
 
 class SharedKeys(nn.Module):

@@ -10,6 +10,11 @@ from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
 from fxsparse.errors import PlanError
 from fxsparse.integrations.hf import SparseCallback
 
+# Torch 2.11's own: copies of what it exported make pytrees by a name that it deprecates.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning"
+)
+
 
 @pytest.fixture(scope="module")
 def page(examples):
