@@ -19,6 +19,7 @@ from fxsparse.pattern import Block, ConstantFanIn, Pattern
 from fxsparse.pipeline import PassContext
 from fxsparse.plans import Plan
 from fxsparse.report import Report
+from fxsparse.scores import Given
 from fxsparse.undisturbed import undisturbed
 
 _NAMED = 5
@@ -59,6 +60,11 @@ def check_pruning(model: nn.Module, plan: Plan, calibration: object, report: obj
         raise PlanError(
             f"prune: expected a method that makes one mask, such as static('magnitude'), wanda() or sparsegpt(), got "
             f"{name}; train with fxsparse.compile(model, plan), then take sparse.to_dense()."
+        )
+    if isinstance(plan.method.init, Given):
+        raise PlanError(
+            f"prune: expected a score of the weight alone, such as static('magnitude'), got {plan.method.init.name!r}, "
+            "which is handed in: fxsparse.compile(model, plan, initial_scores=...).to_dense() cuts by it."
         )
     if plan.method.one_shot is not None and calibration is None:
         raise PlanError(

@@ -257,6 +257,13 @@ def linear():
 
 
 BAD = {
+    "a score of a loss": (
+        linear,
+        static("snip"),
+        None,
+        PlanError,
+        r"weight alone, .* got 'snip'.*initial_scores=",
+    ),
     "no calibration": (
         linear,
         wanda(),
