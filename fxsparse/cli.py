@@ -1,4 +1,4 @@
-"""The command line: ``fxsparse demo | trace | plan | report | kernels``."""
+"""The command line: ``fxsparse demo | trace | plan | report | bench | export | kernels``."""
 
 import argparse
 import json
@@ -13,8 +13,10 @@ from tabulate import tabulate
 import fxsparse
 from fxsparse import arguments, methods
 from fxsparse.allocation import POLICIES
+from fxsparse.arguments import UsageError
 from fxsparse.budget import KINDS
 from fxsparse.errors import FxSparseError
+from fxsparse.exporting import FORMATS
 from fxsparse.kernel import capabilities
 from fxsparse.report import Report
 from fxsparse.trace import capture
@@ -28,6 +30,8 @@ EXAMPLES = """examples:
   fxsparse plan torchvision:resnet50 --sparsity 0.9 --input 1x3x224x224
   fxsparse plan torchvision:resnet50 --budget flops=0.3 --input 1x3x224x224
   fxsparse report my_package.models:build --plan plan.toml --input 8x128:int64 --format html -o report.html
+  fxsparse bench torchvision:resnet18 --sparsity 0.9 --input 1x3x224x224
+  fxsparse export torchvision:resnet18 --sparsity 0.9 --input 8x3x224x224 --to onnx -o resnet18.onnx
   fxsparse kernels
 """
 
@@ -63,6 +67,8 @@ def parser() -> ArgumentParser:
     _plan(
         _command(commands, "report", report, "compile a model for sparse training, and print what was done")
     )
+    _plan(_command(commands, "bench", bench, "prune a model in one shot, and time it dense and sparse"))
+    _export(_command(commands, "export", export, "write a model for another runtime"))
     _output(
         _command(commands, "kernels", kernels, "the kernels, and which of them run on this machine"), *TABLES
     )
@@ -106,6 +112,31 @@ def report(options: Namespace) -> None:
     inputs = arguments.examples(options.input)
     sparse = fxsparse.compile(arguments.model(options.model), wanted, example_inputs=inputs)
     _write_report(sparse.report, options)
+
+
+def bench(options: Namespace) -> None:
+    """``fxsparse bench``."""
+    wanted, inputs = arguments.plan(options), arguments.examples(options.input)
+    if inputs is None:
+        raise UsageError("bench: expected example inputs to time the model on, such as --input 1x3x224x224.")
+    pruned = fxsparse.prune(arguments.model(options.model), wanted, inputs)
+    _write_report(fxsparse.compile(pruned, mode="infer", example_inputs=inputs).report, options)
+
+
+def export(options: Namespace) -> None:
+    """``fxsparse export``."""
+    inputs = arguments.examples(options.input)
+    if inputs is None:
+        raise UsageError("export: expected example inputs, such as --input 1x3x224x224.")
+    model = arguments.model(options.model).eval()
+    if options.checkpoint is not None:
+        model = fxsparse.load(options.checkpoint, model).eval()
+    elif any((options.plan, options.sparsity is not None, options.budget, options.pattern)):
+        model = fxsparse.prune(model, arguments.plan(options), inputs)
+    compiled = isinstance(model, fxsparse.SparseModule) and model.plan is None
+    if options.to != "onnx" and not compiled:
+        model = fxsparse.compile(model, mode="infer", example_inputs=inputs)
+    fxsparse.export(model, options.output, inputs, format=options.to)
 
 
 def kernels(options: Namespace) -> None:
@@ -170,6 +201,18 @@ def _model(command: ArgumentParser) -> None:
 def _plan(command: ArgumentParser) -> None:
     _model(command)
     _output(command, *TABLES)
+    _wanted(command)
+
+
+def _export(command: ArgumentParser) -> None:
+    _model(command)
+    command.add_argument("--to", choices=FORMATS, default=FORMATS[0], help=f"(default: {FORMATS[0]})")
+    command.add_argument("-o", "--output", metavar="FILE", required=True)
+    command.add_argument("--checkpoint", metavar="FILE", help="what fxsparse.save wrote of this model")
+    _wanted(command)
+
+
+def _wanted(command: ArgumentParser) -> None:
     command.add_argument("--plan", help="a TOML file, or a preset such as rigl-90 or 2:4")
     command.add_argument("--sparsity", type=float, help="fraction of zeros, such as 0.9")
     command.add_argument(

@@ -17,7 +17,7 @@ LAYERS = (
     {"pattern", "graph", "method", "reparam", "schedule", "kernel"},
     {"kernels", "everything that is not named here"},
     {"passes"},
-    {"transformation", "compiler", "inference", "backend", "saving", "scoring"},
+    {"transformation", "compiler", "inference", "backend", "saving", "scoring", "pretrained"},
     {"", "cli", "demo", "integrations", "__main__"},  # "" is fxsparse/__init__.py, which re-exports
 )
 MIDDLE = 2

@@ -11,7 +11,10 @@ from fxsparse import backend
 
 ROOT = Path(__file__).resolve().parents[1]
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
-PAGES = [ROOT / "docs" / name for name in ("spartan.md", "trainers.md", "torch_compile.md", "one_shot.md")]
+PAGES = [
+    ROOT / "docs" / name
+    for name in ("spartan.md", "trainers.md", "torch_compile.md", "one_shot.md", "saving.md")
+]
 
 
 def run(path: Path) -> dict[str, Any]:
@@ -64,6 +67,18 @@ def test_the_page_on_one_shot_pruning_runs_and_each_method_beats_the_one_above_i
     }
     assert errors["sparsegpt"] < errors["wanda"] < errors["static"]
     assert names["fast"](names["batches"][0]).shape == (32, 16)
+
+
+def test_the_page_on_saving_runs_and_every_file_gives_the_same(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run(ROOT / "docs" / "saving.md")
+    x = names["x"]
+    assert torch.equal(torch.export.load("fast.pt2").module()(x), names["fast"](x))
+    torch.testing.assert_close(names["fast"](x), names["sparse"].eval()(x).detach())
+    assert {file.name for file in (tmp_path / "folder").iterdir()} == {
+        "model.safetensors",
+        "fxsparse.safetensors",
+    }
 
 
 @pytest.mark.parametrize("path", [*TUTORIALS, *PAGES], ids=lambda path: path.stem)

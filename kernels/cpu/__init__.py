@@ -11,6 +11,7 @@ from fxsparse.kernels.cpu.build import (
     version,
 )
 from fxsparse.kernels.cpu.roofs import bytes_per_second, flops_per_second
+from fxsparse.kernels.cpu.standalone import write_libraries
 
 __all__ = [
     "availability",
@@ -23,4 +24,5 @@ __all__ = [
     "load",
     "refuses",
     "version",
+    "write_libraries",
 ]

@@ -126,7 +126,7 @@ def has(name: str) -> bool:
 
 def version() -> str:
     """What the C++ kernels in use are: sources, compiler and instruction set; why there are none otherwise."""
-    return availability() or f"{_built().stem} {instruction_set()}"
+    return availability() or f"{library().stem} {instruction_set()}"
 
 
 def refuses(problem: Problem) -> list[str]:
@@ -152,7 +152,7 @@ def _load() -> str | None:
             "environment variable, or unset it for the best set that this CPU has."
         )
     try:
-        torch.ops.load_library(str(_built()))
+        torch.ops.load_library(str(library()))
     except (_NoKernelsError, OSError) as error:
         return str(error)
     if wanted:
@@ -161,22 +161,23 @@ def _load() -> str | None:
 
 
 @functools.cache
-def _built() -> Path:
+def library() -> Path:
     """The shared library for these sources, compiler and architecture; built where it is not cached."""
-    compiler = _compiler()
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    command = compiler()
+    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout
     sources = [(_FOLDER / name).read_bytes() for name in _SOURCES]
-    stamp = repr((compiler, version, _FLAGS, _TABLES, _BEYOND, platform.machine(), sources)).encode()
-    library = machine.cache_folder() / f"fxsparse_cpu_{hashlib.sha256(stamp).hexdigest()[:16]}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            _compile(compiler, Path(folder))
-            os.replace(Path(folder) / "out.so", library)  # atomic: two processes may build at once
-    return library
+    stamp = repr((command, version, _FLAGS, _TABLES, _BEYOND, platform.machine(), sources)).encode()
+    built = machine.cache_folder() / f"fxsparse_cpu_{hashlib.sha256(stamp).hexdigest()[:16]}.so"
+    if not built.exists():
+        built.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=built.parent) as folder:
+            _compile(command, Path(folder))
+            os.replace(Path(folder) / "out.so", built)  # atomic: two processes may build at once
+    return built
 
 
-def _compiler() -> list[str]:
+def compiler() -> list[str]:
+    """The command of the C++ compiler: CXX, else the first that is there."""
     if asked := os.environ.get("CXX"):
         command = shlex.split(asked)
         if shutil.which(command[0]) is None:

@@ -1,7 +1,10 @@
 import json
 
 import pytest
+import torch
 
+import fxsparse
+import fxsparse.demo.models
 from fxsparse import cli
 
 SMALL = ["fxsparse.demo.models:mlp", "--input", "2x1x8x8"]
@@ -72,6 +75,25 @@ def test_kernels_lists_what_runs_here(capsys, form, start):
     assert code == 0
     assert out.startswith(start)
     assert "csr" in out
+
+
+def test_bench_times_the_pruned_model(capsys):
+    _, out, _ = run(capsys, "bench", *SMALL, "--sparsity", "0.95", "--format", "json")
+    row = json.loads(out)
+    assert all(layer["dense_us"] > 0 for layer in row["layers"] if layer["sparsity"])
+    assert any("dense" in note and "us" in note for note in row["notes"])
+
+
+def test_export_writes_what_a_checkpoint_or_a_plan_makes(capsys, tmp_path):
+    saved, out = str(tmp_path / "saved"), str(tmp_path / "out.pt2")
+    model, x = fxsparse.demo.models.mlp(), torch.randn(2, 1, 8, 8)
+    sparse = fxsparse.compile(model, fxsparse.Plan(sparsity=0.9), example_inputs=x)
+    fxsparse.save(sparse, saved)
+    assert run(capsys, "export", *SMALL, "--to", "program", "-o", out, "--checkpoint", saved)[0] == 0
+    torch.testing.assert_close(torch.export.load(out).module()(x), sparse.eval()(x))
+    assert run(capsys, "export", *SMALL, "--to", "program", "-o", out, "--sparsity", "0.9")[0] == 0
+    code, _, err = run(capsys, "export", SMALL[0], "-o", out)
+    assert (code, err.startswith("fxsparse: UsageError: export: expected example inputs")) == (2, True)
 
 
 def test_output_goes_to_a_file(capsys, tmp_path):
