@@ -212,7 +212,7 @@ def test_gpt2_with_a_graph_and_without_one(method, cache):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.GPT2Config(
-        n_layer=2,
+        n_layer=1,
         n_embd=16,
         n_head=2,
         vocab_size=50,
@@ -227,7 +227,7 @@ def test_gpt2_with_a_graph_and_without_one(method, cache):
     ]
     plan = Plan(pattern=NM(2, 4), method=METHODS[method])
     pruned, rows = layers(model, plan, ids)
-    assert len(rows) == 8
+    assert len(rows) == 4
     for name, row in rows.items():
         NM(2, 4).check(pruned.get_parameter(name).t() != 0)  # stored [in, out]
         assert int((pruned.get_parameter(name) != 0).sum()) == row["nnz"] == row["numel"] // 2
