@@ -23,7 +23,7 @@ from torch.nn.utils import prune
 import fxsparse
 from fxsparse import Plan
 from fxsparse.errors import PlanError
-from fxsparse.methods import rigl, static
+from fxsparse.methods import rigl, set_, static
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = dict(re.findall(r"^\| (\d+\.\d+) \| (.*) \|$", (ROOT / "docs" / "peers.md").read_text(), re.MULTILINE))
@@ -221,7 +221,8 @@ def group(tmp_path):
 
 
 def test_a_sharded_module_trains_under_torch_compile(group):
-    sparse = fxsparse.compile(net(), Plan(sparsity=0.8, method=RIGL))
+    # Torch 2.11 cannot trace an autograd.Function over shards, which growth by dense gradients needs: hence SET.
+    sparse = fxsparse.compile(net(), Plan(sparsity=0.8, method=set_(every=2, stop=100)))
     fully_shard(sparse, mesh=init_device_mesh("cpu", (1,)))
     counter = CompileCounterWithBackend("eager")
     before = sparse.masks()
