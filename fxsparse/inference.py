@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fxsparse.artefact import emit
 from fxsparse.errors import InvariantError, PlanError
 from fxsparse.formats import narrow
+from fxsparse.graph import attribute_nodes
 from fxsparse.inputs import has_meta
 from fxsparse.module import SparseModule
 from fxsparse.passes import RemoveDeadNeurons, SelectKernels, inference_pipeline
@@ -172,9 +173,10 @@ def _capture(model: nn.Module, example_inputs: Any, strict: bool) -> tuple[Progr
 def _copied(program: Program) -> Program:
     """The evaluation half of a program on a skeleton of its own, in evaluation mode; Parameters are shared."""
     skeleton = copy_structure(program.skeleton).eval()
-    for name in ("fxsparse_step", "fxsparse_rng"):
-        skeleton._buffers.pop(name, None)
     graph = bind(copy.deepcopy(program.graphs["eval"].graph), skeleton)
+    for name in ("fxsparse_step", "fxsparse_rng"):
+        if not attribute_nodes(graph.graph, name):  # fold-masks drops what a backward's random numbers go by
+            skeleton._buffers.pop(name, None)
     notes, accepts = list(program.notes), dict(program.accepts)
     return Program(program.tier, skeleton, {"eval": graph}, notes, dict(program.hidden), accepts=accepts)
 

@@ -74,7 +74,7 @@ def one_node(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(function)
     def node(*args: Any) -> Tensor:
-        tensors = tuple(arg for arg in args if not isinstance(arg, int | float))
+        tensors = tuple(arg for arg in args if not isinstance(arg, int | float | None))
         if has_torch_function(tensors):
             return handle_torch_function(node, tensors, *args)
         return function(*args)
@@ -154,6 +154,9 @@ class ValueMap:
     """Of a gradient between these two: entries of the weight that get one for each active entry."""
     learns: str = ""
     """An extra, a bool mask: outside of it an optimizer step leaves the weight as it is."""
+    linear: Callable[..., Tensor] | None = None
+    """In the place of ``F.linear(x, effective, bias)``, with a backward of its own: a function of (x, effective, bias,
+    mask, *extras, step, key, *numbers), under `one_node`; see `insert-linear-rule`."""
     by_rows: bool = False
     """f looks along rows, so that weights stored [in, out] are refused."""
 

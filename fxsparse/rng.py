@@ -1,6 +1,8 @@
 """Random numbers that depend only on what they are for: ranks, storages and resumed runs agree."""
 
 import hashlib
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -27,7 +29,17 @@ def integers(below: int, count: int, generator: torch.Generator, device: torch.d
     return hashed(int(torch.randint(2**62, (), generator=generator)), count, device) % below
 
 
-def hashed(key: int, count: int, device: torch.device) -> Tensor:
+def uniform_at(step: Tensor, key: int, shape: Sequence[int]) -> Tensor:
+    """fp32 in [0, 1) of this shape, on the device of `step`, an int64 scalar: a function of its value and `key` alone.
+
+    Plain tensor ops, for a graph that a step may run twice (activation checkpointing) and a resumed run again.
+    """
+    state = step * _signed(0xD1342543DE82EF95) + key
+    numbers = hashed(state, math.prod(shape), step.device)
+    return ((numbers >> 39).float() / 2**24).reshape(tuple(shape))
+
+
+def hashed(key: int | Tensor, count: int, device: torch.device) -> Tensor:
     """Numbers 1 to `count` of SplitMix64 (Steele et al. 2014) from the state `key`, without the lowest bit: int64 from
     0 to 2**63 - 1.
     """

@@ -9,11 +9,13 @@ from fxsparse.passes.collect_weights import CollectWeights
 from fxsparse.passes.count_flops import CountFlops
 from fxsparse.passes.create_parameters import CreateParameters
 from fxsparse.passes.detect_pattern import DetectPattern
+from fxsparse.passes.find_chains import FindChains
 from fxsparse.passes.fold_batch_norm import FoldBatchNorm
 from fxsparse.passes.fold_masks import FoldMasks
 from fxsparse.passes.functionalize import Functionalize
 from fxsparse.passes.fuse_epilogue import FuseEpilogue
 from fxsparse.passes.infer_shapes import InferShapes
+from fxsparse.passes.insert_linear_rule import InsertLinearRule
 from fxsparse.passes.insert_mask_updates import InsertMaskUpdates
 from fxsparse.passes.insert_reparam import InsertReparam
 from fxsparse.passes.insert_soft_masks import InsertSoftMasks
@@ -39,11 +41,13 @@ from fxsparse.transforms import SparseWide, Transform
 _select = (Functionalize(), InferShapes(), CollectWeights(), PriceWeights(), AllocateNnz(), KeepNeurons())
 training_pipeline = (
     *_select,
+    FindChains(),
     ChooseStorage(),
     CreateParameters(),
     CountFlops(),
     InsertReparam(),
     InsertSoftMasks(),
+    InsertLinearRule(),
     LowerKernels(),
     Cleanup(),
     InsertMaskUpdates(),
@@ -97,11 +101,13 @@ __all__ = [
     "CountFlops",
     "CreateParameters",
     "DetectPattern",
+    "FindChains",
     "FoldBatchNorm",
     "FoldMasks",
     "Functionalize",
     "FuseEpilogue",
     "InferShapes",
+    "InsertLinearRule",
     "InsertMaskUpdates",
     "InsertReparam",
     "InsertSoftMasks",

@@ -70,6 +70,10 @@ def _fold_masked(gm: GraphModule, ctx: PassContext) -> int:
         for beside in ("mask", "soft", *(extra.name for extra in method.extras)):
             holder._buffers.pop(f"{leaf}_{beside}", None)
             holder._parameters.pop(f"{leaf}_{beside}", None)
+    linear = getattr(method.reparam, "linear", None)
+    for node in gm.graph.find_nodes(op="call_function", target=linear) if linear is not None else ():
+        replace(node, F.linear, node.args[:3])
+        gm._buffers.pop("fxsparse_step", None)
     for node in found:
         node.replace_all_uses_with(node.args[0])
         gm.graph.erase_node(node)
