@@ -1,5 +1,6 @@
 """The function that ``torch.compile(model, backend="fxsparse")`` calls with every graph, and what it did to each."""
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -13,7 +14,8 @@ from fxsparse.backend.lowering import Call, by_inductor, is_changed, lower, time
 from fxsparse.backend.options import Options, read_options
 from fxsparse.backend.planned import mask_weights
 from fxsparse.backend.running import DifferentiableGraph, Packed, SwitchingGraph, watch
-from fxsparse.backend.trial import try_graph
+from fxsparse.backend.trial import Trial, try_graph
+from fxsparse.errors import InvariantError, TraceError, UnsupportedError
 from fxsparse.report import Report
 
 _REPORTS: deque[Report] = deque(maxlen=256)
@@ -39,9 +41,10 @@ def fxsparse(
         mode: an Inductor mode.
         options: see `fxsparse.backend.options.read_options`.
 
+    A graph whose form on kernels computes something else (a bug) stays dense, with a warning.
+
     Raises:
         PlanError: unknown options.
-        InvariantError: the lowered graph computes something else than `gm` (a bug).
     """
     wanted = read_options(mode, options)
     if wanted.mode != "infer":
@@ -57,19 +60,17 @@ def _compiled(gm: GraphModule, example_inputs: Sequence[Any], wanted: Options) -
         gm = mask_weights(gm, example_inputs, wanted.plan, report)
     held = hold(gm, example_inputs)  # before Inductor, which edits gm
     dense = by_inductor(gm, example_inputs, wanted.inductor)
-    _REPORTS.append(report)
-    if wanted.mode == "train":
-        report.notes.append("dense, by Inductor: options['mode'] is 'train'")
-        return dense
-    trial = try_graph(held)
+    trial = Trial("options['mode'] is 'train'") if wanted.mode == "train" else try_graph(held)
     if trial.refusal is not None:
         report.notes.append(f"dense, by Inductor: {trial.refusal}")
-        return dense
-    symbolic = [example_inputs[position] for position in held.inputs]
-    packed = _pack(held, dense, report, lambda gm: by_inductor(gm, symbolic, wanted.inductor))
+        packed = None
+    else:
+        symbolic = [example_inputs[position] for position in held.inputs]
+        packed = _pack(held, dense, report, lambda gm: by_inductor(gm, symbolic, wanted.inductor))
+    _REPORTS.append(report)
     if packed is None:
         return dense
-    graph = SwitchingGraph(dense, packed, partial(_pack_again, held, dense, report), report)
+    graph = SwitchingGraph(dense, packed, partial(_pack_again, held.emptied(), dense, report), report)
     return DifferentiableGraph(graph, trial.differentiable) if any(trial.differentiable) else graph
 
 
@@ -83,7 +84,13 @@ def _pack(
     held: HeldGraph, dense: Call, report: Report, compiler: Callable[[GraphModule], Call] | None
 ) -> Packed | None:
     """The fastest form of a graph, measured; None where that is the dense one.  Fills the report."""
-    artefact = lower(held)
+    try:
+        artefact = lower(held)
+    except (InvariantError, TraceError, UnsupportedError) as error:
+        report.notes.append(f"dense, by Inductor: {error}")
+        if isinstance(error, InvariantError):
+            warnings.warn(f"backend 'fxsparse': a graph stays dense by a bug of ours: {error}", stacklevel=2)
+        return None
     _copy_rows(artefact.report, report)
     if not is_changed(artefact):
         report.notes.append("dense, by Inductor: no kernel for zeros is faster")
@@ -101,7 +108,7 @@ def _pack(
     if calls[fastest] is dense:
         return None
     tensors = held.tensors()
-    watched = tuple(watch(name, position, tensors[name]) for position, name in held.names.items())
+    watched = tuple(watch(position, tensors[name]) for position, name in held.names.items())
     return Packed(calls[fastest], held.inputs, watched)
 
 

@@ -11,7 +11,7 @@ from torch import SymInt, Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from fxsparse.graph import SITE_OPS, argument, example_size, fetch, owner, weight_source
+from fxsparse.graph import SITE_OPS, argument, example_size, fetch, weight_source
 from fxsparse.skeleton import bind, copy_structure
 
 _PART = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]")
@@ -41,12 +41,18 @@ class HeldGraph:
         given |= {position: tensors[name] for position, name in self.names.items()}
         return [given[position] for position in range(len(given))]
 
+    def emptied(self) -> "HeldGraph":
+        """The same graph without any tensor of the model or input, which then may be freed."""
+        return self.refreshed([None] * (len(self.names) + len(self.inputs)))
+
     def refreshed(self, args: Sequence[Any]) -> "HeldGraph":
         """The same graph with what Dynamo's graph was given in another call."""
         skeleton = copy_structure(self.root)
         for position, name in self.names.items():
-            module, leaf = owner(skeleton, name)
-            (module._parameters if leaf in module._parameters else module._buffers)[leaf] = args[position]
+            path, _, leaf = name.rpartition(".")
+            module = skeleton.get_submodule(path)
+            kept: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
+            kept[leaf] = args[position]
         graph, examples = copy.deepcopy(self.root.graph), tuple(args[k] for k in self.inputs)
         return replace(self, root=bind(graph, skeleton), examples=examples)
 

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, _inductor
+from torch import Tensor, _inductor, nn
 from torch.fx import GraphModule
 
 from fxsparse.backend.attention import open_attention
@@ -25,7 +25,7 @@ _ROUNDS, _SECONDS = 21, 3.0
 
 
 def lower(held: HeldGraph) -> SparseModule:
-    """What ``fxsparse.compile(mode="infer")`` makes of the graph; tensors that it left as they were are the model's."""
+    """What ``fxsparse.compile(mode="infer")`` makes of the graph; tensors that it left as they were share memory."""
     with torch.inference_mode(False), torch.no_grad(), _compiling(False):
         root = with_weights_folded(held)
         if open_attention(root):
@@ -71,13 +71,15 @@ def _copies(arguments: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def _share(artefact: SparseModule, held: HeldGraph) -> None:
-    """Put the model's own tensor wherever the artefact has a copy of the same numbers."""
+    """Put an alias of the model's own tensor wherever the artefact has a copy of the same numbers."""
     theirs = held.tensors()
     for name in {*canonical_names(artefact), *(name for name, _ in artefact.named_buffers())}:
         module, leaf = owner(artefact, name)
         kept: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
         if (mine := kept.get(leaf)) is not None and _is_same(mine, theirs.get(name)):
-            kept[leaf] = theirs[name]
+            # An alias: what holds a model's own Parameter would keep the model's memory alive.
+            alias = theirs[name].detach()
+            kept[leaf] = nn.Parameter(alias, False) if isinstance(mine, nn.Parameter) else alias
 
 
 def _is_same(mine: Tensor, other: Tensor | None) -> bool:

@@ -22,7 +22,6 @@ REPACKED = 8
 class Watched:
     """A Parameter or buffer of the model as it was when weights were packed."""
 
-    name: str
     position: int
     """Among the inputs of Dynamo's graph."""
     tensor: ReferenceType[Tensor]
@@ -38,9 +37,9 @@ class Watched:
         )
 
 
-def watch(name: str, position: int, tensor: Tensor) -> Watched:
+def watch(position: int, tensor: Tensor) -> Watched:
     """Watch which tensor it is, what is written to it, and whether its ``.data`` is replaced."""
-    return Watched(name, position, ref(tensor), tensor.data_ptr(), tensor._version)
+    return Watched(position, ref(tensor), tensor.data_ptr(), tensor._version)
 
 
 def _stamp(tensor: Tensor) -> tuple[int, int, int]:
@@ -77,12 +76,13 @@ class SwitchingGraph:
         self, dense: Call, packed: Packed, pack: Callable[[Sequence[Any]], Packed | None], report: Report
     ) -> None:
         self.dense = dense
-        self.packed: Packed | None = packed
         self.pack = pack
         self.report = report
         self.left = REPACKED
         self.seen: tuple[Any, ...] = ()
         self.positions = [watched.position for watched in packed.watched]
+        self.packed: Packed | None = None
+        self._take(packed)
 
     def __call__(self, *args: Any) -> Any:
         """What Dynamo's graph returns for its inputs."""
@@ -91,24 +91,38 @@ class SwitchingGraph:
 
     def current(self, args: Sequence[Any]) -> Packed | None:
         """The packed graph for these inputs, if there is one."""
-        if self.packed is None or self.packed.holds(args):
-            return self.packed
+        packed = self.packed
+        if packed is not None and packed.holds(args):
+            return packed
+        if self.left < 0:
+            return None
         stamp = tuple(_stamp(args[position]) for position in self.positions)
         if stamp != self.seen:
             self.seen = stamp
             return None
-        changed = next(watched.name for watched in self.packed.watched if not watched.holds(args))
         self.left -= 1
-        self.packed = self.pack(args) if self.left >= 0 else None
-        self.report.notes.append(
-            f"{changed} changed: {'packed again' if self.packed else 'dense from now on'}"
-        )
-        return self.packed
+        again = self.pack(args) if self.left >= 0 else None
+        self.report.notes.append(f"weights changed: {'packed again' if again else 'dense from now on'}")
+        self._take(again)
+        return again
 
     def differentiate(self) -> None:
         """Stay dense: a gradient was asked for."""
-        if self.packed is not None:
+        if self.left >= 0:
             self.report.notes.append("a backward ran: dense from now on, so that no forward runs twice")
+        self._take(None)
+
+    def _take(self, packed: Packed | None) -> None:
+        """Run this from now on, for as long as its weights live; for good the dense form where it is None."""
+        self.packed = packed
+        if packed is None:
+            self.left = -1
+            self.deaths = []
+        else:
+            tensors = [watched.tensor() for watched in packed.watched]
+            self.deaths = [ref(tensor, self._let_go) for tensor in tensors if tensor is not None]
+
+    def _let_go(self, _: object) -> None:
         self.packed = None
 
 

@@ -43,6 +43,8 @@ def try_graph(held: HeldGraph) -> Trial:
 
 def _why_not_run(held: HeldGraph) -> str | None:
     own = list(held.tensors().values())
+    if any(torch.is_autocast_enabled(kind) for kind in {tensor.device.type for tensor in own}):
+        return "autocast is on around it, and kernels are measured in the dtypes of the weights"
     for tensor in (*own, *(value for value in held.examples if isinstance(value, Tensor))):
         if isinstance(tensor, FakeTensor) or tensor.is_meta:
             return "it is compiled without values"

@@ -1,10 +1,12 @@
 """``torch.compile(model, backend="fxsparse")``: right numbers and gradients for any model, and rows that say why."""
 
 import copy
+import gc
 import os
 import subprocess
 import sys
 import tomllib
+import weakref
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 import fxsparse
-from fxsparse import Plan
+from fxsparse import Plan, inference
 from fxsparse.backend import entry
 from fxsparse.backend import fxsparse as backend
 
@@ -262,6 +264,36 @@ def test_graphs_whose_weights_cannot_be_constants_stay_dense_and_say_why(make, r
         for _ in range(2):
             torch.testing.assert_close(compiled(X), other(X))
     assert reason in entry.reports()[0].notes[0]
+
+
+def test_nothing_outlives_the_model():
+    model = prune_(Branch())
+    with torch.no_grad():
+        torch.compile(model, backend=backend)(X)
+    weights = [weakref.ref(parameter) for parameter in model.parameters()]
+    del model
+    gc.collect()
+    assert [weight() for weight in weights] == [None] * 4
+
+
+def test_autocast_from_outside_stays_dense_and_inside_does_not(net):
+    compiled = torch.compile(net, backend=backend)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert compiled(X).dtype == torch.bfloat16
+    assert "autocast is on" in entry.reports()[0].notes[0]
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(X), net(X))
+    assert set(kernels(entry.reports()[1]).values()) == {"cpu-csr"}
+
+
+def test_a_wrong_kernel_is_a_warning_and_runs_dense(net, monkeypatch):
+    monkeypatch.setattr(inference, "compare", lambda want, got: "output 0 differs by 1")
+    with (
+        torch.no_grad(),
+        pytest.warns(UserWarning, match="stays dense by a bug of ours.* output 0 differs by 1"),
+    ):
+        y = torch.compile(net, backend=backend)(X)
+    torch.testing.assert_close(y, net(X).detach())
 
 
 def test_where_dense_is_faster_dense_runs(net, monkeypatch):
