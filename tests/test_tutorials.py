@@ -69,6 +69,7 @@ def test_the_page_on_one_shot_pruning_runs_and_each_method_beats_the_one_above_i
     assert names["fast"](names["batches"][0]).shape == (32, 16)
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch.export.load of PyTorch 2.11
 def test_the_page_on_saving_runs_and_every_file_gives_the_same(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = run(ROOT / "docs" / "saving.md")

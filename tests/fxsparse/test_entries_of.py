@@ -23,6 +23,8 @@ def weight(entry: kernel.Kernel) -> torch.Tensor:
     dense = torch.randn(48, 64)
     if entry.format == "nm-lanes":
         return (dense.view(48, -1, 8) * (torch.rand(48, 8, 8).argsort(-1) < 2)).view(48, 64)
+    if entry.format == "strided":  # one of every 4 inputs that are 16 apart
+        return (dense.view(48, 4, 16) * (torch.rand(48, 4, 16).argsort(1) < 1)).view(48, 64)
     if entry.format == "bsr":
         return dense * (torch.rand(3, 4) < 0.4).repeat_interleave(16, 0).repeat_interleave(16, 1)
     if entry.format == "condensed":

@@ -14,6 +14,9 @@ from fxsparse.errors import CheckpointError, PlanError
 from fxsparse.inference import Speed
 from fxsparse.methods import static
 
+# PyTorch 2.11 warns of how it copies exported graphs itself.
+pytestmark = pytest.mark.filterwarnings("ignore:.isinstance.treespec:FutureWarning")
+
 PLAN = Plan(sparsity=0.5, allocation="uniform", method=static("magnitude"), storage="masked")
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 

@@ -18,6 +18,9 @@ from fxsparse.methods import static
 from fxsparse.passes import pack_lanes
 from fxsparse.transforms import SparseParallel
 
+# PyTorch 2.11 warns of how it copies exported graphs itself.
+pytestmark = pytest.mark.filterwarnings("ignore:.isinstance.treespec:FutureWarning")
+
 IMAGES = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 X = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
 TAKEN = {"linear": "cpu-csr", "conv2d": "cpu-csr-conv"}
