@@ -24,7 +24,7 @@ from fxsparse.probe_variant import PROBES, probe_graphs
 from fxsparse.ranks import verify_same
 from fxsparse.report import Report
 from fxsparse.sharding import refuse_sharded_parts, release_sharded, whole
-from fxsparse.skeleton import SHARED_DICTS, bind
+from fxsparse.skeleton import SHARED_DICTS, bind, copy_graphs
 from fxsparse.soft_updates import refuse_averaged
 from fxsparse.state_dicts import after_loading, before_loading
 from fxsparse.storage import CompactWeight, MaskedWeight, read_weights
@@ -96,6 +96,8 @@ class SparseModule(nn.Module):
             updates.switch.ran = True
         if torch.compiler.is_compiling():
             return self._active()(*args, **kwargs)
+        if updates is not None and updates.copied.prints:
+            updates.copied.check(dict(self.weights()))
         try:
             return self._active()(*args, **kwargs)
         except RuntimeError as error:
@@ -109,9 +111,24 @@ class SparseModule(nn.Module):
 
     def attach(self, optimizer: Optimizer) -> None:
         """Update masks around every step that `optimizer` takes from now on; idempotent."""
-        updates = self._training()
-        updates.attach(optimizer)
+        self._training().attach(optimizer)
         release_sharded(self._emitted.recipe.shell, self)
+
+    def attach_average(self, averaged: nn.Module) -> None:
+        """Let a fresh copy that averages this module's weights (``AveragedModel``, any EMA) follow its masks.
+
+        Compact storage needs it wherever masks move; under masks the copy of the mask is enough.  Entries that are
+        grown start at 0 in the average, and those that are pruned leave it.
+
+        Raises:
+            PlanError: no copy of this module.
+        """
+        copies = [m for m in averaged.modules() if isinstance(m, SparseModule)]
+        if len(copies) != 1 or copies[0] is self or copies[0]._emitted.targets != self._emitted.targets:
+            raise PlanError(
+                f"attach_average: expected AveragedModel(sparse) or another copy, got {type(averaged).__name__}."
+            )
+        self._training().attach_average(copies[0]._training())
 
     def update_masks(self, optimizer: Optimizer) -> bool:
         """Call once after each ``optimizer.step()`` instead of `attach`; returns whether masks moved in that step.
@@ -288,7 +305,7 @@ class SparseModule(nn.Module):
         emitted = self._emitted
         skeleton = copy.deepcopy(emitted.program.skeleton, memo)
         switch = copy.deepcopy(emitted.program.switch, memo)
-        graphs = _copy_graphs(emitted.program.graphs, skeleton)
+        graphs = copy_graphs(emitted.program.graphs, skeleton)
         updates, report = emitted.updates, copy.deepcopy(emitted.report)
         if updates is not None:
             if "probe" in graphs:
@@ -314,7 +331,9 @@ class SparseModule(nn.Module):
 
     def check_masks(self) -> None:
         """Raise CheckpointError where masks that share a budget keep more than it, as averaged masks do."""
-        method = self._training().method
+        updates = self._training()
+        updates.copied.check(dict(self.weights()))
+        method = updates.method
         masks = {name: weight.mask for name, weight in self.weights() if isinstance(weight, MaskedWeight)}
         refuse_averaged(method, int(self.get_buffer("fxsparse_step")), self._emitted.targets, masks)
 
@@ -367,9 +386,3 @@ class SparseModule(nn.Module):
         """Buffers that the user's model has too, by path."""
         theirs = {path for path, _ in self._emitted.recipe.shell.named_buffers()}
         return ((path, buffer) for path, buffer in self.named_buffers() if path in theirs)
-
-
-def _copy_graphs(graphs: Mapping[str, GraphModule], skeleton: nn.Module) -> dict[str, GraphModule]:
-    """Graphs bound to another tree; one object stays one object."""
-    copies = {id(gm): bind(copy.deepcopy(gm.graph), skeleton) for gm in graphs.values()}
-    return {mode: copies[id(gm)] for mode, gm in graphs.items()}

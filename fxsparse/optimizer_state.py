@@ -1,6 +1,6 @@
 """Let per-element optimizer state follow a mask change, for any optimizer, by tensor shape alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,13 @@ def per_element(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Iterator
                 "AdamW. State in another form cannot follow a mask change; use an optimizer with per-element state."
             )
         yield value
+
+
+def check_follows(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Raise UnsupportedError, as `per_element` does, where state of one of them cannot follow a mask."""
+    for parameter in parameters:
+        for _ in per_element(optimizer, parameter):
+            pass
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ def verify_same(weights: Iterable[tuple[str, CompactWeight | MaskedWeight]]) -> 
     names, prints = [], []
     for name, weight in weights:
         names.append(name)
-        prints.append(_fingerprint(weight.active()).to((prints or [weight.active()])[0].device))
+        prints.append(fingerprint(weight.active()).to((prints or [weight.active()])[0].device))
     if not prints:
         return
     low = torch.stack(prints)
@@ -36,7 +36,7 @@ def verify_same(weights: Iterable[tuple[str, CompactWeight | MaskedWeight]]) -> 
             )
 
 
-def _fingerprint(positions: Tensor) -> Tensor:
+def fingerprint(positions: Tensor) -> Tensor:
     """A hash of the positions that depends on their order, int64 [2]."""
     order = torch.arange(1, positions.numel() + 1, device=positions.device)
     return torch.stack([positions.sum(), (positions * order % 1_000_003 * (order % 8191)).sum()])

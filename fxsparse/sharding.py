@@ -84,6 +84,16 @@ def release_sharded(shell: nn.Module, module: nn.Module) -> None:
             parent._parameters[leaf] = empty.setdefault(id(parameter), meta)
 
 
+def refuse_flattened(name: str, parameter: Tensor, mask: Tensor) -> None:
+    """Raise UnsupportedError where a weight has no longer the shape of its mask."""
+    if parameter.shape != mask.shape:
+        raise UnsupportedError(
+            f"attach: {name!r} has shape {tuple(parameter.shape)} where its mask has {tuple(mask.shape)}: expected a "
+            "weight in its own shape, which FullyShardedDataParallel flattens. Use "
+            "torch.distributed.fsdp.fully_shard(sparse), or DistributedDataParallel."
+        )
+
+
 def refuse_shards(module: nn.Module, call: str) -> None:
     """Raise UnsupportedError where `module` holds shards, of which `call` would write one rank's."""
     sharded = [name for name, parameter in module.named_parameters() if is_sharded(parameter)]

@@ -1,8 +1,9 @@
 """The structural copy of a model that a program runs on, and graphs bound to it."""
 
+import copy
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -43,6 +44,12 @@ def bind(graph: Graph, skeleton: nn.Module) -> GraphModule:
     graph._tracer_cls = None
     gm.graph = graph
     return gm
+
+
+def copy_graphs(graphs: Mapping[str, GraphModule], skeleton: nn.Module) -> dict[str, GraphModule]:
+    """Graphs bound to another tree; one object stays one object."""
+    copies = {id(gm): bind(copy.deepcopy(gm.graph), skeleton) for gm in graphs.values()}
+    return {mode: copies[id(gm)] for mode, gm in graphs.items()}
 
 
 def adopt(graph: Graph, source: nn.Module, skeleton: nn.Module) -> None:

@@ -48,6 +48,7 @@ def after_loading(module: Any, incompatible: Any) -> None:
     updates = module._emitted.updates
     if updates is not None:
         updates.zero_pruned()
+        updates.copied.forget()
         updates.seed = int(module.get_buffer("fxsparse_rng"))
         updates.resume(int(module.get_buffer("fxsparse_step")))
         updates.history.restart(updates.step)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from fxsparse import sharding
@@ -49,7 +50,14 @@ def is_skipped(optimizer: Optimizer) -> bool:
 def makes_state_alone(optimizer: Optimizer) -> bool:
     """torch.distributed.checkpoint has a fresh optimizer make its state by a step with gradients of 0 at lr 0."""
     groups = optimizer.param_groups
-    if optimizer.state or any(float(group.get("lr", 1)) for group in groups):
+    if optimizer.state or not all(_is_zero(group.get("lr")) for group in groups):
         return False
     gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
     return bool(gradients) and not any(bool(sharding.whole(gradient).any()) for gradient in gradients)
+
+
+def _is_zero(rate: Any) -> bool:
+    """One that lies on a device is not read: that would wait for it, and break the capture of a CUDA graph."""
+    return (
+        rate is not None and not (isinstance(rate, Tensor) and rate.device.type != "cpu") and float(rate) == 0
+    )

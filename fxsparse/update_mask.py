@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fxsparse import optimizer_state, sharding
+from fxsparse.averages import Weights, follow
 from fxsparse.errors import InvariantError, PlanError
 from fxsparse.kernels import probe
 from fxsparse.kernels.csr.conv_gradient import conv_gradient_at, conv_gradient_tiles
@@ -69,6 +70,8 @@ class UpdateStep:
     history: TopologyHistory
     """Told of every update."""
     optimizer: Optimizer | None = None
+    averages: Sequence[Weights] = ()
+    """Copies whose values go where those of the weights go."""
 
     @property
     def drop_fraction(self) -> float:
@@ -197,6 +200,8 @@ def _move(
     step.history.record(name, step.number, active, change)
     if isinstance(store, CompactWeight):
         store.move(change, step.optimizer)
+        for average in step.averages:
+            follow(average, name, change)
     else:
         store.move(change, step.optimizer, step.method.reparam.exact_zeros, step.method.keeps_state)
     return len(change.pruned) + len(change.grown) > 0

@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 from torch.optim import LBFGS, Optimizer
 
 from fxsparse import optimizer_state, sharding
+from fxsparse.averages import CopiedEntries
 from fxsparse.errors import PlanError, UnsupportedError
 from fxsparse.fresh_probe import FreshProbe
 from fxsparse.graph import fetch
@@ -51,6 +52,8 @@ class MaskUpdates:
     """Whether the last counted step moved a mask."""
     _moving: bool = False
     _only_made_state: bool = False
+    copied: CopiedEntries = field(default_factory=CopiedEntries)
+    _averages: list["MaskUpdates"] = field(default_factory=list)
     _held: Evidence | None = None
     """From before the optimizer's step, for an update after it."""
     _explored: Evidence | None = None
@@ -60,6 +63,8 @@ class MaskUpdates:
     _outside: dict[str, Tensor] = field(default_factory=dict)
     """Weights from before the optimizer's step, where part of them does not learn."""
     _optimizer: Optimizer | None = None
+    _state_seen: bool = False
+    """Whether its state is known to follow masks."""
     _handles: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -127,9 +132,15 @@ class MaskUpdates:
 
     def copy_onto(self, graph: GraphModule, switch: ProbeSwitch, history: TopologyHistory) -> "MaskUpdates":
         """The same updates for a copied module; no optimizer is attached to it."""
-        return MaskUpdates(
+        updates = MaskUpdates(
             graph, self.method, self.targets, self.seed, switch, history, StepCount(self.step), self.moved
         )
+        updates.copied.note(dict(updates.weights()))
+        return updates
+
+    def attach_average(self, average: "MaskUpdates") -> None:
+        """See ``SparseModule.attach_average``."""
+        self._averages = [known for known in self._averages if known is not average] + [average]
 
     def attach(self, optimizer: Optimizer) -> None:
         """Follow this optimizer's steps from now on, instead of any other's; a second call does nothing.
@@ -146,9 +157,10 @@ class MaskUpdates:
         self._check_holds_all(optimizer)
         self._check_follows(optimizer)
         self._follow_gradients()
+        self.copied.forget()
         for handle in self._handles:
             handle.remove()
-        self._optimizer = optimizer
+        self._optimizer, self._state_seen = optimizer, False
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -265,6 +277,10 @@ class MaskUpdates:
             if self.count.waiting:
                 self._arm(self.step)
             return
+        moves = self.method.rule is not None and self.method.reparam.exact_zeros
+        if optimizer.state and moves and not self._state_seen:
+            optimizer_state.check_follows(optimizer, (_trained(weight) for _, weight in self.weights()))
+            self._state_seen = True
         if self._held is not None:
             self._moving = self._run(optimizer, self._held)
         self.zero_pruned()
@@ -288,10 +304,14 @@ class MaskUpdates:
 
     def _run(self, optimizer: Optimizer, evidence: Evidence) -> bool:
         self._explored = None
+        averages = tuple(dict(average.weights()) for average in self._averages)
         step = UpdateStep(
-            self._update, self.method, self.seed, self.targets, evidence, self.history, optimizer
+            self._update, self.method, self.seed, self.targets, evidence, self.history, optimizer, averages
         )
-        return any(self.graph(step))
+        moved = any(self.graph(step))
+        for average, weights in zip(self._averages, averages, strict=True):
+            average.copied.note(weights)
+        return moved
 
     @torch.no_grad()
     def _take_evidence(self) -> Evidence:
@@ -351,6 +371,8 @@ class MaskUpdates:
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for name, weight in self.weights():
             parameter = _trained(weight)
+            if isinstance(weight, MaskedWeight):
+                sharding.refuse_flattened(name, parameter, weight.mask)
             if id(parameter) not in held and parameter.requires_grad:
                 stored = "compact values" if isinstance(weight, CompactWeight) else "masked"
                 raise PlanError(

@@ -5,7 +5,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import fxsparse
 from fxsparse import Plan, sharding
@@ -33,10 +34,10 @@ def build(method, storage):
     return fxsparse.compile(model, Plan(sparsity=0.7, storage=storage, method=method))
 
 
-def made(name, storage, shard):
+def made(name, storage, shard, mesh=None):
     sparse = build(METHODS[name], storage)
     if shard:
-        fully_shard(sparse)
+        fully_shard(sparse, mesh=mesh)
     optimizer = torch.optim.AdamW(sparse.parameters(), lr=0.01)
     sparse.attach(optimizer)
     return sparse, optimizer
@@ -107,6 +108,11 @@ def four(rank, world, folder):
             sparse.load_state_dict({key: torch.ones_like(v) for key, v in sparse.dense_state_dict().items()})
             ones = sparse.dense_state_dict()
             assert all(torch.equal(ones[key], mask.double()) for key, mask in sparse.masks().items())
+    replicas = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+    for storage in ("masked", "compact"):
+        sparse, optimizer = made("rigl", storage, True, replicas)
+        train(sparse, optimizer, range(STEPS), rank, world)
+        assert_same(whole(sparse), shown["rigl", storage])
     weight = fully_shard(nn.Linear(16, 30)).weight
     rows = torch.arange(30)[:, None].expand(30, 16)
     expected = {0: (0, 8), 1: (8, 8), 2: (16, 8), 3: (24, 6)}[rank]
@@ -135,6 +141,11 @@ def refusals():
     with pytest.raises(UnsupportedError) as caught:
         fxsparse.save(sparse, "nowhere.safetensors", optimizer=optimizer)
     said["save"] = str(caught.value)
+    flat = build(METHODS["rigl"], "masked")
+    wrapped = FullyShardedDataParallel(flat, use_orig_params=True, device_id=torch.device("cpu"))
+    with pytest.raises(UnsupportedError) as caught:
+        flat.attach(torch.optim.SGD(wrapped.parameters(), lr=0.1))
+    said["flat"] = str(caught.value)
     early = build(METHODS["set"], "masked")
     optimizer = torch.optim.SGD(early.parameters(), lr=0.1)
     early.attach(optimizer)
@@ -182,6 +193,7 @@ def test_shards_train_as_one_piece_and_go_on_from_a_checkpoint_of_other_ranks(na
     [
         ("nested", "'0' is sharded by itself: expected fully_shard(sparse) on the compiled module alone"),
         ("sharded first", "'0.weight' is sharded (a DTensor): expected a model in one piece"),
+        ("flat", "which FullyShardedDataParallel flattens"),
         ("save", "save: the module is sharded"),
         ("stale optimizer", "the optimizer does not hold '0.weight' as it is stored now"),
     ],
@@ -189,3 +201,21 @@ def test_shards_train_as_one_piece_and_go_on_from_a_checkpoint_of_other_ranks(na
 def test_what_shards_cannot_do_is_refused_with_the_way(what, message, shown):
     for rank in range(2):
         assert message in shown["two", rank]["refusals"][what]
+
+
+def test_a_step_that_only_makes_an_optimizer_s_state_does_not_count_and_one_at_lr_0_does():
+    sparse = build(set_(**{**MOVING, "every": 1}), "masked")
+    optimizer = torch.optim.AdamW(sparse.parameters(), lr=0.0)
+    sparse.attach(optimizer)
+    before = sparse.masks()
+    state = get_state_dict(sparse, optimizer)[1]
+    assert state["state"]  # made by a step
+    assert int(sparse.state_dict()["fxsparse_step"]) == 0
+    assert all(torch.equal(mask, before[name]) for name, mask in sparse.masks().items())
+    train(sparse, optimizer, range(1))
+    assert int(sparse.state_dict()["fxsparse_step"]) == 1
+    fresh = build(set_(**{**MOVING, "every": 1}), "masked")
+    optimizer = torch.optim.AdamW(fresh.parameters(), lr=0.0)
+    fresh.attach(optimizer)
+    train(fresh, optimizer, range(1))  # a warm-up may begin at 0, before there is any state
+    assert int(fresh.state_dict()["fxsparse_step"]) == 1

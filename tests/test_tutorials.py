@@ -13,7 +13,14 @@ ROOT = Path(__file__).resolve().parents[1]
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
 PAGES = [
     ROOT / "docs" / name
-    for name in ("spartan.md", "trainers.md", "torch_compile.md", "one_shot.md", "saving.md")
+    for name in (
+        "spartan.md",
+        "trainers.md",
+        "torch_compile.md",
+        "one_shot.md",
+        "saving.md",
+        "distributed.md",
+    )
 ]
 
 
