@@ -1,5 +1,6 @@
 """An optimizer as named tensors and plain values, and back."""
 
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -58,8 +59,12 @@ def restore(
         [names.get(id(parameter), "of something else") for parameter in group["params"]]
         for group in optimizer.param_groups
     ]
-    left = iter(saved["names"])
-    expected = [[next(left) for _ in group["params"]] for group in saved["groups"]]
+    left, sizes = iter(saved["names"]), [len(group["params"]) for group in saved["groups"]]
+    if sum(sizes) != len(saved["names"]):
+        raise CheckpointError(
+            f"load: the saved groups {sizes} are not of its {len(saved['names'])} parameters."
+        )
+    expected = [list(itertools.islice(left, size)) for size in sizes]
     kept = [sorted(name for name in group if name in names.values()) for group in expected]
     asked = [sorted(name for name in group if name is not None) for group in found]
     if type(optimizer).__name__ != saved["class"] or asked != kept:

@@ -142,6 +142,8 @@ HEADERS = {
     "traversal": renamed,
     "optimizer's names": shared_optimizer,
     "optimizer's state": lost_moments,
+    "optimizer's groups": lambda header, tensors: header["optimizer"]["groups"][0]["params"].append(9),
+    "optimizer's step": lambda header, tensors: header["optimizer"]["state"]["0"].update(step="soon"),
     "optimizer is text": put("optimizer", value="AdamW"),
 }
 
