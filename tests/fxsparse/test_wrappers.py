@@ -1,3 +1,5 @@
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,9 @@ from fxsparse import Plan
 from fxsparse.errors import PlanError
 
 WRAPPED = {
-    "torch.compile": torch.compile,
+    "torch.compile": functools.partial(
+        torch.compile, backend="eager"
+    ),  # another imports Inductor, which warns
     "DataParallel": nn.DataParallel,
 }
 
@@ -28,4 +32,4 @@ def test_a_model_that_is_wrapped_already_is_refused_with_the_way(wrapper, inside
 def test_a_compiled_module_that_is_wrapped_says_the_same():
     sparse = fxsparse.compile(nn.Sequential(nn.Linear(8, 8)), Plan(sparsity=0.5))
     with pytest.raises(PlanError, match=r"Take what it wraps \(\._orig_mod\)"):
-        fxsparse.compile(torch.compile(sparse), mode="infer")
+        fxsparse.compile(torch.compile(sparse, backend="eager"), mode="infer")
