@@ -67,7 +67,10 @@ def restore(
     expected = [list(itertools.islice(left, size)) for size in sizes]
     kept = [sorted(name for name in group if name in names.values()) for group in expected]
     asked = [sorted(name for name in group if name is not None) for group in found]
-    if type(optimizer).__name__ != saved["class"] or asked != kept:
+    learned = kept[
+        len(asked) :
+    ]  # groups of what the method learns beside the weights, which the model does not have
+    if type(optimizer).__name__ != saved["class"] or asked != kept[: len(asked)] or any(learned):
         raise CheckpointError(
             f"load: expected a {saved['class']} with the groups {kept}, got a {type(optimizer).__name__} with "
             f"{asked}. Make it from model.parameters(), with the groups of the saved one."
@@ -78,6 +81,8 @@ def restore(
     }
     members = [[by_name[name] for name in group] for group in expected]
     with _as_it_was_on_failure(optimizer):
+        for parameters in members[len(asked) :]:
+            optimizer.add_param_group({"params": parameters})
         for group, parameters in zip(optimizer.param_groups, members, strict=True):
             group["params"] = parameters
         optimizer.state.clear()

@@ -197,7 +197,10 @@ def split_input(node: Node) -> Any:
 def _is_computed(node: Node, dim: int) -> bool:
     """Whether a reshape is asked for a size that the graph computes."""
     sizes = shape_arguments(node)
-    return sizes is not None and isinstance(sizes[dim], Node)
+    if sizes is None:
+        return False
+    all_at_once = len(sizes) == 1 and isinstance(sizes[0], Node)  # x.view(x.size()[:-1] + (n,))
+    return all_at_once or isinstance(sizes[dim], Node)
 
 
 def _permute(reader: Reader, node: Node) -> Step | None:

@@ -205,3 +205,19 @@ def test_matched_dimensions() -> None:
     assert matched((2, 3), (5,)) is None
     assert coordinates((2, 3), 1).tolist() == [0, 1, 2, 0, 1, 2]
     assert coordinates((2, 3), 0).tolist() == [0, 0, 0, 1, 1, 1]
+
+
+class Restored(nn.Module):
+    """A size that a view is asked for as one value of the graph, as in GPT-2's Conv1D."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x.view(-1, x.size(-1)))
+        return self.second(y.view(x.size()[:-1] + (8,)).relu())
+
+
+def test_a_view_to_one_computed_size_is_read() -> None:
+    trace_channels(graph_of(Restored(), 5, 6))

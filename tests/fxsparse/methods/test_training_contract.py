@@ -54,10 +54,13 @@ SHORT = {
 BATCHES = [torch.randn(12, 16, generator=torch.Generator().manual_seed(at)) for at in range(STEPS)]
 
 
+def model():
+    return nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 8))
+
+
 def build(method, sparsity=0.8):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 8))
-    sparse = fxsparse.compile(model, Plan(sparsity=sparsity, storage="masked", method=method))
+    sparse = fxsparse.compile(model(), Plan(sparsity=sparsity, storage="masked", method=method))
     optimizer = torch.optim.SGD(sparse.parameter_groups(0.05, weight_decay=1e-3), momentum=0.9)
     sparse.attach(optimizer)
     return sparse, optimizer
@@ -78,7 +81,7 @@ def test_every_exported_method_trains_here():
 
 
 @pytest.mark.parametrize("method", SHORT.values(), ids=SHORT)
-def test_a_run_ends_on_its_count_and_goes_on_from_any_step_bit_for_bit(method):
+def test_a_run_ends_on_its_count_and_goes_on_from_any_step_bit_for_bit(method, tmp_path):
     """The checkpoint is taken at step 7, in the middle of every ramp and phase, and pickled with the module."""
     sparse, optimizer = build(method)
     for at in range(7):
@@ -94,6 +97,14 @@ def test_a_run_ends_on_its_count_and_goes_on_from_any_step_bit_for_bit(method):
         assert torch.equal(value, resumed.state_dict()[name]), name
     if not method.learned_nnz and not method.varying_nnz:
         assert total(sparse) == sum(row["nnz"] for row in sparse.report.layers)
+    fxsparse.save(sparse, tmp_path / "run.safetensors", optimizer=optimizer)
+    user = model()
+    made = torch.optim.SGD(user.parameters(), lr=0.05, momentum=0.9)
+    loaded = fxsparse.load(tmp_path / "run.safetensors", user, optimizer=made)
+    for run in ((sparse, optimizer), (loaded, made)):
+        step(*run, 0)
+    for name, value in sparse.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
     twin = pickle.loads(pickle.dumps(sparse))
     for name, value in sparse.state_dict().items():
         assert torch.equal(value, twin.state_dict()[name]), name
@@ -102,7 +113,7 @@ def test_a_run_ends_on_its_count_and_goes_on_from_any_step_bit_for_bit(method):
 @pytest.mark.parametrize("method", SHORT.values(), ids=SHORT)
 def test_what_is_folded_is_what_the_module_computes(method):
     sparse, optimizer = build(method)
-    user_keys = set(nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 8)).state_dict())
+    user_keys = set(model().state_dict())
     for at in range(9):
         step(sparse, optimizer, at)
     expected = sparse.eval()(BATCHES[0]).detach()
