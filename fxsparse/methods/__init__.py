@@ -7,6 +7,7 @@ from fxsparse.methods.feather import feather
 from fxsparse.methods.gmp import gmp
 from fxsparse.methods.granet import granet
 from fxsparse.methods.gse import gse
+from fxsparse.methods.mest import mest
 from fxsparse.methods.movement import movement
 from fxsparse.methods.rigl import rigl
 from fxsparse.methods.set_ import set_
@@ -38,6 +39,7 @@ METHODS = (
     top_kast,
     str_,
     movement,
+    mest,
 )  # what the contract tests run over
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "granet",
     "gse",
     "imp",
+    "mest",
     "movement",
     "rigl",
     "set_",

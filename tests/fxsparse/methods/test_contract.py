@@ -10,6 +10,7 @@ from fxsparse.methods import (
     granet,
     gse,
     imp,
+    mest,
     movement,
     rigl,
     set_,
@@ -52,6 +53,7 @@ FAST = {
     "top_kast": top_kast(every=1),
     "str": str_(initial=-1.0),
     "movement": movement(steps=1100, warmup=50, cooldown=100),
+    "mest": mest(steps=1100, every=1),
 }
 PATTERNS = [Unstructured(), ConstantFanIn(), NM(2, 4), Block(2, 4), Strided(4)]
 

@@ -19,6 +19,7 @@ from fxsparse.methods import (
     granet,
     gse,
     imp,
+    mest,
     movement,
     rigl,
     set_,
@@ -49,6 +50,7 @@ SHORT = {
     "top_kast": top_kast(every=3),
     "str": str_(initial=-3.0, weight_decay=0.01),
     "movement": movement(steps=STEPS, warmup=2, cooldown=4),
+    "mest": mest(steps=STEPS, every=2, exchange=(0.3, 0.1), phases=(0.5,)),
 }
 """Every exported method on a schedule that moves its masks within `STEPS`."""
 BATCHES = [torch.randn(12, 16, generator=torch.Generator().manual_seed(at)) for at in range(STEPS)]
