@@ -59,6 +59,8 @@ class Scoring:
     batches: Sequence[Any]
     density: float
     """Share of all their entries that is to stay."""
+    inputs: Any = None
+    """Example inputs, as for `compile`."""
 
     def weights(self) -> dict[str, nn.Parameter]:
         """The weights to be scored, of the copy."""

@@ -38,7 +38,7 @@ def saliency(
     Args:
         loss_fn: (model, batch) -> scalar loss.
         batches: whatever `loss_fn` takes; all are used.
-        example_inputs: as for `compile`.
+        example_inputs: as for `compile`; "synflow" takes their shapes and no batches.
 
     Raises:
         PlanError: the plan's method names no such score, or the model has no values.
@@ -64,7 +64,7 @@ def saliency(
             module.eval()
     for name in names:
         own.get_parameter(name).requires_grad_(True)
-    found = SALIENCIES[init.name](Scoring(own, names, loss_fn, list(batches), density))
+    found = SALIENCIES[init.name](Scoring(own, names, loss_fn, list(batches), density, example_inputs))
     for name in names:
         if not bool(found[name].isfinite().all()):
             raise NumericsError(

@@ -57,10 +57,16 @@ def test_a_toml_table_is_enough():
         ({"name": "rigl", "drop_fraction": "0.3"}, "drop fraction as a number from 0 to 1, got '0.3'"),
         ({"name": "rigl", "decay": "step"}, "one of constant, cosine, linear, cubic, got 'step'"),
         ({"name": "rigl", "variant": "tf"}, "variant as paper or torch, got 'tf'"),
-        ({"name": "rigl", "init": "erk"}, "expected a score among given, magnitude, random, snip, got 'erk'"),
+        (
+            {"name": "rigl", "init": "erk"},
+            "expected a score among force, given, grasp, iter_snip, magnitude, random, snip, synflow, got 'erk'",
+        ),
         ({"name": "set", "decay": "cosine"}, "stop as an integer for decay='cosine', got None"),
         ({"name": "set", "drop_fraction": -0.1}, "number from 0 to 1, got -0.1"),
-        ({"name": "static", "score": "best"}, "a score among given, magnitude, random, snip, got 'best'"),
+        (
+            {"name": "static", "score": "best"},
+            "a score among force, given, grasp, iter_snip, magnitude, random, snip, synflow, got 'best'",
+        ),
         ({"name": "gmp", "stop": 10_000}, "stop as an integer >= 10001, got 10000"),
         ({"name": "gmp", "every": 7_000}, r"multiple of every, got 25000 - 10000 and 7000.* Use stop=24000"),
         ({"name": "gmp", "initial_sparsity": 2}, "initial_sparsity as a number from 0 to 1, got 2"),

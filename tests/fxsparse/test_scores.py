@@ -23,5 +23,8 @@ def test_random_scores_are_the_joined_random_tiles(shape):
 
 def test_scores_by_name():
     assert {name: score_named(name) for name in SCORES} == SCORES
-    with pytest.raises(PlanError, match="expected a score among given, magnitude, random, snip, got 'snap'"):
+    with pytest.raises(
+        PlanError,
+        match="expected a score among force, given, grasp, iter_snip, magnitude, random, snip, synflow, got 'snap'",
+    ):
         score_named("snap")
