@@ -216,7 +216,7 @@ class Restored(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.first(x.view(-1, x.size(-1)))
-        return self.second(y.view(x.size()[:-1] + (8,)).relu())
+        return self.second(y.view((*x.size()[:-1], 8)).relu())
 
 
 def test_a_view_to_one_computed_size_is_read() -> None:

@@ -130,6 +130,12 @@ sparse, optimizer, _ = trained(toy_methods.by_momentum())
 assert float(sparse.get_buffer("0.weight_seen")) == 4
 assert not sparse.get_parameter("0.weight").detach()[~sparse.masks()["0.weight"]].any()
 assert optimizer.state[sparse.get_parameter("0.weight")]["momentum_buffer"][~sparse.masks()["0.weight"]].any()
+before = sparse.masks()["0.weight"]
+(sparse.train()(torch.randn(8, 16)) - 1).square().mean().backward()
+optimizer.step()  # the tenth, of an update
+pruned = before & ~sparse.masks()["0.weight"]
+assert pruned.any()
+assert optimizer.state[sparse.get_parameter("0.weight")]["momentum_buffer"][pruned].all()
 trained(toy_methods.by_momentum(init="curvature"))
 sparse, _, before = trained(toy_methods.hidden_mask_only())
 assert torch.equal(sparse.get_parameter("0.weight"), before)
