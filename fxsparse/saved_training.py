@@ -135,8 +135,13 @@ def _decision_row(decision: Decision) -> dict[str, Any]:
 def _decision(row: Mapping[str, Any]) -> Decision:
     points = row.get("price")
     price = None if points is None else Price(tuple((nnz, cost) for nnz, cost in points))
-    decision = Decision(**{**row, "pattern": patterns.from_dict(row["pattern"]), "price": price})
-    counts = (decision.nnz, decision.budget)
+    read = {
+        "pattern": patterns.from_dict(row["pattern"]),
+        "price": price,
+        "feeds": tuple(row.get("feeds", ())),
+    }
+    decision = Decision(**{**row, **read})
+    counts = (decision.nnz, decision.budget, 0 if decision.initial is None else decision.initial)
     if any(type(count) is not int or count < 0 for count in counts) or decision.storage not in _STORAGES:
         raise ValueError(f"a decision has nnz, budget and storage {counts, decision.storage}")
     return decision

@@ -30,7 +30,7 @@ def broken(choose) -> Method:
 @pytest.fixture
 def any_round_trip(monkeypatch):
     """Lets a method that nobody registered through to the later checks."""
-    monkeypatch.setattr("fxsparse.testing.from_dict", lambda fields: _Anything())
+    monkeypatch.setattr("fxsparse.method_checks.from_dict", lambda fields: _Anything())
 
 
 class _Anything:
