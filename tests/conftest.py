@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fxsparse import machine
+from fxsparse.kernels import cpu
 
 torch.set_num_threads(1)
 # The first example of a torch function may take seconds, so a deadline measures the machine and not the code.
@@ -21,6 +22,12 @@ hypothesis.settings.load_profile("fxsparse")
 
 
 _TESTS = count()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Build the C++ kernels before workers start (``-n``), as each would build them."""
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        cpu.load()
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ def test_the_first_screen_has_two_commands_that_set_everything_up() -> None:
     first, second, *_ = blocks("bash")
     assert first.startswith("python3 -m venv")
     assert first.endswith("&& fxsparse demo\n")
-    assert second.endswith("&& python -m pytest\n")
+    assert second.endswith("&& python -m pytest -n auto\n")
 
 
 def test_the_example_trains_and_compiles() -> None:
