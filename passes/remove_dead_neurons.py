@@ -174,7 +174,11 @@ def _rewrite_numbers(gm: GraphModule, plan: Removal, node: Node) -> None:
         if changed != sizes:
             rest = {k: v for k, v in node.kwargs.items() if k not in ("input", "shape", "size")}
             node.args, node.kwargs = (argument(node, 0, "input"), changed), rest
-    if isinstance(output, tuple | list) and step.silent:
+    if (
+        isinstance(output, tuple | list)
+        and step.silent
+        and all(isinstance(piece, Tensor) for piece in output)
+    ):
         _rewrite_pieces(plan, node)
 
 

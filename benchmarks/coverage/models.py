@@ -66,9 +66,10 @@ def _target(k: int) -> dict[str, torch.Tensor]:
 
 
 def timm_model(name: str) -> tuple[nn.Module, Any]:
-    """A timm model with random weights: at its own resolution where that is fixed, else at 128 or fewer pixels."""
+    """A timm model with random weights: at its own resolution where that is fixed, else at 128 pixels or its least."""
     model: Any = timm.create_model(name)
-    channels, height, width = model.pretrained_cfg["input_size"]
+    size = model.pretrained_cfg["input_size"]
     if not model.pretrained_cfg.get("fixed_input_size"):
-        height, width = min(height, 128), min(width, 128)
-    return model, torch.randn(2, channels, height, width)
+        least = model.pretrained_cfg.get("min_input_size") or (0, 128, 128)
+        size = (size[0], *(min(own, max(128, floor)) for own, floor in zip(size[1:], least[1:], strict=True)))
+    return model, torch.randn(2, *size)

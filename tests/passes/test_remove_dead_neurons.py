@@ -612,3 +612,23 @@ def test_calls_by_keyword_are_rewritten_too(pieces: bool) -> None:
     ctx = removed(net, x)
     assert neurons(ctx) == {"a.weight": 3}
     assert error(ctx, net, x) < EXACT
+
+
+class Reshaped(nn.Module):
+    """Reads a part of a size, which is a tuple of numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        sizes = x.permute(0, 3, 1, 2).shape[2:]
+        return self.last(self.first(x).relu()).reshape(-1, sizes[0] * sizes[1], 4)
+
+
+def test_parts_of_a_size_are_no_pieces_of_a_tensor() -> None:
+    model = with_zero_rows(Reshaped(), {"first.weight": [1, 4]})
+    x = torch.randn(2, 3, 5, 6, dtype=torch.float64)
+    ctx = removed(model, x)
+    assert neurons(ctx) == {"first.weight": 2}
+    assert error(ctx, model, x) < EXACT
