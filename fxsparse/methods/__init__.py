@@ -3,6 +3,7 @@
 from fxsparse.ablation import srigl_fan_in
 from fxsparse.method import from_dict
 from fxsparse.methods.acdc import acdc
+from fxsparse.methods.dsr import dsr
 from fxsparse.methods.feather import feather
 from fxsparse.methods.gmp import gmp
 from fxsparse.methods.granet import granet
@@ -11,6 +12,7 @@ from fxsparse.methods.mest import mest
 from fxsparse.methods.movement import movement
 from fxsparse.methods.rigl import rigl
 from fxsparse.methods.set_ import set_
+from fxsparse.methods.snfs import snfs
 from fxsparse.methods.sparsegpt import sparsegpt
 from fxsparse.methods.spartan import dual_averaging, imp, spartan
 from fxsparse.methods.sr_ste import sr_ste
@@ -40,11 +42,14 @@ METHODS = (
     str_,
     movement,
     mest,
+    snfs,
+    dsr,
 )  # what the contract tests run over
 
 __all__ = [
     "METHODS",
     "acdc",
+    "dsr",
     "dual_averaging",
     "feather",
     "from_dict",
@@ -56,6 +61,7 @@ __all__ = [
     "movement",
     "rigl",
     "set_",
+    "snfs",
     "sparsegpt",
     "spartan",
     "sr_ste",

@@ -4,6 +4,7 @@ from fxsparse.method import Method
 from fxsparse.methods import (
     METHODS,
     acdc,
+    dsr,
     dual_averaging,
     feather,
     gmp,
@@ -14,6 +15,7 @@ from fxsparse.methods import (
     movement,
     rigl,
     set_,
+    snfs,
     sparsegpt,
     spartan,
     sr_ste,
@@ -54,6 +56,8 @@ FAST = {
     "str": str_(initial=-1.0),
     "movement": movement(steps=1100, warmup=50, cooldown=100),
     "mest": mest(steps=1100, every=1),
+    "snfs": snfs(every=1, stop=1100),
+    "dsr": dsr(every=1),
 }
 PATTERNS = [Unstructured(), ConstantFanIn(), NM(2, 4), Block(2, 4), Strided(4)]
 

@@ -13,6 +13,7 @@ from fxsparse import Plan
 from fxsparse.methods import (
     METHODS,
     acdc,
+    dsr,
     dual_averaging,
     feather,
     gmp,
@@ -23,6 +24,7 @@ from fxsparse.methods import (
     movement,
     rigl,
     set_,
+    snfs,
     spartan,
     sr_ste,
     srigl,
@@ -51,6 +53,8 @@ SHORT = {
     "str": str_(initial=-3.0, weight_decay=0.01),
     "movement": movement(steps=STEPS, warmup=2, cooldown=4),
     "mest": mest(steps=STEPS, every=2, exchange=(0.3, 0.1), phases=(0.5,)),
+    "snfs": snfs(every=2, stop=STEPS),
+    "dsr": dsr(every=2, exchange=0.3, threshold=0.01),
 }
 """Every exported method on a schedule that moves its masks within `STEPS`."""
 BATCHES = [torch.randn(12, 16, generator=torch.Generator().manual_seed(at)) for at in range(STEPS)]
