@@ -19,6 +19,7 @@ from fxsparse.knapsack import KeepLargest
 from fxsparse.method import GlobalRule, Method
 from fxsparse.pattern import NM, Block, Pattern, Strided, Unstructured
 from fxsparse.transforms import Transform
+from fxsparse.transposable import Transposable
 
 VERSION = 1
 STORAGES = ("auto", "masked", "compact")
@@ -302,6 +303,8 @@ def fixed_sparsity(pattern: Pattern | None) -> float | None:
     """What a pattern says of the sparsity by itself; None where that is left to the plan."""
     if isinstance(pattern, Strided):
         return 1 - 1 / pattern.m
+    if isinstance(pattern, Transposable):
+        return 0.5
     return 1 - pattern.n / pattern.m if isinstance(pattern, NM) else None
 
 

@@ -11,6 +11,7 @@ from fxsparse.methods.gse import gse
 from fxsparse.methods.mest import mest
 from fxsparse.methods.movement import movement
 from fxsparse.methods.rigl import rigl
+from fxsparse.methods.s_ste import s_ste
 from fxsparse.methods.set_ import set_
 from fxsparse.methods.snfs import snfs
 from fxsparse.methods.sparsegpt import sparsegpt
@@ -44,6 +45,7 @@ METHODS = (
     mest,
     snfs,
     dsr,
+    s_ste,
 )  # what the contract tests run over
 
 __all__ = [
@@ -60,6 +62,7 @@ __all__ = [
     "mest",
     "movement",
     "rigl",
+    "s_ste",
     "set_",
     "snfs",
     "sparsegpt",

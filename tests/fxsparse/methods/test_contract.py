@@ -14,6 +14,7 @@ from fxsparse.methods import (
     mest,
     movement,
     rigl,
+    s_ste,
     set_,
     snfs,
     sparsegpt,
@@ -58,6 +59,7 @@ FAST = {
     "mest": mest(steps=1100, every=1),
     "snfs": snfs(every=1, stop=1100),
     "dsr": dsr(every=1),
+    "s_ste": s_ste(),
 }
 PATTERNS = [Unstructured(), ConstantFanIn(), NM(2, 4), Block(2, 4), Strided(4)]
 

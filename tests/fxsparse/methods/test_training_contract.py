@@ -23,6 +23,7 @@ from fxsparse.methods import (
     mest,
     movement,
     rigl,
+    s_ste,
     set_,
     snfs,
     spartan,
@@ -32,6 +33,7 @@ from fxsparse.methods import (
     str_,
     top_kast,
 )
+from fxsparse.plans import fixed_sparsity
 from fxsparse.storage import MaskedWeight
 
 STEPS = 16
@@ -55,6 +57,7 @@ SHORT = {
     "mest": mest(steps=STEPS, every=2, exchange=(0.3, 0.1), phases=(0.5,)),
     "snfs": snfs(every=2, stop=STEPS),
     "dsr": dsr(every=2, exchange=0.3, threshold=0.01),
+    "s_ste": s_ste(mvue=True),
 }
 """Every exported method on a schedule that moves its masks within `STEPS`."""
 BATCHES = [torch.randn(12, 16, generator=torch.Generator().manual_seed(at)) for at in range(STEPS)]
@@ -66,6 +69,7 @@ def model():
 
 def build(method, sparsity=0.8):
     torch.manual_seed(0)
+    sparsity = sparsity if method.pattern is None else fixed_sparsity(method.pattern) or sparsity
     sparse = fxsparse.compile(model(), Plan(sparsity=sparsity, storage="masked", method=method))
     optimizer = torch.optim.SGD(sparse.parameter_groups(0.05, weight_decay=1e-3), momentum=0.9)
     sparse.attach(optimizer)
