@@ -238,6 +238,8 @@ class Held:
     weight: Tensor
     mask: Tensor
     extras: Mapping[str, Tensor]
+    final: int = 0
+    """Entries that the weight is to have when training ends; all of them, where the plan keeps it dense."""
 
 
 class Penalty(Protocol):

@@ -1,6 +1,6 @@
 """A method's penalty, by its gradient alone: what it adds to ``.grad`` before a step of the optimizer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -10,12 +10,14 @@ from fxsparse.errors import InvariantError
 from fxsparse.method import Held, Penalty
 from fxsparse.sharding import here, part, whole
 from fxsparse.storage import CompactWeight, MaskedWeight
+from fxsparse.update_mask import Target
 
 
 @torch.no_grad()
 def add_penalty(
     penalty: Penalty,
     weights: Iterator[tuple[str, MaskedWeight | CompactWeight]],
+    targets: Mapping[str, Target],
     step: int,
     optimizer: Optimizer,
 ) -> Tensor | None:
@@ -26,7 +28,13 @@ def add_penalty(
     """
     stores = [(name, store) for name, store in weights if isinstance(store, MaskedWeight)]
     held = [
-        Held(name, whole(store.parameter), store.mask, {n: whole(t) for n, t in store.extras.items()})
+        Held(
+            name,
+            whole(store.parameter),
+            store.mask,
+            {n: whole(t) for n, t in store.extras.items()},
+            targets[name].nnz,
+        )
         for name, store in stores
     ]
     scale = getattr(optimizer, "grad_scale", None)

@@ -220,8 +220,8 @@ class MaskUpdates:
         """What a step does when gradients are there and the optimizer has not used them yet."""
         if due:
             self._before_update(optimizer)
-        if self.method.penalty is not None:
-            self.penalty_norm = add_penalty(self.method.penalty, self.weights(), self.step, optimizer)
+        if (penalty := self.method.penalty) is not None:
+            self.penalty_norm = add_penalty(penalty, self.weights(), self.targets, self.step, optimizer)
 
     def _before_update(self, optimizer: Optimizer) -> None:
         """Gradients are there and the optimizer has not used them yet."""

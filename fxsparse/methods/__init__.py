@@ -8,6 +8,7 @@ from fxsparse.methods.feather import feather
 from fxsparse.methods.gmp import gmp
 from fxsparse.methods.granet import granet
 from fxsparse.methods.gse import gse
+from fxsparse.methods.hypersparse import hypersparse
 from fxsparse.methods.mest import mest
 from fxsparse.methods.movement import movement
 from fxsparse.methods.rigl import rigl
@@ -46,6 +47,7 @@ METHODS = (
     snfs,
     dsr,
     s_ste,
+    hypersparse,
 )  # what the contract tests run over
 
 __all__ = [
@@ -58,6 +60,7 @@ __all__ = [
     "gmp",
     "granet",
     "gse",
+    "hypersparse",
     "imp",
     "mest",
     "movement",

@@ -10,6 +10,7 @@ from fxsparse.methods import (
     gmp,
     granet,
     gse,
+    hypersparse,
     imp,
     mest,
     movement,
@@ -60,6 +61,7 @@ FAST = {
     "snfs": snfs(every=1, stop=1100),
     "dsr": dsr(every=1),
     "s_ste": s_ste(),
+    "hypersparse": hypersparse(cut=5, start=1),
 }
 PATTERNS = [Unstructured(), ConstantFanIn(), NM(2, 4), Block(2, 4), Strided(4)]
 

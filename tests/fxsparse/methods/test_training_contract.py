@@ -19,6 +19,7 @@ from fxsparse.methods import (
     gmp,
     granet,
     gse,
+    hypersparse,
     imp,
     mest,
     movement,
@@ -58,6 +59,7 @@ SHORT = {
     "snfs": snfs(every=2, stop=STEPS),
     "dsr": dsr(every=2, exchange=0.3, threshold=0.01),
     "s_ste": s_ste(mvue=True),
+    "hypersparse": hypersparse(cut=9, start=2, epoch=2, strength=0.01),
 }
 """Every exported method on a schedule that moves its masks within `STEPS`."""
 BATCHES = [torch.randn(12, 16, generator=torch.Generator().manual_seed(at)) for at in range(STEPS)]
