@@ -3,6 +3,7 @@
 from fxsparse.ablation import srigl_fan_in
 from fxsparse.method import from_dict
 from fxsparse.methods.acdc import acdc
+from fxsparse.methods.cht import cht
 from fxsparse.methods.dsr import dsr
 from fxsparse.methods.feather import feather
 from fxsparse.methods.gmp import gmp
@@ -48,11 +49,13 @@ METHODS = (
     dsr,
     s_ste,
     hypersparse,
+    cht,
 )  # what the contract tests run over
 
 __all__ = [
     "METHODS",
     "acdc",
+    "cht",
     "dsr",
     "dual_averaging",
     "feather",

@@ -4,6 +4,7 @@ from fxsparse.method import Method
 from fxsparse.methods import (
     METHODS,
     acdc,
+    cht,
     dsr,
     dual_averaging,
     feather,
@@ -62,6 +63,7 @@ FAST = {
     "dsr": dsr(every=1),
     "s_ste": s_ste(),
     "hypersparse": hypersparse(cut=5, start=1),
+    "cht": cht(every=1, steps=1100),
 }
 PATTERNS = [Unstructured(), ConstantFanIn(), NM(2, 4), Block(2, 4), Strided(4)]
 

@@ -13,6 +13,7 @@ from fxsparse import Plan
 from fxsparse.methods import (
     METHODS,
     acdc,
+    cht,
     dsr,
     dual_averaging,
     feather,
@@ -60,6 +61,7 @@ SHORT = {
     "dsr": dsr(every=2, exchange=0.3, threshold=0.01),
     "s_ste": s_ste(mvue=True),
     "hypersparse": hypersparse(cut=9, start=2, epoch=2, strength=0.01),
+    "cht": cht(every=2, steps=STEPS),
 }
 """Every exported method on a schedule that moves its masks within `STEPS`."""
 BATCHES = [torch.randn(12, 16, generator=torch.Generator().manual_seed(at)) for at in range(STEPS)]
