@@ -38,6 +38,7 @@ def target_of(ctx: PassContext, name: str) -> Target:
         decision.limit,
         decision.initial,
         decision.feeds,
+        decision.channels,
         decision.dense,
     )
 

@@ -136,6 +136,9 @@ class WeightView:
     """The gradient that the optimizer has just seen at the active entries, [nnz]; no probe is needed for it."""
     momentum: Callable[[], Tensor] = _unknown
     """The optimizer's average of gradients for every entry, of the weight's shape; only with Probe.EMA_DENSE."""
+    channels: tuple[int, ...] = ()
+    """For each row a number; rows of all weights that have the same are one channel, as a residual adds them.  Only
+    for a `GlobalRule` of a method that ablates, with example inputs."""
     feeds: tuple[str, ...] = ()
     """Weights whose columns are exactly this weight's rows, elementwise ops between; only with Probe.TOPOLOGY."""
 

@@ -102,6 +102,8 @@ class Decision:
     """An override keeps the weight dense, outside of what others share."""
     initial: int | None = None
     """Entries before the first update, where the method starts from a sparsity of its own."""
+    channels: tuple[int, ...] = ()
+    """For each row its channel, for a method that ablates; empty where shapes are unknown."""
     feeds: tuple[str, ...] = ()
     """Weights whose columns are this weight's rows, for a method whose updates go by topology."""
     ablates: bool = False

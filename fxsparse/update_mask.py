@@ -48,6 +48,8 @@ class Target:
     """Entries before the first update, where the method starts from a sparsity of its own."""
     feeds: tuple[str, ...] = ()
     """Weights whose columns are this weight's rows."""
+    channels: tuple[int, ...] = ()
+    """For each row its channel, where that is known."""
     dense: bool = False
     """An override keeps the weight dense, outside of what others share."""
 
@@ -266,6 +268,7 @@ def _view(store: MaskedWeight | CompactWeight, name: str, step: UpdateStep) -> W
         active_gradient=lambda: _active_gradient(store, active, name, step),
         momentum=lambda: _momentum(store, name, step),
         feeds=target.feeds,
+        channels=target.channels,
     )
 
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
+from fxsparse.channels import trace_channels
 from fxsparse.errors import PlanError
 from fxsparse.globs import matches, unmatched
 from fxsparse.graph import SITE_OPS, sites
@@ -25,7 +26,8 @@ class KeepNeurons:
 
     A weight keeps all its neurons where they are outputs of the model (no linear or convolution lies between its
     call and the output), where the plan gives its fan-in, and where the method's `never_ablate` names it.  The
-    module walk sees no calls in order: there it is the last weight that is taken for the output.
+    module walk sees no calls in order: there it is the last weight that is taken for the output.  Where one rule
+    chooses for all weights, and shapes are known, `channels` says which rows are one channel.
 
     Raises:
         PlanError: a glob of `never_ablate` that names no selected weight.
@@ -49,7 +51,22 @@ class KeepNeurons:
             reason = _reason(ctx, name, globs)
             decision.ablates = reason is None
             decision.neurons = "may be ablated" if reason is None else f"all stay: {reason}"
+        assert ctx.plan is not None
+        shaped = any("val" in node.meta for node in gm.graph.nodes)
+        if ctx.plan.method.is_joint and ctx.program.tier != "walk" and shaped:
+            _label(gm, ctx)
         return 0
+
+
+def _label(gm: GraphModule, ctx: PassContext) -> None:
+    """Fill `channels` of every weight with one call, which says what its rows are."""
+    traced = trace_channels(gm)
+    labels = traced.graph.channels()
+    for name, decision in ctx.decisions.items():
+        calls = sites(gm, name)
+        produces = traced.steps[calls[0].node].produces if len(calls) == 1 else None
+        if produces in labels and not calls[0].sliced:
+            decision.channels = tuple(labels[produces].tolist())
 
 
 def _reason(ctx: PassContext, name: str, globs: Sequence[str]) -> str | None:

@@ -3,6 +3,7 @@
 from fxsparse.ablation import srigl_fan_in
 from fxsparse.method import from_dict
 from fxsparse.methods.acdc import acdc
+from fxsparse.methods.chase import chase
 from fxsparse.methods.cht import cht
 from fxsparse.methods.dsr import dsr
 from fxsparse.methods.feather import feather
@@ -50,11 +51,13 @@ METHODS = (
     s_ste,
     hypersparse,
     cht,
+    chase,
 )  # what the contract tests run over
 
 __all__ = [
     "METHODS",
     "acdc",
+    "chase",
     "cht",
     "dsr",
     "dual_averaging",

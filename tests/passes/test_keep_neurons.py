@@ -7,7 +7,7 @@ from torch import nn
 import fxsparse
 from fxsparse import Override, Plan
 from fxsparse.errors import PlanError
-from fxsparse.methods import rigl, srigl
+from fxsparse.methods import chase, rigl, srigl
 from fxsparse.pattern import ConstantFanIn
 
 
@@ -114,3 +114,28 @@ def test_methods_that_ablate_nothing_say_nothing_of_neurons():
         assert set(neurons(mlp(), Plan(sparsity=0.5, method=method)).values()) == {None}
     assert "may be ablated" not in str(fxsparse.plan_report(mlp(), Plan(sparsity=0.5)))
     assert "may be ablated" in str(fxsparse.plan_report(mlp(), Plan(sparsity=0.5, method=srigl())))
+
+
+class Added(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.inner, self.back = nn.Linear(6, 8), nn.Linear(8, 5), nn.Linear(5, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(x + self.back(self.inner(x).relu()))
+
+
+def channels(method, example_inputs):
+    plan = Plan(sparsity=0.5, method=method, storage="masked")
+    sparse = fxsparse.compile(Added(), plan, example_inputs=example_inputs)
+    return {name: target.channels for name, target in sparse._emitted.targets.items()}
+
+
+def test_rows_that_are_added_have_one_number_for_a_rule_over_all_weights():
+    found = channels(chase(), torch.randn(2, 6))
+    assert found["stem.weight"] == found["back.weight"]
+    assert len({*found["stem.weight"], *found["inner.weight"], *found["head.weight"]}) == 8 + 5 + 3
+    assert set(channels(chase(), None).values()) == {()}
+    assert set(channels(srigl(), torch.randn(2, 6)).values()) == {()}

@@ -4,6 +4,7 @@ from fxsparse.method import Method
 from fxsparse.methods import (
     METHODS,
     acdc,
+    chase,
     cht,
     dsr,
     dual_averaging,
@@ -64,6 +65,7 @@ FAST = {
     "s_ste": s_ste(),
     "hypersparse": hypersparse(cut=5, start=1),
     "cht": cht(every=1, steps=1100),
+    "chase": chase(every=1, stop=1100, channel_every=2, channel_stop=1000),
 }
 PATTERNS = [Unstructured(), ConstantFanIn(), NM(2, 4), Block(2, 4), Strided(4)]
 

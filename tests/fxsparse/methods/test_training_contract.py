@@ -13,6 +13,7 @@ from fxsparse import Plan
 from fxsparse.methods import (
     METHODS,
     acdc,
+    chase,
     cht,
     dsr,
     dual_averaging,
@@ -62,6 +63,7 @@ SHORT = {
     "s_ste": s_ste(mvue=True),
     "hypersparse": hypersparse(cut=9, start=2, epoch=2, strength=0.01),
     "cht": cht(every=2, steps=STEPS),
+    "chase": chase(every=2, stop=STEPS, channel_every=2, channel_stop=10),
 }
 """Every exported method on a schedule that moves its masks within `STEPS`."""
 BATCHES = [torch.randn(12, 16, generator=torch.Generator().manual_seed(at)) for at in range(STEPS)]
