@@ -130,7 +130,7 @@ def test_no_channel_goes_whose_places_the_total_needs():
 
 
 def test_the_exchange_is_over_all_weights_by_magnitude_and_gradient():
-    """Of 4 entries one goes, the 1 of a; the largest gradient of an inactive place in a row that is left is the -5 of b."""
+    """Of 4 entries one goes, the 1 of a; of places in rows that are left the -5 of b has the largest gradient."""
     a = torch.tensor([[1.0, 2, 0], [0, 0, 0]]), torch.tensor([[0.0, 0, 3], [9, 9, 9]]), [False, True]
     b = torch.tensor([[3.0, 4, 0], [0, 0, 0]]), torch.tensor([[0.0, 0, 2], [0, -5, 0]]), [False, False]
     method = chase(every=1, channel_every=5, stop=10, drop_fraction=0.25)
