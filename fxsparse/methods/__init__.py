@@ -6,6 +6,7 @@ from fxsparse.methods.acdc import acdc
 from fxsparse.methods.chase import chase
 from fxsparse.methods.cht import cht
 from fxsparse.methods.dsr import dsr
+from fxsparse.methods.dtp import dtp
 from fxsparse.methods.feather import feather
 from fxsparse.methods.gmp import gmp
 from fxsparse.methods.granet import granet
@@ -13,16 +14,19 @@ from fxsparse.methods.gse import gse
 from fxsparse.methods.hypersparse import hypersparse
 from fxsparse.methods.mest import mest
 from fxsparse.methods.movement import movement
+from fxsparse.methods.mst import mst
 from fxsparse.methods.rigl import rigl
 from fxsparse.methods.s_ste import s_ste
 from fxsparse.methods.set_ import set_
 from fxsparse.methods.snfs import snfs
+from fxsparse.methods.soft_movement import soft_movement
 from fxsparse.methods.sparsegpt import sparsegpt
 from fxsparse.methods.spartan import dual_averaging, imp, spartan
 from fxsparse.methods.sr_ste import sr_ste
 from fxsparse.methods.srigl import srigl
 from fxsparse.methods.static import static
 from fxsparse.methods.str_ import str_
+from fxsparse.methods.supermask import supermask
 from fxsparse.methods.top_kast import top_kast
 from fxsparse.methods.wanda import wanda
 
@@ -52,6 +56,10 @@ METHODS = (
     hypersparse,
     cht,
     chase,
+    soft_movement,
+    dtp,
+    supermask,
+    mst,
 )  # what the contract tests run over
 
 __all__ = [
@@ -60,6 +68,7 @@ __all__ = [
     "chase",
     "cht",
     "dsr",
+    "dtp",
     "dual_averaging",
     "feather",
     "from_dict",
@@ -70,10 +79,12 @@ __all__ = [
     "imp",
     "mest",
     "movement",
+    "mst",
     "rigl",
     "s_ste",
     "set_",
     "snfs",
+    "soft_movement",
     "sparsegpt",
     "spartan",
     "sr_ste",
@@ -81,6 +92,7 @@ __all__ = [
     "srigl_fan_in",
     "static",
     "str_",
+    "supermask",
     "top_kast",
     "wanda",
 ]

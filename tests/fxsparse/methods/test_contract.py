@@ -7,6 +7,7 @@ from fxsparse.methods import (
     chase,
     cht,
     dsr,
+    dtp,
     dual_averaging,
     feather,
     gmp,
@@ -16,16 +17,19 @@ from fxsparse.methods import (
     imp,
     mest,
     movement,
+    mst,
     rigl,
     s_ste,
     set_,
     snfs,
+    soft_movement,
     sparsegpt,
     spartan,
     sr_ste,
     srigl,
     static,
     str_,
+    supermask,
     top_kast,
     wanda,
 )
@@ -66,6 +70,10 @@ FAST = {
     "hypersparse": hypersparse(cut=5, start=1),
     "cht": cht(every=1, steps=1100),
     "chase": chase(every=1, stop=1100, channel_every=2, channel_stop=1000),
+    "soft_movement": soft_movement(steps=1100, warmup=50, cooldown=100),
+    "dtp": dtp(),
+    "supermask": supermask(),
+    "mst": mst((0.5, 0.95), (100, 400), restore=800, stop=1100, every=1),
 }
 PATTERNS = [Unstructured(), ConstantFanIn(), NM(2, 4), Block(2, 4), Strided(4)]
 

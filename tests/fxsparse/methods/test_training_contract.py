@@ -16,6 +16,7 @@ from fxsparse.methods import (
     chase,
     cht,
     dsr,
+    dtp,
     dual_averaging,
     feather,
     gmp,
@@ -25,15 +26,18 @@ from fxsparse.methods import (
     imp,
     mest,
     movement,
+    mst,
     rigl,
     s_ste,
     set_,
     snfs,
+    soft_movement,
     spartan,
     sr_ste,
     srigl,
     static,
     str_,
+    supermask,
     top_kast,
 )
 from fxsparse.plans import fixed_sparsity
@@ -64,6 +68,10 @@ SHORT = {
     "hypersparse": hypersparse(cut=9, start=2, epoch=2, strength=0.01),
     "cht": cht(every=2, steps=STEPS),
     "chase": chase(every=2, stop=STEPS, channel_every=2, channel_stop=10),
+    "soft_movement": soft_movement(steps=STEPS, warmup=2, cooldown=4, score_lr=20.0),
+    "dtp": dtp(eps=0.5, score_lr=3.0),
+    "supermask": supermask(score_lr=10.0),
+    "mst": mst((0.5, 0.9), (2, 6), restore=10, stop=14, every=2),
 }
 """Every exported method on a schedule that moves its masks within `STEPS`."""
 BATCHES = [torch.randn(12, 16, generator=torch.Generator().manual_seed(at)) for at in range(STEPS)]
