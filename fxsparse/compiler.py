@@ -19,6 +19,7 @@ from fxsparse.compile_checks import (
     check_plan,
     check_values,
 )
+from fxsparse.dense_copies import copied_model
 from fxsparse.errors import PlanError
 from fxsparse.flops import FlopCount
 from fxsparse.graph import comment, set_parameter
@@ -36,10 +37,11 @@ from fxsparse.plans import Plan
 from fxsparse.report import Report
 from fxsparse.skeleton import copy_structure
 from fxsparse.storage import CompactWeight
-from fxsparse.summary import add_balance, stored_bytes, summarize
+from fxsparse.summary import add_balance, stored_bytes, summarize, warn_of_nothing
 from fxsparse.topology import TopologyHistory
 from fxsparse.trace import capture
 from fxsparse.transformation import fitted, transform
+from fxsparse.undisturbed import without_autocast
 from fxsparse.updates import MaskUpdates
 from fxsparse.walk import swap_leaves
 
@@ -92,13 +94,13 @@ def compile(
     check_values(values, mode)
     check_optimizer(optimizer, mode)
     check_device(model, device, optimizer)
-    if plan is None:
-        check_scores(initial_scores, None, model)
-        return compile_for_inference(model, example_inputs, strict=strict, values=values)
     check_scores(initial_scores, plan, model)
+    if plan is None:
+        with without_autocast():
+            return compile_for_inference(model, example_inputs, strict=strict, values=values)
     place = torch.device(device or "cpu")
     # A caller's no_grad is not meant for what the module will train with, nor for the times of its kernels.
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), without_autocast():
         return _train(model, plan, example_inputs, optimizer, place, strict, initial_scores)
 
 
@@ -185,11 +187,13 @@ def prune(
     batches = None if calibration is None else batches_of(model, calibration)
     if example_inputs is None and batches is not None:
         example_inputs = batches[0]
-    made, plan = _transformed(copy.deepcopy(model), plan, example_inputs)
-    program = capture(made, example_inputs)
-    ctx = PassContext(plan, "train", program, Report() if report is None else report, example_inputs)
-    run_passes(planning_pipeline(plan), ctx)
-    errors = prune_program(ctx, batches, measured=report is not None)
+    with without_autocast():
+        made, plan = _transformed(copied_model(model, "prune"), plan, example_inputs)
+        program = capture(made, example_inputs)
+        ctx = PassContext(plan, "train", program, Report() if report is None else report, example_inputs)
+        run_passes(planning_pipeline(plan), ctx)
+        errors = prune_program(ctx, batches, measured=report is not None)
+    warn_of_nothing(ctx, "prune")
     summarize(ctx)
     ctx.report.notes += ctx.notes
     for row in ctx.report.layers:
@@ -229,6 +233,7 @@ def _train(
     ctx = PassContext(plan, "train", program, Report(), example_inputs, strict=strict, device=device)
     ctx.scores = scores or {}
     run_passes(training_pipeline, ctx)
+    warn_of_nothing(ctx, "compile")
     sparse = _emit(model, ctx)
     if optimizer is not None:
         for name, weight in sparse.weights():

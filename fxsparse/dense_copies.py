@@ -1,5 +1,6 @@
 """What dense copies of sparse weights are made with, and how large they may be."""
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -26,6 +27,19 @@ def fill(model: nn.Module, values: Mapping[str, Any]) -> None:
             parameter.data = values[name].clone()
     known = dict(named)
     model.load_state_dict({name: value for name, value in values.items() if name not in known}, strict=False)
+
+
+def copied_model(model: nn.Module, call: str) -> nn.Module:
+    """A deep copy; PlanError that names the tensor where a module holds one that was computed."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                raise PlanError(
+                    f"{call}: expected a model that can be copied, got {f'{path}.{name}'.lstrip('.')!r}, a tensor "
+                    "computed from parameters (torch.nn.utils.weight_norm and spectral_norm keep such). Use "
+                    "torch.nn.utils.parametrizations.weight_norm or spectral_norm instead."
+                )
+    return copy.deepcopy(model)
 
 
 def numel_of(weight: CompactWeight | MaskedWeight) -> int:

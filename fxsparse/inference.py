@@ -200,7 +200,9 @@ def _beside_training(trained: nn.Module, sparse: SparseModule, ctx: PassContext)
 def _compare(dense: nn.Module, sparse: SparseModule, ctx: PassContext) -> None:
     """InvariantError where the two differ; where values were rounded their difference goes to the report instead."""
     want = observe(dense, dense, ctx.example_inputs, training=False)
-    got = observe(sparse, sparse, ctx.example_inputs, training=False)
+    # A forward of the user's own may keep Python attributes, which a comparison should not move.
+    root = copy_structure(ctx.program.skeleton) if ctx.program.tier == "walk" else sparse
+    got = observe(root, root, ctx.example_inputs, training=False)
     rounded = [name for name, decision in ctx.decisions.items() if decision.values_dtype is not None]
     error = largest_error(want, got)
     if (not rounded or error == math.inf) and (difference := compare(want, got)):

@@ -2,6 +2,7 @@
 
 import inspect
 import operator
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -140,6 +141,15 @@ def _refused(expected: str, got: str) -> TraceError:
         f"{expected}, got {got}: the model was captured for its example inputs, and its code may do something else "
         "for others; compile it with example inputs of this kind"
     )
+
+
+def refuse_another_value(error: AssertionError) -> None:
+    """Raise TraceError in place of what a graph says of an argument whose value it was traced with."""
+    found = re.match(r"(\w+) has been specialized to have value (.*) but got another value", str(error))
+    if found is not None:
+        raise _refused(
+            f"expected {found[1]}={found[2]}, as in the example inputs", "another value"
+        ) from error
 
 
 # -- what a check asks for ---------------------------------------------------------------------------------

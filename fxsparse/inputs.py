@@ -1,6 +1,7 @@
 """How example inputs are written, and what a forward makes of them."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """(positional, keyword) arguments of a call.
 
     A tensor is the only argument; a tuple or list holds the positional arguments, and a dict at its end the keyword
-    arguments; a dict alone is all keyword arguments.  A model that takes a dict by position needs ``(batch, {})``.
+    arguments; a dict (or what a tokenizer returns) alone is all keyword arguments.  A model that takes a dict by
+    position needs ``(batch, {})``.
     """
     if isinstance(example_inputs, Tensor):
         return (example_inputs,), {}
-    if isinstance(example_inputs, dict):
+    if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     if not isinstance(example_inputs, (tuple, list)):
         raise TraceError(

@@ -12,10 +12,10 @@ from torch.fx import GraphModule
 from torch.optim import Optimizer
 
 from fxsparse import sharding
-from fxsparse.dense_copies import check_bytes, fill, listed, mask_of, numel_of
+from fxsparse.dense_copies import check_bytes, copied_model, fill, listed, mask_of, numel_of
 from fxsparse.errors import CheckpointError, FxSparseError, PlanError, TraceError
 from fxsparse.graph import owner
-from fxsparse.input_check import InputCheck
+from fxsparse.input_check import InputCheck, refuse_another_value
 from fxsparse.own_code import own_code_each
 from fxsparse.parameter_groups import extras_held, parameter_groups
 from fxsparse.pipeline import Decision, Program
@@ -100,6 +100,9 @@ class SparseModule(nn.Module):
             updates.copied.check(dict(self.weights()))
         try:
             return self._active()(*args, **kwargs)
+        except AssertionError as error:
+            refuse_another_value(error)
+            raise
         except RuntimeError as error:
             refuse_sharded_parts(self, self._emitted.program.tier, error)
             raise
@@ -272,7 +275,7 @@ class SparseModule(nn.Module):
         weights = dict(self.weights())
         chosen = self._chosen(names)
         check_bytes(sum(self._dense_bytes(key, weights) for key in chosen), max_bytes, "to_dense")
-        dense = copy.deepcopy(self._emitted.recipe.shell)
+        dense = copied_model(self._emitted.recipe.shell, "to_dense")
         state = self.state_dict()
         others = {key: state[key] for key in self._emitted.user_keys if key not in weights}
         values = {key: whole(value) if isinstance(value, Tensor) else value for key, value in others.items()}

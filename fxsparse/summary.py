@@ -1,5 +1,7 @@
 """The rows of a report that describe weights, read from the decisions that passes left."""
 
+import warnings
+from collections import Counter
 from collections.abc import Iterable
 
 import torch
@@ -42,6 +44,19 @@ def summarize(ctx: PassContext) -> None:
         "dtype": str(parameters[0].dtype).removeprefix("torch.") if parameters else None,
         "kernels": cpu.in_use(),
     }
+
+
+def warn_of_nothing(ctx: PassContext, call: str) -> None:
+    """Warn where the plan selected no weight, with the reasons."""
+    if ctx.decisions:
+        return
+    reasons = Counter(ctx.untouched.values()).most_common(3)
+    said = "; ".join(f"{count} x {reason}" for reason, count in reasons)
+    warnings.warn(
+        f"{call}: the plan selected none of the model's {len(ctx.untouched)} parameters, so it stays dense: {said}. "
+        "Linear and convolution weights can be sparse; fxsparse.plan_report shows all reasons.",
+        stacklevel=4,
+    )
 
 
 def add_balance(model: nn.Module, ctx: PassContext) -> None:

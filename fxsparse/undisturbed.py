@@ -1,7 +1,7 @@
 """Forwards and backwards that leave a module as it was."""
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.distributed as dist
@@ -45,3 +45,13 @@ def _kept(gradient: Tensor | None) -> Tensor | None:
     """A copy where DistributedDataParallel may write over it: its ``.grad`` can be a view of the reducer's bucket."""
     distributed = dist.is_available() and dist.is_initialized()
     return gradient.clone() if gradient is not None and distributed else None
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Autocast off inside the block: what is compared and measured has the dtypes of the tensors."""
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield

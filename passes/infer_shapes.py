@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from fxsparse.graph import fetch
 from fxsparse.inputs import has_sequence, on_device, split_inputs, stand_in
 from fxsparse.pipeline import PassContext
-from fxsparse.skeleton import substituted
+from fxsparse.skeleton import copy_structure, substituted
 from fxsparse.verify import RUN_FAILURES, frozen_state
 
 
@@ -126,8 +126,9 @@ def _annotate(gm: GraphModule, ctx: PassContext, symbols: _Symbols) -> None:
         enable_python_dispatcher(),  # the C++ bodies of some ops (pad) turn symbols into numbers
     ):
         if ctx.program.tier == "walk":
-            with _seen_inputs(skeleton) as seen:
-                skeleton(*args, **kwargs)
+            model = copy_structure(skeleton)  # the user's own forward, which may write Python attributes
+            with _seen_inputs(model) as seen:
+                model(*args, **kwargs)
             _annotate_sites(gm, seen)
         else:
             _Recorder(gm).run(*_placeholder_values(gm, args, kwargs), enable_io_processing=False)

@@ -59,8 +59,8 @@ def capture(
     if tier is not None:
         return _again(model, example_inputs, arguments, modes, device, tier)
     notes: list[str] = []
-    expected = _expected(model, example_inputs, modes, notes, device)
-    for front_end, inputs in _front_ends(example_inputs):
+    expected, remembers = _expected(model, example_inputs, modes, notes, device)
+    for front_end, inputs in () if remembers else _front_ends(example_inputs):
         try:
             with recomputation_refused():
                 program = front_end(model, inputs, arguments, modes, device)
@@ -166,25 +166,53 @@ def _merged(graphs: dict[str, GraphModule]) -> dict[str, GraphModule]:
 
 def _expected(
     model: nn.Module, example_inputs: Any, modes: Sequence[str], notes: list[str], device: torch.device
-) -> dict[str, Observation]:
-    """What the model itself shows in each mode; TraceError where it fails in eval mode, a note where in training."""
+) -> tuple[dict[str, Observation], bool]:
+    """What the model itself shows in each mode, and whether a second call shows something else, with a note.
+
+    TraceError where it fails in eval mode, a note where in training.
+    """
     if example_inputs is None:
-        return {}
-    if has_meta(model) or has_meta(example_inputs):
+        return {}, False
+    on_meta = has_meta(model) or has_meta(example_inputs)
+    if on_meta:
         notes.append("verified shapes only, as tensors are on meta")
-    on_meta = " (tensors on meta have no values to decide by)" if has_meta(model) else ""
+    where = " (tensors on meta have no values to decide by)" if has_meta(model) else ""
     seen: dict[str, Observation] = {}
     for mode in modes:
         copy = copy_structure(model)  # what a forward leaves in Python attributes stays in the copy
         try:
             seen[mode] = observe(copy, copy, example_inputs, training=mode == "train", device=device)
         except RUN_FAILURES as error:
-            where = f"in {mode} mode{on_meta}"
-            failure = f"the model itself fails on example_inputs {where}: {type(error).__name__}: {error}"
+            failure = f"the model itself fails on example_inputs in {mode} mode{where}: {type(error).__name__}: {error}"
             if mode == "eval":
                 raise TraceError(failure) from error
             notes.append(f"not verified in training: {failure}")
-    return seen
+            continue
+        if not on_meta and (change := _change(model, copy, seen[mode], example_inputs, mode)):
+            notes.append(change)
+            return seen, True
+    return seen, False
+
+
+def _change(
+    model: nn.Module, called: nn.Module, first: Observation, example_inputs: Any, mode: str
+) -> str | None:
+    """How a second call of `called`, a copy of the model, differs from its first one, in words."""
+    again = observe(called, called, example_inputs, training=mode == "train")
+    if (difference := compare(first, again)) is None:
+        return None
+    pairs = zip(model.named_modules(), called.modules(), strict=False)
+    changed = [
+        f"{path}.{name}".lstrip(".")
+        for (path, before), after in pairs
+        for name, value in vars(before).items()
+        if name != "training" and isinstance(value, int | float | str) and vars(after).get(name) != value
+    ]
+    by = f" It writes {', '.join(changed)}." if changed else ""
+    return (
+        f"no graph is made, since a second call with the same inputs differs in {mode} mode: {difference}. A graph "
+        f"keeps neither Python attributes nor Python's random numbers; buffers and torch's are kept.{by}"
+    )
 
 
 def _difference(
