@@ -2,20 +2,22 @@
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
+from fxsparse.backend.by_weights import ByWeights
 from fxsparse.backend.held import HeldGraph, hold
 from fxsparse.backend.lowering import Call, by_inductor, is_changed, lower, times_us
 from fxsparse.backend.options import Options, read_options
-from fxsparse.backend.planned import mask_weights
-from fxsparse.backend.running import DifferentiableGraph, Packed, SwitchingGraph, watch
+from fxsparse.backend.planned import MaskedGraph, mask_weights
+from fxsparse.backend.running import Packed, SwitchingGraph, WeightSet, watch
 from fxsparse.backend.trial import Trial, try_graph
 from fxsparse.errors import InvariantError, TraceError, UnsupportedError
+from fxsparse.plans import Plan
 from fxsparse.report import Report
 
 _REPORTS: deque[Report] = deque(maxlen=256)
@@ -56,32 +58,70 @@ def fxsparse(
 
 def _compiled(gm: GraphModule, example_inputs: Sequence[Any], wanted: Options) -> Call:
     report = Report()
-    if wanted.plan is not None:
-        gm = mask_weights(gm, example_inputs, wanted.plan, report)
-    held = hold(gm, example_inputs)  # before Inductor, which edits gm
-    dense = by_inductor(gm, example_inputs, wanted.inductor)
+    graph = (
+        _switching(gm, example_inputs, wanted, report)
+        if wanted.plan is None
+        else _planned(gm, example_inputs, wanted.plan, wanted, report)
+    )
+    _REPORTS.append(report)
+    return graph
+
+
+def _planned(
+    gm: GraphModule, example_inputs: Sequence[Any], plan: Plan, wanted: Options, report: Report
+) -> Call:
+    """The same under the masks of the plan."""
+    count = len(example_inputs)
+    gm, masks = mask_weights(gm, example_inputs, plan, report)
+    given = (*example_inputs, *masks.first)
+    masks.start(example_inputs)
+    graph = _switching(gm, given, wanted, report, also=range(count, len(given)))
+    return MaskedGraph(graph, masks) if masks.positions else graph
+
+
+def _switching(
+    gm: GraphModule,
+    given: Sequence[Any],
+    wanted: Options,
+    report: Report,
+    also: Collection[int] = (),
+) -> Call:
+    """`gm` for what it is `given`; inputs at the positions `also` are masks."""
+    held = hold(gm, given, also)  # before Inductor, which edits gm
+    dense = by_inductor(gm, given, wanted.inductor)
     trial = Trial("options['mode'] is 'train'") if wanted.mode == "train" else try_graph(held)
     if trial.refusal is not None:
         report.notes.append(f"dense, by Inductor: {trial.refusal}")
+        if not trial.of_values:
+            return dense
         packed = None
     else:
-        symbolic = [example_inputs[position] for position in held.inputs]
-        packed = _pack(held, dense, report, lambda gm: by_inductor(gm, symbolic, wanted.inductor))
-    _REPORTS.append(report)
-    if packed is None:
-        return dense
-    graph = SwitchingGraph(dense, packed, partial(_pack_again, held.emptied(), dense, report), report)
-    return DifferentiableGraph(graph, trial.differentiable) if any(trial.differentiable) else graph
+        symbolic = [given[position] for position in held.inputs]
+        packed = _pack(held, trial, dense, report, lambda gm: by_inductor(gm, symbolic, wanted.inductor))
+    sets: ByWeights[WeightSet] = ByWeights(held.parameters())
+    graph = SwitchingGraph(dense, sets, [*held.names], partial(_pack_again, held.emptied(), dense), report)
+    graph.start(given, packed)
+    return graph
 
 
-def _pack_again(held: HeldGraph, dense: Call, report: Report, args: Sequence[Any]) -> Packed | None:
+def _pack_again(held: HeldGraph, dense: Call, args: Sequence[Any], report: Report) -> Packed | None:
     """The same for the weights of a later call; Inductor has no part in it, since nothing is being compiled then."""
+    if all(known is not report for known in _REPORTS):
+        _REPORTS.append(report)
     held = held.refreshed(args)
-    return None if try_graph(held).refusal else _pack(held, dense, report, None)
+    trial = try_graph(held)
+    if trial.refusal is None:
+        return _pack(held, trial, dense, report, None)
+    report.notes.append(f"dense, by Inductor: {trial.refusal}")
+    return None
 
 
 def _pack(
-    held: HeldGraph, dense: Call, report: Report, compiler: Callable[[GraphModule], Call] | None
+    held: HeldGraph,
+    trial: Trial,
+    dense: Call,
+    report: Report,
+    compiler: Callable[[GraphModule], Call] | None,
 ) -> Packed | None:
     """The fastest form of a graph, measured; None where that is the dense one.  Fills the report."""
     try:
@@ -109,7 +149,7 @@ def _pack(
         return None
     tensors = held.tensors()
     watched = tuple(watch(position, tensors[name]) for position, name in held.names.items())
-    return Packed(calls[fastest], held.inputs, watched)
+    return Packed(calls[fastest], held.inputs, watched, trial.differentiable)
 
 
 def _copy_rows(source: Report, to: Report) -> None:

@@ -2,13 +2,13 @@
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import SymInt, Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from fxsparse.graph import SITE_OPS, argument, example_size, fetch, weight_source
@@ -41,6 +41,12 @@ class HeldGraph:
         given |= {position: tensors[name] for position, name in self.names.items()}
         return [given[position] for position in range(len(given))]
 
+    def parameters(self) -> tuple[int, ...]:
+        """Positions of the Parameters, which tell one model from another; of all tensors where there are none."""
+        tensors = self.tensors()
+        found = [position for position, name in self.names.items() if isinstance(tensors[name], nn.Parameter)]
+        return tuple(found or self.names)
+
     def emptied(self) -> "HeldGraph":
         """The same graph without any tensor of the model or input, which then may be freed."""
         return self.refreshed([None] * (len(self.names) + len(self.inputs)))
@@ -57,8 +63,11 @@ class HeldGraph:
         return replace(self, root=bind(graph, skeleton), examples=examples)
 
 
-def hold(gm: GraphModule, example_inputs: Sequence[Any]) -> HeldGraph:
-    """Move what ``gm`` is given of a model's tensors into a tree of modules; `gm` is left as it is."""
+def hold(gm: GraphModule, example_inputs: Sequence[Any], also: Collection[int] = ()) -> HeldGraph:
+    """Move what ``gm`` is given of a model's tensors into a tree of modules; `gm` is left as it is.
+
+    Inputs at the positions `also` count as the model's.
+    """
     skeleton = _with_attributes_of(gm)
     graph, names, inputs = copy.deepcopy(gm.graph), {}, []
     first = next(node for node in graph.nodes if node.op != "placeholder")
@@ -67,7 +76,7 @@ def hold(gm: GraphModule, example_inputs: Sequence[Any]) -> HeldGraph:
     )
     for position, (node, source) in enumerate(given):
         value = example_inputs[position]
-        if not _is_held(source, value):
+        if not (position in also or _is_held(source, value)):
             inputs.append(position)
             continue
         own_name = ".".join(_PART.findall(source)) or node.name
@@ -90,6 +99,16 @@ def _source(node: Node) -> str:
     """Where Dynamo has an input from, such as ``L['self']._modules['fc']._parameters['weight']``."""
     source = getattr(node, "_dynamo_source", None)  # an attribute of the node alone, which no copy has
     return "" if source is None else str(source.name)
+
+
+def copied_with_sources(graph: Graph) -> Graph:
+    """A copy of a graph of Dynamo's whose inputs still say where they are from."""
+    copied = copy.deepcopy(graph)
+    pairs = zip(graph.find_nodes(op="placeholder"), copied.find_nodes(op="placeholder"), strict=True)
+    for node, other in pairs:
+        if (source := getattr(node, "_dynamo_source", None)) is not None:
+            other._dynamo_source = source
+    return copied
 
 
 def _plain(value: Any) -> Any:

@@ -33,7 +33,8 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> Options
     other option is Inductor's.
     """
     given = dict(options or {})
-    ours = given.pop("mode", "auto")
+    ours = given.pop("mode", None)
+    ours = MODES[0] if ours is None else ours
     if ours not in MODES:
         advice = "; an Inductor mode goes to torch.compile(mode=...)" if ours in _inductor_modes() else ""
         raise PlanError(

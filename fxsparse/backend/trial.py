@@ -25,12 +25,19 @@ class Trial:
     """Why no weight is taken for a constant."""
     differentiable: tuple[bool, ...] = ()
     """Of each output, whether a gradient may be asked for."""
+    of_values: bool = False
+    """Whether other weights in the same graph may be taken for constants."""
 
 
 def try_graph(held: HeldGraph) -> Trial:
     """Run a held graph once on copies of its tensors and inputs, in the caller's grad mode; nothing of it changes."""
-    if reason := _why_not_run(held) or _why_dense(held):
+    if reason := _why_not_run(held):
         return Trial(reason)
+    weights = [weight for weight in with_weights_folded(held).parameters() if weight.dim() > 1]
+    if not weights:
+        return Trial("it has no weight of two dimensions or more")
+    if reason := _why_unseen(held) or _why_dense(weights):
+        return Trial(reason, of_values=True)
     grad = torch.is_grad_enabled()
     with (
         torch.inference_mode(False),
@@ -52,16 +59,18 @@ def _why_not_run(held: HeldGraph) -> str | None:
             return f"it computes with a {type(tensor).__name__}, whose entries no kernel reads"
         if tensor.layout != torch.strided:
             return f"it computes with a tensor of layout {tensor.layout}"
-    unseen = any(tensor.is_inference() for tensor in own)
+    return None
+
+
+def _why_unseen(held: HeldGraph) -> str | None:
+    unseen = any(tensor.is_inference() for tensor in held.tensors().values())
     return "its weights are inference tensors, whose changes nobody can see" if unseen else None
 
 
-def _why_dense(held: HeldGraph) -> str | None:
-    shares = [_zeros(weight) for weight in with_weights_folded(held).parameters() if weight.dim() > 1]
-    if not shares:
-        return "it has no weight of two dimensions or more"
-    if max(shares) < LEAST_ZEROS:
-        return f"no weight has more than {max(shares):.1%} zeros, where kernels that skip them start to gain"
+def _why_dense(weights: Sequence[Tensor]) -> str | None:
+    most = max(_zeros(weight) for weight in weights)
+    if most < LEAST_ZEROS:
+        return f"no weight has more than {most:.1%} zeros, where kernels that skip them start to gain"
     return None
 
 
