@@ -8,6 +8,7 @@ import sys
 import tomllib
 from argparse import Namespace
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -177,6 +178,24 @@ def budget(text: str) -> Budget:
         )
     wanted: dict[str, Any] = {kind: float(share)}
     return Budget(**wanted)
+
+
+def check_output(path: str) -> None:
+    """Before what takes long.
+
+    Raises:
+        UsageError: the folder is not there, nothing may be written to it, or a folder has that name.
+    """
+    folder = Path(path).parent
+    written = path if Path(path).exists() else folder
+    if not path or Path(path).is_dir() or not folder.is_dir() or not os.access(written, os.W_OK):
+        raise UsageError(f"-o {path!r}: expected a file in a folder that exists and may be written.")
+
+
+def plan_words(words: Namespace) -> list[str]:
+    """The options that were given of those that say what to prune, as they are written."""
+    names = ("plan", "sparsity", "budget", "method", "transform", "allocation", "pattern", "exclude")
+    return [f"--{name}" for name in names if getattr(words, name) not in (None, [])]
 
 
 def plan(words: Namespace) -> Plan:

@@ -41,6 +41,12 @@ _FACTORIES = (
     ),
     *("is_grad_enabled", "sym_int", "sym_float", "sym_max", "sym_min", "sym_not", "sym_ite"),
 )
+_ACTIVATIONS = (
+    *("elu_", "celu_", "selu_", "relu_", "hardtanh_", "leaky_relu_", "rrelu_", "threshold_"),
+    *("hardsigmoid", "hardswish", "logsigmoid", "sigmoid", "tanh"),
+    *("upsample", "upsample_bilinear", "upsample_nearest"),
+)
+"""Of ``torch.nn.functional``; PyTorch does not list them as functions that may be overridden by this name."""
 _OPERATORS = (
     *(
         "abs",
@@ -213,6 +219,7 @@ def _functions() -> dict[str, Any]:
             if getattr(module, name, None) is function and not isinstance(function, type):
                 found[f"{module.__name__}.{name}"] = function
     found |= {f"torch.{name}": getattr(torch, name) for name in _FACTORIES if hasattr(torch, name)}
+    found |= {f"{F.__name__}.{name}": getattr(F, name) for name in _ACTIVATIONS if hasattr(F, name)}
     # Those such as max_pool2d choose one of two by an argument, and are not listed.
     found |= {
         f"{F.__name__}.{name}": value

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fxsparse.destination import destination
 from fxsparse.errors import CheckpointError
 
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
@@ -34,9 +35,10 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: M
     the same path on the same machine removes.
 
     Raises:
-        CheckpointError: the folder cannot be written, or a dtype that safetensors does not have.
+        CheckpointError: the folder cannot be written, something else than a file lies there, or a dtype that
+            safetensors does not have.
     """
-    path = Path(os.path.realpath(path))
+    path = destination(path)
     unique, aliases = _without_repeats(tensors)
     text = json.dumps({"format": FORMAT, **header, "aliases": aliases})
     partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")

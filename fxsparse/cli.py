@@ -40,6 +40,9 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, or 2 with one line on stderr that names the error."""
     options = parser().parse_args(words)
     try:
+        output = getattr(options, "output", None)
+        if output is not None:
+            arguments.check_output(output)
         options.run(options)
     except (FxSparseError, OSError) as error:
         reason = " ".join(str(error).split())
@@ -128,11 +131,17 @@ def export(options: Namespace) -> None:
     inputs = arguments.examples(options.input)
     if inputs is None:
         raise UsageError("export: expected example inputs, such as --input 1x3x224x224.")
+    words = arguments.plan_words(options)
+    if options.checkpoint is not None and words:
+        raise UsageError(
+            f"export: expected --checkpoint, which is sparse already, or the options of a plan, got both: {words[0]}."
+        )
+    wanted = arguments.plan(options) if words else None
     model = arguments.model(options.model).eval()
     if options.checkpoint is not None:
         model = fxsparse.load(options.checkpoint, model).eval()
-    elif any((options.plan, options.sparsity is not None, options.budget, options.pattern)):
-        model = fxsparse.prune(model, arguments.plan(options), inputs)
+    elif wanted is not None:
+        model = fxsparse.prune(model, wanted, inputs)
     compiled = isinstance(model, fxsparse.SparseModule) and model.plan is None
     if options.to != "onnx" and not compiled:
         model = fxsparse.compile(model, mode="infer", example_inputs=inputs)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from fxsparse.destination import destination
 from fxsparse.errors import CheckpointError, PlanError, TraceError, UnsupportedError
 from fxsparse.inputs import split_inputs
 from fxsparse.kernels import cpu
@@ -56,7 +57,7 @@ def export(
         raise PlanError(f"export: expected a format of {FORMATS}, got {format!r}.")
     if not isinstance(module, nn.Module):
         raise PlanError(f"export: expected an nn.Module, got {type(module).__name__}.")
-    path = Path(os.path.realpath(path))
+    path = destination(path)
     args, kwargs = split_inputs(example_inputs)
     graph = _dense(module) if format == "onnx" else _sparse(module, format)
     with _whole(path) as folder, _named(format), torch.no_grad():
@@ -142,7 +143,7 @@ def _whole(path: Path) -> Iterator[Path]:
             yield folder
             for file in sorted(folder.iterdir(), key=lambda file: file.name == path.name):
                 file.chmod(0o666 & ~_umask())
-                os.replace(file, path.parent / file.name)
+                os.replace(file, destination(path.parent / file.name))
     except OSError as error:
         raise CheckpointError(
             f"{path}: expected a file in a folder that exists and may be written, got {error}."

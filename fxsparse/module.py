@@ -26,7 +26,7 @@ from fxsparse.report import Report
 from fxsparse.sharding import refuse_sharded_parts, release_sharded, whole
 from fxsparse.skeleton import SHARED_DICTS, bind, copy_graphs
 from fxsparse.soft_updates import refuse_averaged
-from fxsparse.state_dicts import after_loading, before_loading
+from fxsparse.state_dicts import after_loading, before_loading, before_reading
 from fxsparse.storage import CompactWeight, MaskedWeight, read_weights
 from fxsparse.update_mask import Target
 from fxsparse.updates import MaskUpdates
@@ -84,6 +84,7 @@ class SparseModule(nn.Module):
             self.__dict__[name] = getattr(emitted.program.skeleton, name)
         self.training = emitted.program.skeleton.training
         self._emitted = emitted
+        self.register_state_dict_pre_hook(before_reading)
         self.register_load_state_dict_pre_hook(before_loading)
         self.register_load_state_dict_post_hook(after_loading)
 
@@ -96,8 +97,7 @@ class SparseModule(nn.Module):
             updates.switch.ran = True
         if torch.compiler.is_compiling():
             return self._active()(*args, **kwargs)
-        if updates is not None and updates.copied.prints:
-            updates.copied.check(dict(self.weights()))
+        before_reading(self)
         try:
             return self._active()(*args, **kwargs)
         except AssertionError as error:
@@ -305,6 +305,7 @@ class SparseModule(nn.Module):
             ) from error
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SparseModule":
+        before_reading(self)
         emitted = self._emitted
         skeleton = copy.deepcopy(emitted.program.skeleton, memo)
         switch = copy.deepcopy(emitted.program.switch, memo)

@@ -3,13 +3,17 @@
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_model
 from torch import nn
 
+from fxsparse.destination import destination
 from fxsparse.errors import CheckpointError, PlanError
 from fxsparse.module import SparseModule
 from fxsparse.raised import raised
@@ -36,17 +40,32 @@ def save_pretrained(module: SparseModule, folder: str | os.PathLike[str]) -> Non
     dense, place = _dense(module), Path(folder)
     own: Any = getattr(dense, "save_pretrained", None)
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place, prefix=".writing-") as made:
+        with _folder(place), tempfile.TemporaryDirectory(dir=place, prefix=".writing-") as made:
             if callable(own):
                 own(made)
             else:
                 save_model(dense, os.path.join(made, DENSE))
             save(module, os.path.join(made, SPARSE))
-            for file in sorted(Path(made).iterdir(), key=lambda file: file.name == SPARSE):
-                os.replace(file, place / file.name)
-    except OSError as error:
-        raise CheckpointError(f"{place}: expected a folder that may be written, got {error}.") from error
+            files = sorted(Path(made).iterdir(), key=lambda file: file.name == SPARSE)
+            for file, end in [(file, destination(place / file.name)) for file in files]:
+                os.replace(file, end)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{place}: expected a folder that may be written, with room for the model, got {error}."
+        ) from error
+
+
+@contextmanager
+def _folder(place: Path) -> Iterator[None]:
+    """The folder, made if it has to be; what was made and is empty at the end is removed again."""
+    new = [folder for folder in (place, *place.parents) if not folder.exists()]
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        with suppress(OSError):
+            for folder in new:
+                folder.rmdir()
 
 
 def load_pretrained(

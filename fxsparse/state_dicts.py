@@ -1,4 +1,4 @@
-"""What a SparseModule does around ``load_state_dict``, also where it is nested in another module."""
+"""What a SparseModule does around ``state_dict`` and ``load_state_dict``, also where it is nested in another module."""
 
 from typing import Any
 
@@ -12,6 +12,17 @@ from fxsparse.storage import CompactWeight, MaskedWeight
 from fxsparse.updates import MaskUpdates
 
 _ADVICE = "Is it of another plan? Its dense weights load: save dense_state_dict() there."
+
+
+def before_reading(module: Any, *_: Any) -> None:
+    """Refuse a copy whose values stand for other entries than its indices say: whoever reads it would not notice.
+
+    Raises:
+        CheckpointError: masks have moved, and nobody told this average.
+    """
+    updates = module._emitted.updates
+    if updates is not None and updates.copied.prints:
+        updates.copied.check(dict(module.weights()))
 
 
 def before_loading(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:

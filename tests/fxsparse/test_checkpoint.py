@@ -101,7 +101,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(path):
     before = path.read_bytes()
     folder = path.parent / "folder"
     folder.mkdir()
-    with pytest.raises(CheckpointError, match="may be written"):
+    with pytest.raises(CheckpointError, match="got a folder"):
         checkpoint.write(folder, TENSORS, {})
     with pytest.raises(CheckpointError, match="a folder that exists"):
         checkpoint.write(path.parent / "no" / "file", TENSORS, {})

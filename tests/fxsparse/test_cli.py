@@ -116,7 +116,20 @@ def test_output_goes_to_a_file(capsys, tmp_path):
             ["trace", "fxsparse.demo.models:mlp", "--input", "4x64:qint8"],
             "fxsparse: UsageError: input '4x64:qint8': expected a dtype that is not quantized",
         ),
-        (["kernels", "-o", "/absent/folder/file"], "fxsparse: FileNotFoundError: "),
+        (
+            ["kernels", "-o", "/absent/folder/file"],
+            "fxsparse: UsageError: -o '/absent/folder/file': expected a file",
+        ),
+        (
+            ["bench", "absent_module:f", "-o", "/absent/folder/file"],
+            "fxsparse: UsageError: -o '/absent/folder/file'",
+        ),
+        (
+            ["export", *SMALL, "-o", "out.onnx", "--checkpoint", "file", "--sparsity", "0.9"],
+            "fxsparse: UsageError: export: expected --checkpoint, which is sparse already, or the options of a plan, "
+            "got both: --sparsity.",
+        ),
+        (["export", *SMALL, "-o", "out.onnx", "--method", "rigl"], "fxsparse: UsageError: no plan: "),
     ],
 )
 def test_errors_are_one_line_with_the_errors_name(capsys, words, line):

@@ -4,11 +4,12 @@ import dataclasses
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 import fxsparse
-from fxsparse import Plan, choosing, inference, kernel
+from fxsparse import Plan, choosing, inference, kernel, pretrained
 from fxsparse.choosing import Choice
 from fxsparse.errors import CheckpointError, PlanError
 from fxsparse.inference import Speed
@@ -84,3 +85,14 @@ def test_what_has_no_dense_form_of_the_users_shapes_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="expected a folder that may be written"):
         fxsparse.save_pretrained(fxsparse.compile(net(), PLAN, example_inputs=X), tmp_path / "file")
+
+
+def test_a_disk_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    def full(*call):
+        raise SafetensorError("No space left on device")
+
+    sparse = fxsparse.compile(nn.Sequential(nn.Linear(8, 8)), PLAN, example_inputs=(X,))
+    monkeypatch.setattr(pretrained, "save_model", full)
+    with pytest.raises(CheckpointError, match="with room for the model, got No space left"):
+        fxsparse.save_pretrained(sparse, tmp_path / "new" / "folder")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,53 @@
+"""What a graph in a file may call has a name."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import symbolic_trace
+
+from fxsparse import callees
+
+NO_MODEL_CALLS = {
+    *("assert_int_or_pair", "boolean_dispatch", "handle_torch_function", "Optional"),
+    *(
+        "grouped_mm",
+        "scaled_addmm",
+        "scaled_addmm_",
+        "scaled_grouped_mm",
+        "scaled_mm",
+    ),  # of low precision, new
+}
+
+
+def test_all_public_functions_of_the_functional_module_have_a_name():
+    left = [
+        name
+        for name, function in vars(F).items()
+        if callable(function) and not isinstance(function, type) and not name.startswith(("_", "has_torch"))
+        if callees.name_of(function) is None
+    ]
+    assert set(left) <= NO_MODEL_CALLS
+    assert callees.function_of(callees.name_of(F.logsigmoid) or {}) is F.logsigmoid
+
+
+def test_all_activations_trace_to_functions_that_have_a_name():
+    others = ("MultiheadAttention", "Softmax2d", "Threshold")
+    names = [name for name in nn.modules.activation.__all__ if name not in others]
+    missing = {}
+    for cls in (getattr(nn, name) for name in names):
+        graph = symbolic_trace(Forward(cls())).graph
+        for node in graph.nodes:
+            if node.op == "call_function" and callees.name_of(node.target) is None:
+                missing[cls.__name__] = node.target
+    assert not missing
+
+
+class Forward(nn.Module):
+    """Runs the forward of a module of torch.nn, which a tracer would take for a leaf."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return type(self.inner).forward(self.inner, torch.relu(x))
