@@ -19,6 +19,7 @@ from fxsparse.compile_checks import (
     check_plan,
     check_values,
 )
+from fxsparse.computes import digest
 from fxsparse.dense_copies import copied_model
 from fxsparse.errors import PlanError
 from fxsparse.flops import FlopCount
@@ -230,6 +231,7 @@ def _train(
         )
     model, plan = _transformed(model, plan, example_inputs, strict=strict, device=device)
     program = capture(model, example_inputs, strict=strict, device=device)
+    program.computes = digest(program)
     ctx = PassContext(plan, "train", program, Report(), example_inputs, strict=strict, device=device)
     ctx.scores = scores or {}
     run_passes(training_pipeline, ctx)
@@ -258,6 +260,7 @@ def rebuild(
     model = copy_structure(recipe.shell)
     program = capture(model, recipe.example_inputs, tier=recipe.tier)
     program.accepts |= recipe.accepts
+    program.computes = digest(program)
     decisions, known = copy.deepcopy(recipe.decisions), {**state, **(more or {})}
     ctx = PassContext(
         recipe.plan, "train", program, Report(), recipe.example_inputs, decisions=decisions, state=known

@@ -26,7 +26,7 @@ from fxsparse.report import Report
 from fxsparse.sharding import refuse_sharded_parts, release_sharded, whole
 from fxsparse.skeleton import SHARED_DICTS, bind, copy_graphs
 from fxsparse.soft_updates import refuse_averaged
-from fxsparse.state_dicts import after_loading, before_loading, before_reading
+from fxsparse.state_dicts import after_loading, before_loading, before_reading, rehearse
 from fxsparse.storage import CompactWeight, MaskedWeight, read_weights
 from fxsparse.update_mask import Target
 from fxsparse.updates import MaskUpdates
@@ -291,9 +291,10 @@ class SparseModule(nn.Module):
         """Load a sparse or a dense state dict.  A dense one keeps the masks and is cut by them.
 
         Raises:
-            CheckpointError: keys or shapes that do not belong to this model.
+            CheckpointError: keys or shapes that do not belong to this model; nothing was changed.
         """
         try:
+            rehearse(self, state_dict, strict)
             return super().load_state_dict(state_dict, strict, assign)
         except RuntimeError as error:
             if isinstance(error, FxSparseError):

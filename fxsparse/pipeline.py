@@ -45,6 +45,8 @@ class Program:
     """{weight: reason} for weights that a transformation leaves dense."""
     accepts: dict[str, InputCheck] = field(default_factory=dict)
     """{mode: what its graph asks of a call}, where it asks for anything."""
+    computes: str = ""
+    """Of training: `fxsparse.computes.digest` of the graphs as they were captured."""
     switch: ProbeSwitch = field(default_factory=ProbeSwitch)
     """Of training: what the probe steps of this program collect."""
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fxsparse import pattern as patterns
@@ -39,6 +40,7 @@ def describe(module: SparseModule, plan: Plan) -> tuple[dict[str, Tensor], dict[
         "step": int(state["fxsparse_step"]),
         "training": module.training,
         "tier": recipe.tier,
+        "computes": module._emitted.program.computes,
         "example_inputs": to_json(recipe.example_inputs),
         "accepts": {mode: saved_checks.to_json(check) for mode, check in recipe.accepts.items()},
         "transformed": origin_of(recipe.shell),
@@ -117,6 +119,21 @@ def recipe(run: SavedRun, shell: nn.Module, state: Mapping[str, Tensor]) -> Reci
                 f"Convert the model first: model.to({values.dtype})."
             )
     return Recipe(shell, run.plan, run.example_inputs, run.decisions, run.tier, run.accepts)
+
+
+def check_same(header: Mapping[str, Any], sparse: SparseModule) -> None:
+    """What was captured now computes what was captured then; another PyTorch may write the same otherwise.
+
+    Raises:
+        CheckpointError: another model, whose weights have the same shapes.
+    """
+    here = sparse._emitted.program.computes
+    if header["torch"] == torch.__version__ and header.get("computes", here) != here:
+        raise CheckpointError(
+            f"expected the {header['model']} that was saved, got a model with the same shapes whose forward computes "
+            "something else (other layers, options or code); pass the model as it was compiled, with the same "
+            "example_inputs if you give any."
+        )
 
 
 def origin_of(shell: nn.Module) -> dict[str, Any] | None:

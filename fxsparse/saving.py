@@ -19,7 +19,7 @@ from fxsparse.inputs import drawn, from_json
 from fxsparse.module import SparseModule
 from fxsparse.plans import Plan
 from fxsparse.sharding import refuse_shards
-from fxsparse.skeleton import copy_structure
+from fxsparse.skeleton import without_values
 from fxsparse.transformation import transform
 
 _OPTIMIZER = "optimizer/"
@@ -138,7 +138,9 @@ def _trained(
         )
     recipe = saved_training.recipe(run, _as_saved(run.made_by, run.example_inputs, shell), state)
     history = {**header["topology"], "tensors": moved}
-    return rebuild(recipe, state, run.training, history, more)
+    sparse = rebuild(recipe, state, run.training, history, more)
+    saved_training.check_same(header, sparse)
+    return sparse
 
 
 @contextmanager
@@ -182,19 +184,10 @@ def _device(device: torch.device | str) -> torch.device:
 
 
 def _without_values(model: nn.Module) -> nn.Module:
-    """A structural copy with every parameter and buffer on meta; what is shared stays shared."""
+    """A structural copy of the user's model on meta."""
     if not isinstance(model, nn.Module) or isinstance(model, SparseModule):
         raise PlanError(f"load: expected your own model, as it was compiled, got {type(model).__name__}.")
-    shell = copy_structure(model)
-    made: dict[int, Tensor] = {}
-    for module in shell.modules():
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None:
-                empty = tensor.detach().to("meta")
-                if isinstance(tensor, nn.Parameter):
-                    empty = nn.Parameter(empty, tensor.requires_grad)
-                setattr(module, name, made.setdefault(id(tensor), empty))
-    return shell
+    return without_values(model)
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

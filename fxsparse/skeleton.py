@@ -33,6 +33,20 @@ def copy_structure(model: nn.Module) -> nn.Module:
     return copies.get(id(model), model)
 
 
+def without_values(model: nn.Module) -> nn.Module:
+    """A structural copy with every parameter and buffer on meta; what is shared stays shared."""
+    shell = copy_structure(model)
+    made: dict[int, Tensor] = {}
+    for module in shell.modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                empty = tensor.detach().to("meta")
+                if isinstance(tensor, nn.Parameter):
+                    empty = nn.Parameter(empty, tensor.requires_grad)
+                setattr(module, name, made.setdefault(id(tensor), empty))
+    return shell
+
+
 def bind(graph: Graph, skeleton: nn.Module) -> GraphModule:
     """A GraphModule that runs `graph` on the skeleton's own dicts of parameters, buffers and modules.
 

@@ -1,5 +1,8 @@
 """What a SparseModule does around ``state_dict`` and ``load_state_dict``, also where it is nested in another module."""
 
+import warnings
+from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,6 +11,7 @@ from torch import Tensor
 from fxsparse import sharding
 from fxsparse.errors import CheckpointError, PatternError
 from fxsparse.formats import csr
+from fxsparse.skeleton import without_values
 from fxsparse.storage import CompactWeight, MaskedWeight
 from fxsparse.updates import MaskUpdates
 
@@ -49,6 +53,27 @@ def before_loading(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> 
             state.setdefault(f"{prefix}{name}.indices", weight.indices)
         _check(updates, name, weight, state, prefix)
     _shard(module, state, prefix)
+
+
+def rehearse(module: Any, state_dict: Mapping[str, Any], strict: bool) -> None:
+    """Load into a copy without values, which raises what loading would, before anything is written.
+
+    Sharded modules are left out: their parts are not a state dict's.
+    """
+    if any(sharding.is_sharded(parameter) for parameter in module.parameters()):
+        return
+    state: Any = OrderedDict(state_dict)
+    if hasattr(state_dict, "_metadata"):
+        state._metadata = state_dict._metadata  # type: ignore[attr-defined]
+    before_loading(module, state, "")
+    empty = without_values(module._emitted.program.skeleton)
+    hooks = module._load_state_dict_pre_hooks.items()
+    empty._load_state_dict_pre_hooks = OrderedDict(
+        (key, hook) for key, hook in hooks if hook.hook is not before_loading
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that values go nowhere
+        empty.load_state_dict(state, strict)
 
 
 def after_loading(module: Any, incompatible: Any) -> None:

@@ -265,3 +265,58 @@ def test_example_inputs_are_saved_as_shapes_and_nothing_else(tmp_path):
     [example] = [loaded._emitted.recipe.example_inputs]
     assert (example.shape, example.dtype, example.is_meta) == (X.shape, X.dtype, True)
     assert loaded.report.totals["flops_dense"] == sparse.report.totals["flops_dense"]
+
+
+class Scaled(nn.Module):
+    """Shapes do not tell how often it halves."""
+
+    def __init__(self, halved=1, cls=nn.ReLU):
+        super().__init__()
+        self.halved, self.act, self.first, self.head = halved, cls(), nn.Linear(32, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.head(self.act(self.first(x)) / 2**self.halved)
+
+
+class ScaledByValues(Scaled):
+    """Nothing but the module walk can follow it."""
+
+    def forward(self, x):
+        return super().forward(x) if float(x.detach().sum()) != 7 else x
+
+
+@pytest.mark.parametrize(
+    ("make", "others"),
+    [
+        (Scaled, [lambda: Scaled(cls=nn.GELU), lambda: Scaled(halved=2), lambda: Twice()]),
+        (ScaledByValues, [lambda: ScaledByValues(cls=nn.GELU), lambda: Scaled()]),
+    ],
+)
+def test_a_model_of_equal_shapes_that_computes_something_else_is_refused(make, others, tmp_path):
+    sparse = fxsparse.compile(make(), Plan(sparsity=0.5), example_inputs=(X,))
+    fxsparse.save(sparse, tmp_path / "run")
+    for other in others:
+        with pytest.raises(CheckpointError, match="whose forward computes something else"):
+            fxsparse.load(tmp_path / "run", other())
+    assert torch.equal(fxsparse.load(tmp_path / "run", on_meta(make)).eval()(X), sparse.eval()(X))
+
+
+class Twice(Scaled):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("storage", ["masked", "compact"])
+def test_a_state_dict_that_does_not_fit_changes_nothing(storage):
+    sparse = fxsparse.compile(Scaled(), Plan(sparsity=0.8, storage=storage), example_inputs=(X,))
+    other = fxsparse.compile(Scaled(), Plan(sparsity=0.5, storage=storage), example_inputs=(X,))
+    short, narrow = Scaled().state_dict(), Scaled().state_dict()
+    del short["head.bias"]
+    narrow["head.weight"] = torch.ones(3, 3)
+    before = {name: tensor.clone() for name, tensor in sparse.state_dict().items()}
+    for state in (other.state_dict(), short, narrow, Scaled().state_dict() | {"more": torch.ones(1)}):
+        with pytest.raises(CheckpointError):
+            sparse.load_state_dict(state)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in sparse.state_dict().items())
+    sparse.load_state_dict(short, strict=False)
+    assert torch.equal(sparse.state_dict()["first.bias"], short["first.bias"])
