@@ -25,6 +25,7 @@ from benchmarks.cells import Cell, Settings, environments, parser, read_cells, r
 from benchmarks.tasks import bytes as byte_text
 from benchmarks.tasks import digits
 from benchmarks.tasks.comparison import DENSE, Task, paired, plan_of, run, scores, settings_of
+from fxsparse.schedule import Schedule
 
 SCHEDULE = "drop_fraction=0.3,decay=cosine,allocation=er_unrolled"
 GSE = f"gse:{SCHEDULE},variant=torch,weight_init=keep,storage=compact"
@@ -88,7 +89,8 @@ def measure(settings: Settings) -> dict[str, Any]:
     """Score, processor milliseconds of a step without and with an update, and bytes (`Watch`)."""
     watch = Watch()
     _, result = run(TASKS[settings["task"]], settings, watch.attach)
-    return result | watch.found(settings)
+    schedule = None if settings["method"] == DENSE else plan_of(settings).method.schedule
+    return result | watch.found(schedule)
 
 
 @dataclass
@@ -111,15 +113,16 @@ class Watch:
 
         optimizer.register_step_post_hook(stepped)
 
-    def found(self, settings: Settings) -> dict[str, Any]:
-        """``processor_ms`` and ``update_ms`` are medians over steps."""
-        schedule = None if settings["method"] == DENSE else plan_of(settings).method.schedule
-        updates = schedule.updates(len(self.seconds)) if schedule else ()
+    def found(self, schedule: Schedule | None) -> dict[str, Any]:
+        """``processor_ms`` and ``update_ms``, medians over steps without and with an update; None: no such step."""
+        # An update in the place of step t comes after t steps, one beside it follows the t-th.
+        late = schedule is not None and schedule.skip_step
+        updates = {step + late for step in schedule.updates(len(self.seconds))} if schedule else ()
         took = [1e3 * (end - start) for start, end in itertools.pairwise(self.seconds)]
         at_update = [ms for step, ms in enumerate(took, 1) if step in updates]
         others = [ms for step, ms in enumerate(took, 1) if step not in updates]
         return {
-            "processor_ms": round(statistics.median(others), 3),
+            "processor_ms": round(statistics.median(others), 3) if others else None,
             "update_ms": round(statistics.median(at_update), 3) if at_update else None,
             "gradient_bytes": self.gradient_bytes,
         }

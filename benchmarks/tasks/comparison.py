@@ -77,9 +77,14 @@ def settings_of(
 
 
 def run(
-    task: Task, settings: Settings, watch: Callable[[nn.Module, AdamW], object] | None = None
+    task: Task,
+    settings: Settings,
+    watch: Callable[[nn.Module, AdamW], object] | None = None,
+    plan: Plan | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Train one model and score it; `watch` gets it and its optimizer before the first step.
+
+    `plan` is that of a sparse run, in place of what `plan_of` reads in the settings.
 
     Returns:
         the trained model in eval mode, and its score, milliseconds per step, and the bytes of parameters, buffers and
@@ -89,11 +94,13 @@ def run(
     model = task.models[settings["model"]]()
     optimizers: list[AdamW] = []
     attach: list[Callable[[AdamW], Any]] = [optimizers.append]
+    groups = None
     dense = settings["method"] == DENSE
     if not dense:
         inputs = task.draw(torch.Generator().manual_seed(settings["seed"]))[0]
-        model = fxsparse.compile(model, plan_of(settings), example_inputs=(inputs,))
+        model = fxsparse.compile(model, plan or plan_of(settings), example_inputs=(inputs,))
         attach.append(model.attach)
+        groups = model.parameter_groups
     if watch is not None:
         attach.append(functools.partial(watch, model))
     began = time.perf_counter()
@@ -104,6 +111,7 @@ def run(
         seed=settings["seed"],
         rate=task.rates[0 if dense else 1],
         attach=lambda optimizer: [call(optimizer) for call in attach],
+        groups=groups,
     )
     ms = 1e3 * (time.perf_counter() - began) / settings["steps"]
     state = _bytes(model, optimizers[0])

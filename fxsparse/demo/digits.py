@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,15 +64,20 @@ def train(
     seed: int = 0,
     rate: float = DENSE_RATE,
     attach: Callable[[AdamW], object] | None = None,
+    groups: Callable[[float], list[dict[str, Any]]] | None = None,
     title: str = "",
 ) -> None:
     """Train in place with AdamW, a one-cycle rate and cross entropy, on `steps` batches that `draw` makes.
 
     `draw` returns inputs and int64 labels; the model answers with a row of logits for each label.
-    `attach` gets the optimizer before the first step: `SparseModule.attach` for a sparse model.
+    `attach` gets the optimizer before the first step: `SparseModule.attach` for a sparse model.  `groups` makes the
+    optimizer's groups from the rate, in place of one of all parameters: `SparseModule.parameter_groups` for a method
+    that learns more than weights.
     """
-    optimizer = AdamW(model.parameters(), lr=rate, weight_decay=0.05)
-    rates = OneCycleLR(optimizer, max_lr=rate, total_steps=steps)
+    held = model.parameters() if groups is None else groups(rate)
+    optimizer = AdamW(held, lr=rate, weight_decay=0.05)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    rates = OneCycleLR(optimizer, max_lr=peaks, total_steps=steps)
     if attach is not None:
         attach(optimizer)
     model.train()

@@ -14,12 +14,14 @@ from benchmarks.gse_training import (
     SET,
     STATIC,
     TASKS,
+    Watch,
     draw,
     grid_of,
     measure,
     table,
 )
 from benchmarks.tasks.comparison import plan_of, settings_of
+from fxsparse.schedule import Schedule
 
 
 def settings(method, seed=0, name="digits", steps=60, sparsity=0.95):
@@ -59,6 +61,14 @@ def test_an_update_is_timed_apart_and_gradients_are_counted():
     dense = 4 * sum(p.numel() for p in TASKS["digits"].models["MLP"]().parameters())
     assert found[DENSE]["gradient_bytes"] == found[RIGL_MASKED]["gradient_bytes"] == dense
     assert found[GSE]["gradient_bytes"] < dense / 10
+
+
+def test_an_update_in_the_place_of_a_step_is_the_next_one():
+    watch = Watch(seconds=[0, 1, 2, 12, 13])
+    beside, instead = (Schedule(2, 3, start=2, skip_step=skip) for skip in (False, True))
+    assert watch.found(beside) == {"processor_ms": 1000, "update_ms": 1000, "gradient_bytes": 0}
+    assert watch.found(instead) == {"processor_ms": 1000, "update_ms": 10_000, "gradient_bytes": 0}
+    assert watch.found(Schedule(1, start=1))["processor_ms"] is None
 
 
 @pytest.mark.parametrize(
