@@ -87,6 +87,32 @@ def restore(
             group["params"] = parameters
         optimizer.state.clear()
         optimizer.load_state_dict(state)
+        if type(optimizer).__module__.startswith("torch.optim."):
+            _check_state(optimizer)
+
+
+def _check_state(optimizer: Optimizer) -> None:
+    """Raise CheckpointError where what an optimizer of PyTorch keeps could not be of its parameters.
+
+    Numbers of one entry aside, it has the size of the parameter, or 1, in every dimension; all keep the same things.
+    """
+    known = {id(parameter) for parameter in _parameters(optimizer)}
+    names = [set(state) for state in optimizer.state.values() if state]
+    if any(keys != names[0] for keys in names):
+        raise CheckpointError(f"load: expected the same state for every parameter, got {names}.")
+    for parameter, state in optimizer.state.items():
+        if id(parameter) not in known:
+            raise CheckpointError(f"load: the optimizer's state is of {parameter!r}, which it does not hold.")
+        for name, value in state.items():
+            shape = tuple(value.shape) if isinstance(value, Tensor) else ()
+            if shape and (
+                len(shape) != parameter.dim()
+                or any(size not in (1, own) for size, own in zip(shape, parameter.shape, strict=True))
+            ):
+                raise CheckpointError(
+                    f"load: expected {name!r} of the optimizer with the shape {list(parameter.shape)} of its "
+                    f"parameter, got {list(shape)}; take another checkpoint."
+                )
 
 
 @contextmanager

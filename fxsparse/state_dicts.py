@@ -38,13 +38,17 @@ def before_loading(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> 
     updates = module._emitted.updates
     if updates is None:
         return
-    for name in ("fxsparse_step", "fxsparse_rng"):
-        state.setdefault(prefix + name, module.get_buffer(name))
+    own = dict(module.named_buffers(recurse=False))
+    for name in ("fxsparse_step", "fxsparse_rng", "fxsparse_budgets"):
+        if name in own:
+            state.setdefault(prefix + name, own[name])
     sharding.reshard(module)
     for name, weight in module.weights():
         dense = state.get(prefix + name)
         if dense is not None and isinstance(weight, MaskedWeight):
             state.setdefault(f"{prefix}{name}_mask", weight.mask)
+            if weight.soft is not None:
+                state.setdefault(f"{prefix}{name}_soft", weight.soft)
             for extra, tensor in weight.extras.items():
                 state.setdefault(f"{prefix}{name}_{extra}", tensor.detach())
         elif dense is not None and tuple(dense.shape) == tuple(weight.shape):

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxsparse
-from fxsparse import Plan
+from fxsparse import Plan, checkpoint
 from fxsparse.errors import CheckpointError, PlanError
-from fxsparse.methods import rigl, set_, srigl, static
+from fxsparse.methods import rigl, set_, spartan, srigl, static
 from fxsparse.pattern import NM, ConstantFanIn
 from fxsparse.storage import CompactWeight
 from fxsparse.transforms import TRANSFORMS, SparseParallel
@@ -320,3 +320,39 @@ def test_a_state_dict_that_does_not_fit_changes_nothing(storage):
         assert all(torch.equal(tensor, before[name]) for name, tensor in sparse.state_dict().items())
     sparse.load_state_dict(short, strict=False)
     assert torch.equal(sparse.state_dict()["first.bias"], short["first.bias"])
+
+
+def test_optimizer_state_that_no_step_could_take_is_refused(tmp_path):
+    path, model = tmp_path / "run", Scaled()
+    sparse = fxsparse.compile(model, Plan(sparsity=0.5), example_inputs=(X,))
+    optimizer = torch.optim.AdamW(sparse.parameters())
+    sparse.attach(optimizer)
+    train(sparse, optimizer, 1)
+    fxsparse.save(sparse, path, optimizer=optimizer)
+    tensors, header = checkpoint.read(path)
+    key = next(name for name in tensors if name.endswith("exp_avg") and tensors[name].dim() == 2)
+    flat = tensors | {key: tensors[key][:-1].clone()}
+    short = copy.deepcopy(header)
+    del short["optimizer"]["state"]["0"]["exp_avg"]
+    stray = copy.deepcopy(header)
+    stray["optimizer"]["state"]["99"] = stray["optimizer"]["state"]["0"]
+    for values, head, match in (
+        (flat, header, "shape"),
+        (tensors, short, "same state"),
+        (tensors, stray, "hold"),
+    ):
+        checkpoint.write(path, values, head)
+        again = Scaled()
+        other = torch.optim.AdamW(again.parameters(), lr=0.5)
+        with pytest.raises(CheckpointError, match=match):
+            fxsparse.load(path, again, optimizer=other)
+        assert not other.state
+        assert other.param_groups[0]["lr"] == 0.5
+
+
+def test_dense_weights_load_strictly_where_masks_are_soft():
+    sparse = fxsparse.compile(Scaled(), Plan(sparsity=0.5, method=spartan(steps=10)), example_inputs=(X,))
+    masks = sparse.masks()
+    sparse.load_state_dict(Scaled().state_dict(), strict=True)
+    sparse.load_state_dict(sparse.dense_state_dict(), strict=True)
+    assert all(torch.equal(mask, masks[name]) for name, mask in sparse.masks().items())
