@@ -131,6 +131,6 @@ def test_messages_and_the_library_name_no_folder_of_this_machine():
         condensed_linear(
             torch.randn(2), torch.ones(3, 2), torch.zeros(3, 2, dtype=torch.int16), in_features=3
         )
-    built = build._built().read_bytes()
+    built = build.library().read_bytes()
     for folder in (ROOT, Path(torch.__file__).parent):
         assert str(folder).encode() not in built
