@@ -156,6 +156,7 @@ def _decision(row: Mapping[str, Any]) -> Decision:
         "pattern": patterns.from_dict(row["pattern"]),
         "price": price,
         "feeds": tuple(row.get("feeds", ())),
+        "channels": tuple(row.get("channels", ())),
     }
     decision = Decision(**{**row, **read})
     counts = (decision.nnz, decision.budget, 0 if decision.initial is None else decision.initial)
