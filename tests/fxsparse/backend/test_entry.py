@@ -228,6 +228,11 @@ def test_an_artefact_of_ours_runs_as_it_is(net):
     assert entry.reports()[0].notes == ["dense, by Inductor: it has no weight of two dimensions or more"]
 
 
+IN_ONE_GRAPH = pytest.mark.skipif(
+    torch.__version__ < "2.12", reason="Dynamo of torch 2.11 hands it over in pieces once others were compiled"
+)
+
+
 class Counts(nn.Module):
     def __init__(self):
         super().__init__()
@@ -252,7 +257,7 @@ class Draws(Branch):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: prune_(Counts()), "it writes to n"),
+        pytest.param(lambda: prune_(Counts()), "it writes to n", marks=IN_ONE_GRAPH),
         (lambda: prune_(Hands()), "an output is a.weight or a view of it"),
         (lambda: prune_(Draws()), "it draws random numbers"),
         (Branch, "no weight has more than 0.0% zeros"),
