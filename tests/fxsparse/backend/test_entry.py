@@ -229,7 +229,8 @@ def test_an_artefact_of_ours_runs_as_it_is(net):
 
 
 IN_ONE_GRAPH = pytest.mark.skipif(
-    torch.__version__ < "2.12", reason="Dynamo of torch 2.11 hands it over in pieces once others were compiled"
+    torch.__version__ < "2.12",
+    reason="Dynamo of torch 2.11 hands it over in pieces once others were compiled",
 )
 
 
