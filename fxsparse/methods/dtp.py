@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fxsparse.errors import PlanError
 from fxsparse.method import Choice, Extra, Method, Probe, WeightView, register
-from fxsparse.methods.movement import ranks
+from fxsparse.methods.movement import largest
 from fxsparse.reparam import Filled, ValueMap, one_node
 from fxsparse.schedule import Schedule
 from fxsparse.scores import score_named
@@ -51,7 +51,7 @@ class SharperAndSharper:
         scores = view.extras["scores"]
         sharpness = (1 + view.step // self.every) / self.eps
         return Choice(
-            view.pattern.project(ranks(scores, view.weight().abs()), view.nnz),
+            largest(view.pattern, scores, view.weight().abs(), view.nnz),
             {"sharpness": view.extras["sharpness"].new_full((), sharpness)},
         )
 

