@@ -1,6 +1,7 @@
 """What dense copies of sparse weights are made with, and how large they may be."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -26,7 +27,15 @@ def fill(model: nn.Module, values: Mapping[str, Any]) -> None:
         elif name in values:
             parameter.data = values[name].clone()
     known = dict(named)
-    model.load_state_dict({name: value for name, value in values.items() if name not in known}, strict=False)
+    others = {name: value for name, value in values.items() if name not in known}
+    model.load_state_dict(versioned(others, model), strict=False)
+
+
+def versioned(values: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """`values` with the versions of the model's modules, as its own state dict has them: some ask when loading."""
+    state: Any = OrderedDict(values)
+    state._metadata = getattr(model.state_dict(), "_metadata")  # noqa: B009  # not in its type
+    return state
 
 
 def copied_model(model: nn.Module, call: str) -> nn.Module:

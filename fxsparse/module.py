@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from torch.optim import Optimizer
 
 from fxsparse import sharding
-from fxsparse.dense_copies import check_bytes, copied_model, fill, listed, mask_of, numel_of
+from fxsparse.dense_copies import check_bytes, copied_model, fill, listed, mask_of, numel_of, versioned
 from fxsparse.errors import CheckpointError, FxSparseError, PlanError, TraceError
 from fxsparse.graph import owner
 from fxsparse.input_check import InputCheck, refuse_another_value
@@ -261,9 +261,10 @@ class SparseModule(nn.Module):
         weights = dict(self.weights())
         check_bytes(sum(self._dense_bytes(key, weights) for key in keys), max_bytes, "dense_state_dict")
         state = self.state_dict()
-        return {
+        dense = {
             key: self._folded(key, weights) if key in weights else whole(state[key]).clone() for key in keys
         }
+        return versioned(dense, self._emitted.recipe.shell)
 
     def to_dense(self, names: Iterable[str] | None = None, max_bytes: int = MAX_DENSE_BYTES) -> nn.Module:
         """A copy of the user's model with the masks folded into its weights.

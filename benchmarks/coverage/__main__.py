@@ -1,13 +1,14 @@
 """What compiles, and whether it computes the same: torchvision, timm and transformers, in training and inference.
 
 ``python -m benchmarks.coverage`` goes on where an interrupted run was; ``--part torchvision timm transformers`` takes
-some of them, ``--quick`` two dozen.  Every model gets a plan (80 % zeros by magnitude, uniform) and is compared with
-itself with the same zeros: outputs in eval mode, in one seeded train step outputs, gradients and buffers (below 100 M
-parameters), then the inference artefact's outputs on other inputs.
+some of them, ``--quick`` two dozen, ``--page docs/coverage.md`` writes what it found.  Every model gets a plan (80 %
+zeros by magnitude, uniform) and is compared with itself with the same zeros: outputs in eval mode, in one seeded train
+step outputs, gradients and buffers (below 100 M parameters), then the inference artefact's outputs on other inputs.
 """
 
 import gc
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,11 +27,20 @@ PARTS = {
 _QUICK = 12
 """Every so-maniest model of a part is in the quick table."""
 
+_LEGEND = """
+`python -m benchmarks.coverage --page docs/coverage.md` wrote this page. Every model gets a plan (80 % zeros by
+magnitude, uniform) and is compared with itself with the same zeros: *train* is one seeded train step (outputs,
+gradients, buffers; above 100 M parameters outputs alone) and the outputs in eval mode, *infer* the inference artefact's
+outputs on other inputs; "equal", or the first difference. *covered_percent* is the share of the entries of all weights
+that the plan reached, and *left* says how many weights stayed dense and why.
+"""
+
 
 def main() -> None:
     """Run what is missing, then print the table."""
     made = parser(__doc__, output="benchmarks/results/coverage.json")
     made.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    made.add_argument("--page", type=Path, metavar="FILE", help="write the tables as Markdown")
     options = made.parse_args()
     torch.set_num_threads(options.threads)
     built = {part: PARTS[part]() for part in options.part}
@@ -40,9 +50,16 @@ def main() -> None:
         for name in list(models)[:: _QUICK if options.quick else 1]
     ]
     cells = run_cells(grid, lambda cell: _measured(built, cell), options.output, seconds=20)
-    print(table(cells))
-    print(summary(cells))
-    print(environments(cells))
+    text = page(cells)
+    print(text)
+    if options.page:
+        options.page.write_text(text)
+
+
+def page(cells: list[Cell]) -> str:
+    """The counts, then a line for each model, as Markdown."""
+    legend = " ".join((__doc__ or "").split("\n\n")[0].split())
+    return f"# Coverage\n\n{legend}\n{_LEGEND}\n{environments(cells)}\n\n{summary(cells)}\n\n{table(cells)}\n"
 
 
 def table(cells: list[Cell]) -> str:

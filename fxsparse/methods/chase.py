@@ -13,6 +13,7 @@ from fxsparse.pattern import Unstructured
 from fxsparse.reparam import HardMask
 from fxsparse.schedule import Constant, CubicRamp, Schedule
 from fxsparse.scores import score_named
+from fxsparse.selection import to_mask
 from fxsparse.topk import top_mask
 
 
@@ -51,12 +52,12 @@ class RemoveChannelsAndExchange:
         if views[0].step % self.channel_every == 0:
             self.remove(views, gone, total)
         inside = [(~dead).repeat_interleave(prod(v.shape[1:])) for v, dead in zip(views, gone, strict=True)]
-        active = [_active(view) & there for view, there in zip(views, inside, strict=True)]
+        active = [
+            to_mask(v.active, v.shape).flatten() & there for v, there in zip(views, inside, strict=True)
+        ]
         stay = min(total - ceil(views[0].drop_fraction * total), sum(int(a.sum()) for a in active))
-        magnitude = torch.cat(
-            [_sizes(v).masked_fill(~a, -torch.inf) for v, a in zip(views, active, strict=True)]
-        )
-        kept = top_mask(magnitude, stay)
+        sizes = torch.cat([_sizes(v) for v in views])
+        kept = top_mask(sizes.masked_fill(~torch.cat(active), -torch.inf), stay)
         steep = torch.cat([torch.cat([t.abs().flatten() for _, t in v.gradient_tiles()]) for v in views])
         steep = steep.clamp(max=torch.finfo(steep.dtype).max).masked_fill(~torch.cat(inside), -torch.inf)
         chosen = top_mask(steep.masked_fill(kept, torch.inf), total).split([len(a) for a in active])
@@ -96,16 +97,9 @@ class RemoveChannelsAndExchange:
         return self.sparsity * (1 - left)
 
 
-def _active(view: WeightView) -> Tensor:
-    mask = torch.zeros(prod(view.shape), dtype=torch.bool, device=view.active.device)
-    mask[view.active] = True
-    return mask
-
-
 def _sizes(view: WeightView) -> Tensor:
-    sizes = view.values.detach().abs().new_zeros(prod(view.shape))
-    sizes[view.active] = view.values.detach().abs()
-    return sizes
+    values = view.values.detach().abs()
+    return values.new_zeros(prod(view.shape)).scatter_(0, view.active, values)
 
 
 @register

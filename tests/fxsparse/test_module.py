@@ -149,6 +149,30 @@ def test_dense_checkpoints_load_in_both_directions_strict(storage):
     assert torch.equal(other.eval()(torch.ones(2, 3, 4, 4)), sparse.eval()(torch.ones(2, 3, 4, 4)))
 
 
+class Versioned(nn.Linear):
+    """As torchvision's MNASNet, it loads nothing that does not say which version wrote it."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+        if local_metadata.get("version") != 2:
+            raise ValueError(f"version should be 2 instead of {local_metadata.get('version')}")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_modules_that_ask_for_their_version_when_loading(storage):
+    model = nn.Sequential(Versioned(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 4))
+    sparse = fxsparse.compile(model, Plan(sparsity=0.5, method=static(), storage=storage))
+    dense = sparse.to_dense()
+    dense.load_state_dict(sparse.dense_state_dict())
+    sparse.load_state_dict(dense.state_dict())
+    sparse.load_state_dict(sparse.state_dict())
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(sparse.eval()(x), dense.eval()(x))
+    torch.testing.assert_close(fxsparse.compile(sparse, mode="infer")(x), dense(x))
+
+
 @pytest.mark.parametrize("storage", STORAGES)
 def test_a_state_dict_loads_under_a_wrapper_s_prefix(storage):
     wrapped = nn.ModuleDict({"module": compiled(storage)})
