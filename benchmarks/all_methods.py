@@ -3,23 +3,26 @@
     python -m benchmarks.all_methods --figure docs/all_methods.png
 
 Optimizer, batch, seeds, peak learning rate (one for dense, one for all sparse training) and allocation (ERK; 2:4 is
-uniform) are the same for all; `benchmarks.tasks.every_method` says how schedules are scaled.  Nothing was tuned.
-Trainings are shorter than the tasks' own, so that the table takes two hours of a core.
-Storage is masked throughout, so that steps and bytes compare methods, not storages.  References: dense training, static
-random masks, and what one-shot pruning makes of the dense model.  Scores are those after the last step.
+uniform) are the same for all; `benchmarks.tasks.every_method` says how schedules are scaled, and what little was tuned.
+Trainings are shorter than the tasks' own, so that the table takes two hours of a core.  Storage is masked throughout,
+so that steps and bytes compare methods, not storages.  References: dense training, static random masks, and what
+one-shot pruning makes of the dense model.  Scores are those after the last step.
 
 FLOPs are those of all training steps over dense training's, by `fxsparse.count_flops`, with ramps and updates averaged
-over the whole training; a method that learns its count is taken at the plan's (marked *).  Times are the processor's,
-for this process; memory is parameters, buffers, optimizer state and gradients.
+over the whole training; a method that learns its counts is taken at their mean over training.  Times are the
+processor's, for this process; memory is parameters, buffers, optimizer state and gradients.
 """
 
 import functools
-from dataclasses import replace
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 import fxsparse
 from benchmarks.all_methods_table import table
@@ -103,8 +106,11 @@ def measure(settings: Settings) -> dict[str, Any]:
         model, result = _trained_dense(_dense_of(settings))
         found = {"train_ratio": 1.0, "zeros": 0.0, "exact": True}
         return dict(result) | (found if row == DENSE else _pruned(model, settings))
-    plan, watch = _plan(settings), Watch()
-    model, result = run(TASKS[settings["task"]], settings, watch.attach, plan)
+    plan, watch, counts = _plan(settings), Watch(), ActiveCounts()
+    watches = [watch.attach, counts.attach] if plan.method.learned_nnz else [watch.attach]
+    model, result = run(
+        TASKS[settings["task"]], settings, lambda *to: [attach(*to) for attach in watches], plan
+    )
     assert isinstance(model, SparseModule)
     wanted = sum(layer["nnz"] for layer in model.report.layers)
     kept = sum(int(mask.sum()) for mask in model.masks().values())
@@ -112,8 +118,37 @@ def measure(settings: Settings) -> dict[str, Any]:
     if exact and kept != wanted:
         raise ValueError(f"{row}: expected {wanted} nonzeros after {settings['steps']} steps, got {kept}.")
     zeros = 1 - kept / sum(mask.numel() for mask in model.masks().values())
-    flops = {"train_ratio": round(train_ratio(settings, plan), 4), "zeros": round(zeros, 5), "exact": exact}
+    counted = replace(plan, allocation=counts.means()) if plan.method.learned_nnz else plan
+    flops = {
+        "train_ratio": round(train_ratio(settings, counted), 4),
+        "zeros": round(zeros, 5),
+        "exact": exact,
+    }
     return result | watch.found(plan.method.schedule) | flops
+
+
+@dataclass
+class ActiveCounts:
+    """Active entries of each weight over a training, after the first of every ten steps."""
+
+    found: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    steps: int = 0
+
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """From here on."""
+        assert isinstance(model, SparseModule)
+
+        def stepped(*_: object) -> None:
+            if self.steps % 10 == 0:
+                for name, mask in model.masks().items():
+                    self.found[name].append(int(mask.sum()))
+            self.steps += 1
+
+        optimizer.register_step_post_hook(stepped)
+
+    def means(self) -> dict[str, int]:
+        """{weight: mean}, at least 1 as an allocation has it."""
+        return {name: max(1, round(statistics.mean(counts))) for name, counts in self.found.items()}
 
 
 def train_ratio(settings: Settings, plan: Plan) -> float:

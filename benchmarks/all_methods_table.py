@@ -53,9 +53,7 @@ def _score(cells: Sequence[Cell]) -> str:
 
 
 def _ratio(cells: Sequence[Cell]) -> str:
-    return f"{statistics.mean(c.result['train_ratio'] for c in cells):.3f}" + (
-        "" if cells[0].result["exact"] else "*"
-    )
+    return f"{statistics.mean(c.result['train_ratio'] for c in cells):.3f}"
 
 
 def _median(values: Sequence[float | None]) -> str:

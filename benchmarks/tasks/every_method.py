@@ -1,12 +1,13 @@
 """Every method of fxsparse in one recipe: its schedule scaled from the paper's training to a task's number of steps.
 
-The rule, the same for all tasks, and tuned on none:
+The rule, the same for all tasks, and tuned for STR alone:
 
 - Methods that exchange entries do it every 20 steps (of 300 or more), and their masks rest for the last quarter.
 - Ramps, phases and penalties take the share of training that they have in the paper.
 - Where scores are learned, learning rate x steps is the paper's; a method's other numbers are its defaults.
-- STR and soft movement have no target: STR's decay alone would take its threshold to that quantile of the initial
-  weights; soft movement's strength goes by the share that is pruned.  Their rows say what came out.
+- STR and soft movement have no target.  STR's decay alone would take its threshold to ``0.63 / sqrt(share kept)``
+  times the bound of the initial weights, which came nearest the plan's zeros on one seed; soft movement's strength goes
+  by the share that is pruned.  Their rows say what came out.
 - 2:4 methods have 50 % of zeros, and are shown so.
 - One-shot methods prune what was trained dense, with the dense learning rate, and nothing is trained after it.
 """
@@ -171,7 +172,7 @@ def _soft_movement(recipe: Recipe) -> dict[str, Any]:
 
 def _str(recipe: Recipe) -> dict[str, Any]:
     """Half of rate x steps is the integral of the one-cycle rate."""
-    share = recipe.sparsity * recipe.bound
+    share = min(0.63 / math.sqrt(1 - recipe.sparsity) * recipe.bound, 0.45)
     start, end = -10.0, math.log(share / (1 - share))
     return {"initial": start, "weight_decay": math.log(start / end) / (recipe.rate * recipe.steps / 2)}
 

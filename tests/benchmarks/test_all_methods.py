@@ -5,8 +5,17 @@ import pytest
 
 import fxsparse
 from benchmarks import all_methods
-from benchmarks.all_methods import DENSE, SPARSITIES, TASKS, grid_of, measure, rows_at, train_ratio
-from benchmarks.tasks.comparison import settings_of
+from benchmarks.all_methods import (
+    DENSE,
+    SPARSITIES,
+    TASKS,
+    ActiveCounts,
+    grid_of,
+    measure,
+    rows_at,
+    train_ratio,
+)
+from benchmarks.tasks.comparison import run, settings_of
 from benchmarks.tasks.every_method import ONE_SHOT, PATTERNS, ROWS, Recipe, options_of, plan_of, recipe_of
 from fxsparse.methods import METHODS
 from fxsparse.storage import MaskedWeight
@@ -106,3 +115,15 @@ def test_the_command_line_shows_finished_cells_and_draws(tmp_path, monkeypatch, 
     all_methods.main()
     assert "3 of 3 cells are finished" in capsys.readouterr().out
     assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_flops_of_learned_counts_are_of_the_entries_that_were_active():
+    of, made, seen = settings("static", steps=1), plan("static"), ActiveCounts()
+    run(TASKS["digits"], of, seen.attach, made)
+    found = train_ratio(of, replace(made, allocation=seen.means()))
+    assert found == train_ratio(of, made)
+    learned = measure(settings("str", steps=2))
+    assert not learned["exact"]
+    assert learned["train_ratio"] != pytest.approx(
+        train_ratio(settings("str", steps=2), plan("str", steps=2))
+    )
