@@ -101,10 +101,11 @@ def _resources(ptx: str) -> tuple[int, int]:
 
 
 def _ptxas(ptx: str) -> Path:
-    """The assembler that Triton brings which knows this version of PTX."""
+    """The assembler that Triton brings which knows this version of PTX and what it is for."""
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     version = float(re.search(r"^\.version ([\d.]+)", ptx, re.MULTILINE)[1])  # type: ignore[index]
-    return folder / ("ptxas" if version < 8.9 else "ptxas-blackwell")
+    capability = int(re.search(r"^\.target sm_(\d+)", ptx, re.MULTILINE)[1])  # type: ignore[index]
+    return folder / ("ptxas" if version < 8.9 and capability < 100 else "ptxas-blackwell")
 
 
 def _tensor_cores(ptx: str) -> str:

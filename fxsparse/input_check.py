@@ -40,14 +40,17 @@ class InputCheck:
     """Of the symbols."""
     same: tuple[int, ...] | None = None
     """For each leaf the first one that is the same tensor; None where that makes no difference."""
-    symbols: list[Any] = field(init=False, repr=False, compare=False)
-    """Those that the condition has, by name."""
+    shapes: tuple[Any, ...] = field(init=False, repr=False, compare=False)
+    """`wanted` with the names of symbols: what Dynamo of torch 2.11 can look up."""
+    symbols: list[str] = field(init=False, repr=False, compare=False)
+    """The names of those that the condition has, in order."""
     holds: Any = field(init=False, repr=False, compare=False)
     """The condition as a function of them."""
 
     def __post_init__(self) -> None:
         symbols = sorted(self.condition.free_symbols, key=str)
-        object.__setattr__(self, "symbols", symbols)
+        object.__setattr__(self, "symbols", list(map(str, symbols)))
+        object.__setattr__(self, "shapes", tuple(map(_named, self.wanted or ())))
         spelled = self.condition.replace(
             lambda part: part.func.__name__ in _REMAINDERS,
             lambda part: sympy.Function("remainder")(*part.args),
@@ -77,9 +80,8 @@ class InputCheck:
         return [*args, *(kwargs[name] for name in rest)]
 
     def _check_sizes(self, leaves: Sequence[Any]) -> None:
-        assert self.wanted is not None
-        sizes: dict[Any, int] = {}
-        for k, (leaf, wanted) in enumerate(zip(leaves, self.wanted, strict=True)):
+        sizes: dict[str, int] = {}
+        for k, (leaf, wanted) in enumerate(zip(leaves, self.shapes, strict=True)):
             if not isinstance(wanted, tuple):
                 if leaf is not wanted and (isinstance(leaf, Tensor) or leaf != wanted):
                     raise _refused(f"expected {wanted!r} as {self._place(k)}, as in the example", _said(leaf))
@@ -87,7 +89,7 @@ class InputCheck:
                 raise _refused(f"expected a tensor [{_sizes(wanted)}] as {self._place(k)}", _said(leaf))
         if not self.holds(*(sizes[symbol] for symbol in self.symbols)):
             shapes = [
-                f"{self._place(k)} [{_sizes(w)}]" for k, w in enumerate(self.wanted) if isinstance(w, tuple)
+                f"{self._place(k)} [{_sizes(w)}]" for k, w in enumerate(self.shapes) if isinstance(w, tuple)
             ]
             got = ", ".join(f"{symbol}={size}" for symbol, size in sizes.items())
             raise _refused(f"expected {self.condition} for {', '.join(shapes)}", got)
@@ -118,7 +120,13 @@ def _leaves(name: str, value: Any, wanted: pytree.TreeSpec) -> list[Any]:
     return leaves
 
 
-def _fits(shape: Sequence[int], wanted: tuple[Any, ...], sizes: dict[Any, int]) -> bool:
+def _named(wanted: Any) -> Any:
+    if not isinstance(wanted, tuple):
+        return wanted
+    return tuple(size if isinstance(size, int) else str(size) for size in wanted)
+
+
+def _fits(shape: Sequence[int], wanted: tuple[int | str, ...], sizes: dict[str, int]) -> bool:
     """Whether a shape is the one that was wanted; finds out what its symbols are."""
     if len(shape) != len(wanted):
         return False
@@ -128,7 +136,7 @@ def _fits(shape: Sequence[int], wanted: tuple[Any, ...], sizes: dict[Any, int]) 
     )
 
 
-def _sizes(wanted: tuple[Any, ...]) -> str:
+def _sizes(wanted: tuple[int | str, ...]) -> str:
     return ", ".join(map(str, wanted))
 
 

@@ -65,7 +65,8 @@ class LaneRegion(nn.Module):
         """What `plain` computes, in one of the two ways."""
         if torch.compiler.is_compiling():
             tensors = all(isinstance(weight, Tensor) for weight in weights)
-            if torch.compiler.is_exporting() or not tensors or not self._suits(x):
+            # Not is_exporting(), which Dynamo of torch 2.11 takes for True.
+            if torch.compiler._is_exporting_flag or not tensors or not self._suits(x):
                 return self.plain(x, *weights)
             return in_lanes(x, list(weights), self.what)
         if not self._suits(x):

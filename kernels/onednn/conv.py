@@ -45,10 +45,12 @@ def onednn_conv2d(
     numbers = window(tuple(weight.shape[2:]), x.shape[1], **arguments)
     given = (numbers[4:6], numbers[2:4], numbers[8:10], numbers[10])
     last, ordered = _is_channels_last(x), _ordered(weight, given, x.shape)
-    if residual is None:
-        y = torch.ops.mkldnn._convolution_pointwise.default(
-            x, ordered, bias, *given, *ATTRIBUTES[activation_code(activation)]
-        )
+    if (
+        residual is None or residual.shape[2:].numel() == 1
+    ):  # torch 2.11 cannot fuse the addition to single pixels
+        code = activation_code(activation if residual is None else "none")
+        y = torch.ops.mkldnn._convolution_pointwise.default(x, ordered, bias, *given, *ATTRIBUTES[code])
+        y = y if residual is None else activate(y + residual, activation)
     else:
         fused = activation if activation in ("none", "relu") else "none"
         y = torch.ops.mkldnn._convolution_pointwise.binary(

@@ -20,13 +20,20 @@ TILE = 4096
 
 
 @triton.jit
+def inverse(bits, BITS: tl.constexpr):
+    """Every bit turned over; Triton 3.6's interpreter has no ``~`` of unsigned integers."""
+    top = tl.full((), 1, bits.dtype) << (BITS - 1)
+    return bits ^ (top | (top - 1))
+
+
+@triton.jit
 def ordered(scores, inside, BITS: tl.constexpr):
     """Unsigned integers in the order of the scores, 0.0 and -0.0 the same; 0, below all of them, where not `inside`."""
     wide = scores if BITS == 64 else scores.to(tl.float32)
     bits = wide.to(tl.uint64 if BITS == 64 else tl.uint32, bitcast=True)
     bits = tl.where((bits << 1) == 0, bits ^ bits, bits)
     top = tl.full((), 1, bits.dtype) << (BITS - 1)
-    return tl.where(inside, tl.where(bits >= top, ~bits, bits | top), bits ^ bits)
+    return tl.where(inside, tl.where(bits >= top, inverse(bits, BITS), bits | top), bits ^ bits)
 
 
 @triton.jit
@@ -40,7 +47,7 @@ def is_above_least(keys, BITS: tl.constexpr):
 def note_nan(keys, inside, nan, BITS: tl.constexpr):
     """1 into `nan` where there is one."""
     least = tl.full((), 0xFFFFFFFFFFFFF if BITS == 64 else 0x7FFFFF, keys.dtype)
-    bad = inside & ((keys < least) | (keys > ~least))
+    bad = inside & ((keys < least) | (keys > inverse(least, BITS)))
     tl.store(nan, 1, mask=tl.max(bad.to(tl.int32), 0) > 0)
 
 

@@ -165,9 +165,9 @@ def constants_of(model: nn.Module, *shape: int) -> dict[int, float]:
 
 @torch.no_grad()
 def test_a_row_of_zeros_holds_its_bias_through_activation_and_norm() -> None:
-    norm = nn.BatchNorm1d(3, eps=0.0)
+    norm = nn.BatchNorm1d(3, eps=1.0)
     norm.get_buffer("running_mean").fill_(1.0)
-    norm.get_buffer("running_var").fill_(4.0)
+    norm.get_buffer("running_var").fill_(3.0)
     model = nn.Sequential(nn.Linear(2, 3), nn.GELU(), norm, nn.Linear(3, 1))
     model[0].weight[1] = 0
     model[0].bias[1] = 2.0

@@ -130,7 +130,11 @@ def half(weight):
     [
         (None, [], r"'weight' is on the meta device .* Free has no reset_parameters\(\) that writes it"),
         (None, ["weight"], r"Free has no reset_parameters\(\) that writes it"),
-        (nn.init.orthogonal_, ["weight"], r"Free has no reset_parameters\(\) that writes it"),
+        (
+            nn.init.orthogonal_,
+            ["weight"],
+            r"no reset_parameters\(\) that writes it|copy_.default initialises it",
+        ),
         (copy_identity, ["weight"], r"aten.copy_.default initialises it from other tensors"),
         (half, ["weight"], r"aten.normal_.default initialises a part of it"),
         (lambda weight: weight.sum().item(), ["weight"], r"its initialisation fails there: RuntimeError"),

@@ -41,6 +41,14 @@ def test_it_is_the_dense_convolution_in_the_format_of_its_input(given, memory_fo
             assert y.is_contiguous(memory_format=memory_format)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_images_of_one_pixel(memory_format):
+    weight, x = torch.randn(8, 4, 1, 1), torch.randn(2, 4, 2, 2).contiguous(memory_format=memory_format)
+    residual = torch.randn(2, 8, 1, 1)
+    want = torch.relu(F.conv2d(x, weight, stride=2) + residual)
+    torch.testing.assert_close(onednn_conv2d(x, None, weight, "relu", residual=residual, stride=2), want)
+
+
 def test_a_weight_that_changes_is_put_in_order_again_and_forgotten_with_the_weight():
     weight, x = torch.randn(8, 4, 3, 3), torch.randn(1, 4, 5, 5)
     before = onednn_conv2d(x, None, weight)

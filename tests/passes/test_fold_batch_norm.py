@@ -63,13 +63,13 @@ def test_shows_the_graph_before_and_after() -> None:
 
 
 def test_weight_and_bias_are_the_formula_by_hand() -> None:
-    # gamma 3, beta 1, mean 2, var 4, eps 0: scale 3/2; weight 4 -> 6; bias (5 - 2) * 3/2 + 1 = 5.5
-    conv, norm = nn.Conv1d(1, 1, 1), nn.BatchNorm1d(1, eps=0.0)
+    # gamma 3, beta 1, mean 2, var 3, eps 1: scale 3/2; weight 4 -> 6; bias (5 - 2) * 3/2 + 1 = 5.5
+    conv, norm = nn.Conv1d(1, 1, 1), nn.BatchNorm1d(1, eps=1.0)
     for module, weight, bias in ((conv, 4.0, 5.0), (norm, 3.0, 1.0)):
         nn.init.constant_(module.get_parameter("weight"), weight)
         nn.init.constant_(module.get_parameter("bias"), bias)
     norm.get_buffer("running_mean").fill_(2.0)
-    norm.get_buffer("running_var").fill_(4.0)
+    norm.get_buffer("running_var").fill_(3.0)
     tree = folded(nn.Sequential(conv, norm), torch.randn(1, 1, 5)).program.skeleton
     assert fetch(tree, "0.weight").item() == 6.0
     assert fetch(tree, "0.bias").item() == 5.5
@@ -145,7 +145,7 @@ class ScaledNorm(nn.BatchNorm2d):
 
 
 def flat_variance() -> nn.Module:
-    norm = nn.BatchNorm2d(3, eps=0.0)
+    norm = nn.BatchNorm2d(3, eps=1e-80)
     norm.get_buffer("running_var").zero_()
     return nn.Sequential(nn.Conv2d(3, 3, 1), norm)
 
