@@ -172,7 +172,8 @@ class UpdateRule(Protocol):
 class GlobalRule(UpdateRule, Protocol):
     """A rule that sees all weights at once: global thresholds, redistribution.  Storage is masked.
 
-    ``__call__`` is the choice of a weight alone, as `check_method` asks for it.
+    ``__call__`` is the choice of a weight alone, as `check_method` asks for it.  Where each weight keeps its own count,
+    ``own_counts = True`` says so, and plans may give each another sparsity.
     """
 
     def choose_all(self, views: Sequence[WeightView], total: int) -> Sequence["Tensor | Choice"]:

@@ -50,7 +50,10 @@ def add_groups(optimizer: Optimizer, learned: Learned) -> None:
 
 
 def check_hints(optimizer: Optimizer, learned: Learned, method: str) -> None:
-    """Raise PlanError where the optimizer does not hold a learned tensor, and warn where it decays one otherwise."""
+    """Raise PlanError where the optimizer does not hold a learned tensor, and warn where it decays one otherwise or
+    learns it at the rate of the weights where the method has another.
+    """
+    own = {id(tensor) for _, tensor, _ in learned}
     held = {id(tensor): group for group in optimizer.param_groups for tensor in group["params"]}
     for name, tensor, extra in learned:
         group = held.get(id(tensor))
@@ -63,6 +66,13 @@ def check_hints(optimizer: Optimizer, learned: Learned, method: str) -> None:
             warnings.warn(
                 f"the optimizer has weight_decay={group['weight_decay']} for {name!r}, expected {extra.weight_decay} "
                 f"as {method} says: make it from sparse.parameter_groups(lr, weight_decay=...).",
+                stacklevel=4,
+            )
+            return
+        if extra.lr != 1 and any(id(tensor) not in own for tensor in group["params"]):
+            warnings.warn(
+                f"{name!r} learns at the rate of the weights, expected {extra.lr:g} times that as {method} says: make "
+                "the optimizer from sparse.parameter_groups(lr).",
                 stacklevel=4,
             )
             return

@@ -213,7 +213,8 @@ def _check_types(plan: Plan) -> None:
     _check_method_pattern(plan)
     if isinstance(plan.method.rule, KeepLargest):
         _check_largest(plan, plan.method.rule)
-    if isinstance(plan.method.rule, GlobalRule):
+    rule = plan.method.rule
+    if isinstance(rule, GlobalRule) and not getattr(rule, "own_counts", False):
         _check_shared(plan, "Override(glob, sparsity=0) keeps a weight dense.")
 
 

@@ -15,7 +15,8 @@ def _check_fraction(name: str, value: float) -> None:
         raise PlanError(f"expected {name} as a number from 0 to 1, got {value!r}.")
 
 
-def _check_integer(name: str, value: int, lowest: int) -> None:
+def check_integer(name: str, value: object, lowest: int) -> None:
+    """PlanError unless an option is an integer from `lowest` on."""
     if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
         raise PlanError(f"expected {name} as an integer >= {lowest}, got {value!r}.")
 
@@ -48,7 +49,7 @@ class Cosine:
 
     def __post_init__(self) -> None:
         _check_fraction("drop fraction", self.initial)
-        _check_integer("stop", self.stop, 1)
+        check_integer("stop", self.stop, 1)
 
     def __call__(self, step: int) -> float:
         return self.initial / 2 * (1 + math.cos(math.pi * min(step, self.stop) / self.stop))
@@ -65,7 +66,7 @@ class CosineTo:
     def __post_init__(self) -> None:
         _check_fraction("drop fraction", self.initial)
         _check_fraction("final drop fraction", self.final)
-        _check_integer("stop", self.stop, 1)
+        check_integer("stop", self.stop, 1)
 
     def __call__(self, step: int) -> float:
         done = min(step, self.stop) / self.stop
@@ -82,8 +83,8 @@ class InversePower:
 
     def __post_init__(self) -> None:
         _check_fraction("drop fraction", self.initial)
-        _check_integer("stop", self.stop, 1)
-        _check_integer("power", self.power, 1)
+        check_integer("stop", self.stop, 1)
+        check_integer("power", self.power, 1)
 
     def __call__(self, step: int) -> float:
         return self.initial * (1 - min(step, self.stop) / self.stop) ** self.power
@@ -121,8 +122,8 @@ class CubicRamp:
 
     def __post_init__(self) -> None:
         _check_fraction("initial_sparsity", self.initial_sparsity)
-        _check_integer("start", self.start, 0)
-        _check_integer("stop", self.stop, self.start + 1)
+        check_integer("start", self.start, 0)
+        check_integer("stop", self.stop, self.start + 1)
 
     def __call__(self, step: int, final: int, numel: int) -> int:
         done = min(max(step - self.start, 0) / (self.stop - self.start), 1.0)
@@ -137,7 +138,7 @@ class LinearRamp:
     stop: int
 
     def __post_init__(self) -> None:
-        _check_integer("stop", self.stop, 1)
+        check_integer("stop", self.stop, 1)
 
     def __call__(self, step: int, final: int, numel: int) -> int:
         return final + round((numel - final) * (1 - min(max(step, 0) / self.stop, 1.0)))
@@ -155,7 +156,7 @@ class Levels:
 
     def __post_init__(self) -> None:
         for step, sparsity in self.table:
-            _check_integer("a step of the table", step, 0)
+            check_integer("a step of the table", step, 0)
             if sparsity is not None:
                 _check_fraction("a sparsity of the table", sparsity)
         steps = [step for step, _ in self.table]
@@ -191,13 +192,13 @@ class Schedule:
     at: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        _check_integer("every", self.every, 1)
-        _check_integer("start", self.start, 0)
+        check_integer("every", self.every, 1)
+        check_integer("start", self.start, 0)
         if self.stop is not None:
-            _check_integer("stop", self.stop, self.start)
+            check_integer("stop", self.stop, self.start)
         if self.at is not None:
             for step in self.at:
-                _check_integer("a step of an update", step, 0)
+                check_integer("a step of an update", step, 0)
             if list(self.at) != sorted(set(self.at)):
                 raise PlanError(f"expected ascending steps of updates, got {list(self.at)[:10]}.")
 

@@ -31,7 +31,7 @@ def top_mask(scores: Tensor, n: int, dim: int | None = None) -> Tensor:
     if dim is None:
         return _top_of_rows(scores.reshape(1, -1), n).view(scores.shape)
     if scores.shape[dim] <= SMALL_GROUP:
-        _refuse_nan(scores)
+        refuse_nan(scores)
         return _top_by_rank(scores.movedim(dim, 0), n).movedim(0, dim)
     last = scores.movedim(dim, -1)
     return _top_of_rows(last.reshape(-1, last.shape[-1]), n).view(last.shape).movedim(-1, dim)
@@ -54,7 +54,7 @@ def top_of_tiles(tiles: Iterable[tuple[int, Tensor]], n: int) -> Tensor:
             best, positions = scores[:0], torch.empty(0, dtype=torch.int64, device=scores.device)
         # A later entry loses every tie, so only a score above the lowest held one can still come in.
         floor = best.min() if 0 < n == len(best) else -torch.inf
-        _refuse_nan(scores)
+        refuse_nan(scores)
         fresh = (scores > floor).nonzero().squeeze(1)
         if len(fresh) > n:
             fresh = fresh[top_positions(scores[fresh], n)]
@@ -146,7 +146,8 @@ def sinkhorn_topk(
     return torch.sigmoid(utility + shift)
 
 
-def _refuse_nan(scores: Tensor) -> None:
+def refuse_nan(scores: Tensor) -> None:
+    """NumericsError where there is one."""
     # amax hands a NaN through, at a ninth of the time of isnan().any().
     if scores.numel() and scores.amax().isnan():
         _raise_nan(scores)
@@ -169,7 +170,7 @@ def _top_of_rows(scores: Tensor, n: int) -> Tensor:
         if has_nan:
             _raise_nan(scores)
         return mask
-    _refuse_nan(scores)
+    refuse_nan(scores)
     return _top_of_rows_on_cpu(scores, n)
 
 

@@ -34,7 +34,11 @@ def acdc(
     table = {**_phases(compress, None, steps, "compress"), **_phases(decompress, 0.0, steps, "decompress")}
     moments = tuple(sorted(table))
     kinds = [table[moment] for moment in moments]
-    if len(table) < len(tuple(compress)) + len(tuple(decompress)) or kinds != _alternating(len(kinds)):
+    if (
+        not table
+        or len(table) < len(tuple(compress)) + len(tuple(decompress))
+        or kinds != _alternating(len(kinds))
+    ):
         raise PlanError(
             f"expected phases that alternate, a compression first and last, got compress={list(compress)} and "
             f"decompress={list(decompress)} of {steps} steps. Every phase needs a step."

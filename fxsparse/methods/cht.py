@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -52,6 +53,7 @@ class RemoveAndPredict:
     kind: str
     soft: bool
     steps: int
+    own_counts: ClassVar[bool] = True
 
     @property
     def probe(self) -> Probe:

@@ -12,7 +12,7 @@ from fxsparse.method import Choice, Extra, Method, Probe, WeightView, register
 from fxsparse.pattern import Unstructured
 from fxsparse.redistribution import shares
 from fxsparse.reparam import Filled, HardMask
-from fxsparse.schedule import Schedule
+from fxsparse.schedule import Schedule, check_integer
 from fxsparse.scores import score_named
 from fxsparse.selection import to_mask
 from fxsparse.topk import top_positions
@@ -102,6 +102,8 @@ def dsr(
         number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
         if not number or value <= 0:
             raise PlanError(f"expected {name} as a number above 0, got {value!r}.")
+    if not isinstance(double, Sequence):
+        raise PlanError(f"expected double as a sequence of steps, got {double!r}.")
     moments = None if not double else _moments(every, stop, tuple(double))
     return Method(
         name="dsr",
@@ -117,12 +119,10 @@ def dsr(
 
 def _moments(every: int, stop: int | None, double: tuple[int, ...]) -> tuple[int, ...]:
     """The steps of updates whose period doubles."""
-    if (
-        stop is None
-        or list(double) != sorted(set(double))
-        or not 0 < double[0] <= double[-1] < stop
-        or every < 1
-    ):
+    check_integer("every", every, 1)
+    for moment in double:
+        check_integer("a step of double", moment, 1)
+    if stop is None or list(double) != sorted(set(double)) or double[-1] >= stop:
         raise PlanError(f"expected double as ascending steps below stop, got {double!r} and stop={stop}.")
     moments, step = [], every
     while step < stop:

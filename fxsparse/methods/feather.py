@@ -10,7 +10,7 @@ from fxsparse.errors import PlanError
 from fxsparse.method import Choice, Extra, Method, Probe, WeightView, register
 from fxsparse.pattern import Unstructured
 from fxsparse.reparam import Filled, ValueMap, one_node, with_gradient
-from fxsparse.schedule import CubicRamp, Schedule
+from fxsparse.schedule import CubicRamp, Schedule, check_integer
 from fxsparse.scores import score_named
 from fxsparse.topk import top_mask
 
@@ -78,6 +78,10 @@ def feather(
     for name, value, low, high in (("theta", theta, 0, 1), ("ramp", ramp, 0, 1), ("power", power, 1, 100)):
         if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
             raise PlanError(f"expected {name} as a number from {low} to {high}, got {value!r}.")
+    check_integer("steps", steps, 1)
+    check_integer("start", start, 0)
+    if start >= steps:
+        raise PlanError(f"expected start below the {steps} steps, got {start}: nothing would ever be pruned.")
     threshold = Extra("threshold", Filled(0.0))
     return Method(
         name="feather",

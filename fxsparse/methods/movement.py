@@ -10,7 +10,7 @@ from fxsparse.errors import PlanError
 from fxsparse.method import Choice, Extra, Method, Probe, WeightView, register
 from fxsparse.pattern import Pattern, Unstructured
 from fxsparse.reparam import ValueMap, Zeros, one_node, with_gradient
-from fxsparse.schedule import CubicRamp, Schedule
+from fxsparse.schedule import CubicRamp, Schedule, check_integer
 from fxsparse.scores import score_named
 from fxsparse.topk import top_mask
 
@@ -55,6 +55,14 @@ def ranks(first: Tensor, second: Tensor) -> Tensor:
     return places.flip(0).view(first.shape)
 
 
+def check_phases(steps: int, warmup: int, cooldown: int) -> None:
+    """PlanError unless something is left between the first and the last steps of a training."""
+    for name, value in (("steps", steps), ("warmup", warmup), ("cooldown", cooldown)):
+        check_integer(name, value, 0)
+    if warmup + cooldown >= steps:
+        raise PlanError(f"expected warmup + cooldown below the {steps} steps, got {warmup} + {cooldown}.")
+
+
 @register
 def movement(
     steps: int = 54_000, warmup: int = 5_400, cooldown: int = 10_800, score_lr: float = 1e-2 / 3e-5
@@ -68,8 +76,7 @@ def movement(
     """
     if not isinstance(score_lr, int | float) or not isfinite(score_lr) or score_lr <= 0:
         raise PlanError(f"expected score_lr as a multiple of the learning rate above 0, got {score_lr!r}.")
-    if warmup + cooldown >= steps:
-        raise PlanError(f"expected warmup + cooldown below the {steps} steps, got {warmup} + {cooldown}.")
+    check_phases(steps, warmup, cooldown)
     scores = Extra("scores", Zeros(), learned=True, lr=float(score_lr))
     return Method(
         name="movement",

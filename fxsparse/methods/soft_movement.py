@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fxsparse.errors import PlanError
 from fxsparse.method import Choice, Extra, Held, Method, Probe, WeightView, register
-from fxsparse.methods.movement import largest, movement_map
+from fxsparse.methods.movement import check_phases, largest, movement_map
 from fxsparse.pattern import Unstructured
 from fxsparse.reparam import ValueMap, Zeros
 from fxsparse.schedule import Schedule
@@ -94,8 +94,7 @@ def soft_movement(
             raise PlanError(
                 f"expected {name} as a number above 0 (strength: or 0) and below {high}, got {value!r}."
             )
-    if min(warmup, cooldown) < 0 or warmup + cooldown >= steps:
-        raise PlanError(f"expected warmup + cooldown below the {steps} steps, got {warmup} + {cooldown}.")
+    check_phases(steps, warmup, cooldown)
     tau = Rising(float(threshold), warmup, steps - cooldown)
     scores = Extra("scores", Zeros(), learned=True, lr=float(score_lr))
     return Method(

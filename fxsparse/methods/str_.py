@@ -12,6 +12,7 @@ from fxsparse.pattern import Unstructured
 from fxsparse.reparam import Filled, ValueMap, one_node
 from fxsparse.schedule import Schedule
 from fxsparse.scores import score_named
+from fxsparse.topk import refuse_nan
 
 
 @one_node
@@ -31,6 +32,7 @@ class AboveThreshold:
 
     def __call__(self, view: WeightView) -> Choice:
         weight = view.weight()
+        refuse_nan(weight)
         return Choice(weight.abs() > torch.sigmoid(view.extras["threshold"]).to(weight.dtype))
 
 

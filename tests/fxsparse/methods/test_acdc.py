@@ -78,6 +78,7 @@ def test_a_cut_is_global_and_exact_rests_within_a_phase_and_what_comes_back_is_z
         ({"compress": (0.1, 1.5)}, "compress as shares of the steps between 0 and 1"),
         ({"compress": (0.1,), "decompress": (0.5,)}, "phases that alternate, a compression first and last"),
         ({"steps": 5}, "phases that alternate"),
+        ({"compress": (), "decompress": ()}, r"compress=\[\] and decompress=\[\]"),
     ],
 )
 def test_a_bad_option_is_named(options, message):

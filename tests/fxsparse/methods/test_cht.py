@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import fxsparse
-from fxsparse import Plan
+from fxsparse import Override, Plan
 from fxsparse.errors import PlanError
 from fxsparse.methods import cht
 from fxsparse.methods.cht import RemoveAndPredict, cht_scores
@@ -130,7 +130,8 @@ def test_it_trains_finds_its_chain_and_asks_for_no_gradient(soft):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 8))
     method = cht(every=2, steps=20, soft=soft)
-    sparse = fxsparse.compile(model, Plan(sparsity=0.8, method=method))
+    sparse = fxsparse.compile(model, Plan(sparsity=0.8, method=method, overrides=[Override("2.*", 0.5)]))
+    assert int(sparse.masks()["2.weight"].sum()) == 96
     assert sparse._emitted.targets["0.weight"].feeds == ("2.weight",)
     optimizer = torch.optim.SGD(sparse.parameters(), lr=0.1, momentum=0.9)
     sparse.attach(optimizer)

@@ -140,6 +140,8 @@ def test_the_period_doubles_where_it_is_told_to():
         ({"exchange": 0}, "exchange as a number above 0, got 0"),
         ({"threshold": float("inf")}, "threshold as a number above 0, got inf"),
         ({"double": (5,)}, "double as ascending steps below stop"),
+        ({"double": 5}, "double as a sequence of steps, got 5"),
+        ({"double": (5,), "every": "a"}, "every as an integer"),
         ({"double": (50, 20), "stop": 100}, "double as ascending steps below stop"),
     ],
 )

@@ -79,6 +79,19 @@ def test_folding_stores_the_shrunk_values_and_the_threshold_is_one_of_all_weight
     assert (plain - folded).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps as an integer >= 1, got 0"),
+        ({"start": "0"}, "start as an integer >= 0"),
+        ({"steps": 10, "start": 15}, "start below the 10 steps, got 15"),
+    ],
+)
+def test_steps_in_which_nothing_would_be_pruned_are_refused(options, message):
+    with pytest.raises(PlanError, match=message):
+        feather(**options)
+
+
 @pytest.mark.parametrize("option", [{"theta": 2}, {"power": 0.5}, {"ramp": 1.5}])
 def test_a_bad_option_is_named(option):
     with pytest.raises(PlanError, match=f"expected {next(iter(option))} as a number from"):

@@ -32,6 +32,15 @@ def test_equal_scores_go_by_magnitude_and_then_by_place():
     assert ranks(scores, sizes).tolist() == [1, 3, 2, 0]
 
 
+def test_scores_that_learn_at_the_rate_of_the_weights_are_warned_of():
+    method = movement(steps=20, warmup=2, cooldown=5, score_lr=10.0)
+    sparse = fxsparse.compile(nn.Linear(16, 24), Plan(sparsity=0.8, method=method))
+    with pytest.warns(
+        UserWarning, match="'weight_scores' learns at the rate of the weights, expected 10 times"
+    ):
+        sparse.attach(torch.optim.SGD(sparse.parameters(), lr=0.1))
+
+
 @pytest.mark.parametrize("values", [1, 2, 3, 60])
 @pytest.mark.parametrize("nnz", [0, 1, 17, 59, 60])
 def test_the_best_scores_are_those_of_all_ranks(values, nnz):
@@ -72,7 +81,12 @@ def test_scores_are_learned_without_decay_at_their_own_rate_and_are_gone_from_th
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"score_lr": 0}, "score_lr as a multiple"), ({"steps": 10}, r"warmup \+ cooldown below the 10 steps")],
+    [
+        ({"score_lr": 0}, "score_lr as a multiple"),
+        ({"steps": 10}, r"warmup \+ cooldown below the 10 steps"),
+        ({"cooldown": -10}, "cooldown as an integer >= 0, got -10"),
+        ({"steps": "100"}, "steps as an integer"),
+    ],
 )
 def test_a_bad_option_is_named(options, message):
     with pytest.raises(PlanError, match=message):

@@ -86,7 +86,8 @@ def test_the_rule_and_the_penalty_share_one_threshold():
         ({"strength": -1.0}, "expected strength as a number"),
         ({"score_lr": 0}, "expected score_lr as a number"),
         ({"steps": 10}, r"warmup \+ cooldown below the 10 steps"),
-        ({"warmup": -1}, r"warmup \+ cooldown below"),
+        ({"warmup": -1}, "warmup as an integer >= 0, got -1"),
+        ({"warmup": None}, "warmup as an integer >= 0, got None"),
     ],
 )
 def test_a_bad_option_is_named(options, message):

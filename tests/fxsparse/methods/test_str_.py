@@ -4,7 +4,7 @@ from torch import nn
 
 import fxsparse
 from fxsparse import Plan
-from fxsparse.errors import PlanError
+from fxsparse.errors import NumericsError, PlanError
 from fxsparse.methods import str_
 from fxsparse.methods.str_ import str_map
 
@@ -62,6 +62,17 @@ def test_an_optimizer_from_before_gets_the_thresholds_in_a_group_of_their_own():
     assert optimizer.param_groups[1]["params"] == [sparse.get_parameter("weight_threshold")]
     assert optimizer.param_groups[1]["weight_decay"] == 2.251757813e-5
     assert list(model.state_dict()) == ["weight", "bias"]
+
+
+def test_weights_that_have_diverged_are_named_and_not_taken_for_zeros():
+    sparse = build(initial=-6.0)
+    optimizer = torch.optim.SGD(sparse.parameter_groups(0.1))
+    sparse.attach(optimizer)
+    with torch.no_grad():
+        sparse.get_parameter("0.weight")[0, 0] = torch.nan
+    sparse(torch.randn(4, 16)).sum().backward()
+    with pytest.raises(NumericsError, match="NaN"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("option", [{"initial": float("inf")}, {"weight_decay": -1.0}])
