@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxsparse.errors import PlanError
-from fxsparse.graph import owner
+from fxsparse.graph import canonical_names, owner
 from fxsparse.selection import to_mask
 from fxsparse.storage import CompactWeight, MaskedWeight
 
@@ -49,6 +49,14 @@ def copied_model(model: nn.Module, call: str) -> nn.Module:
                     "torch.nn.utils.parametrizations.weight_norm or spectral_norm instead."
                 )
     return copy.deepcopy(model)
+
+
+def under_every_name(
+    weights: Mapping[str, CompactWeight | MaskedWeight], model: nn.Module
+) -> dict[str, CompactWeight | MaskedWeight]:
+    """The same storage under the other names, too, that `model` has for a weight: the user's keys have all of them."""
+    names = canonical_names(model).items()
+    return {**weights, **{name: weights[first] for name, first in names if first in weights}}
 
 
 def numel_of(weight: CompactWeight | MaskedWeight) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.optim import Optimizer
 
-from fxsparse import sharding
+from fxsparse import dense_copies, sharding
 from fxsparse.dense_copies import check_bytes, copied_model, fill, listed, mask_of, numel_of, versioned
 from fxsparse.errors import CheckpointError, FxSparseError, PlanError, TraceError
 from fxsparse.graph import owner
@@ -258,7 +258,7 @@ class SparseModule(nn.Module):
             raise PlanError(
                 f"no entry {unknown[0]!r} in the model's state dict; expected some of its own keys."
             )
-        weights = dict(self.weights())
+        weights = dense_copies.under_every_name(dict(self.weights()), self._emitted.recipe.shell)
         check_bytes(sum(self._dense_bytes(key, weights) for key in keys), max_bytes, "dense_state_dict")
         state = self.state_dict()
         dense = {
@@ -273,7 +273,7 @@ class SparseModule(nn.Module):
         """
         self.check_masks()
         sharding.reshard(self)
-        weights = dict(self.weights())
+        weights = dense_copies.under_every_name(dict(self.weights()), self._emitted.recipe.shell)
         chosen = self._chosen(names)
         check_bytes(sum(self._dense_bytes(key, weights) for key in chosen), max_bytes, "to_dense")
         dense = copied_model(self._emitted.recipe.shell, "to_dense")

@@ -87,6 +87,11 @@ def _refusal(
         return _why_no_site(ctx, name, names, fetch(skeleton, name), graphs)
     if not fetch(skeleton, name).numel():
         return "it has no entries"
+    other = next(
+        (alias for alias in names if owner(skeleton, alias)[0] is not owner(skeleton, name)[0]), None
+    )
+    if ctx.program.tier == "walk" and other is not None:
+        return f"tied to {other!r}: the module walk masks a weight in one module only"
     if (
         found[0].op.startswith("conv_transpose")
         and ctx.plan
