@@ -152,7 +152,7 @@ class Choice:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     """New values of the method's `Extra` buffers, in the logical layout."""
     forget: bool = False
-    """The optimizer's state of the whole weight starts at 0 again."""
+    """The optimizer's state of the whole weight starts at 0 again, and so does its count of steps."""
 
 
 class UpdateRule(Protocol):

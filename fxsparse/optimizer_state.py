@@ -9,6 +9,9 @@ from torch import Tensor
 from fxsparse import sharding
 from fxsparse.errors import UnsupportedError
 
+_FIRST = {"step": 0, "mu_product": 1}
+"""Numbers of a whole weight as an optimizer starts them, where it keeps them: Adam and most others, NAdam."""
+
 
 def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The optimizer inside a trainer's wrapper, which runs no step hooks of its own (Lightning's, Accelerate's)."""
@@ -49,10 +52,24 @@ def check_follows(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]
 def reset(
     optimizer: torch.optim.Optimizer, parameter: Tensor, entries: tuple[Tensor, ...] | None = None
 ) -> None:
-    """Zero the state at `entries`, an index into the weight, or all of it; in place, the rest keeps its state."""
+    """Zero the state at `entries`, an index into the weight; in place, the rest keeps its state.
+
+    Without entries all of the weight's state starts anew, the count of its steps too: by that Adam makes up for
+    averages that are still near 0, and would step too far without.
+    """
     for state in per_element(optimizer, parameter):
         place = ... if entries is None else sharding.entries(state, entries)
         sharding.here(state)[place] = 0
+    if entries is not None:
+        return
+    held = optimizer.state.get(parameter, {})
+    for key in _FIRST.keys() & held.keys():
+        if isinstance(held[key], Tensor):
+            held[key].fill_(
+                _FIRST[key]
+            )  # the tensor stays, as a fused or capturable step holds it on the device
+        else:
+            held[key] = type(held[key])(_FIRST[key])
 
 
 def momentum(optimizer: torch.optim.Optimizer, parameter: Tensor, name: str) -> Tensor:

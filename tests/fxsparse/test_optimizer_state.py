@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -34,6 +36,45 @@ def test_reset_zeroes_every_per_element_state_at_the_entries_only(optimizer_clas
         assert new[2, 3] == 0
         old[0, 1] = old[2, 3] = 0
         assert torch.equal(old, new)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (1, 1)])
+@pytest.mark.parametrize(
+    ("optimizer_class", "options"),
+    [
+        (torch.optim.Adam, {"lr": 0.1}),
+        (torch.optim.Adam, {"lr": 0.1, "foreach": True, "amsgrad": True}),
+        (torch.optim.AdamW, {"lr": 0.1, "fused": True}),
+        (torch.optim.NAdam, {"lr": 0.1}),
+        (torch.optim.RAdam, {"lr": 0.1}),
+        (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+    ],
+)
+def test_a_weight_that_is_forgotten_takes_the_step_that_a_fresh_optimizer_takes(
+    optimizer_class, options, shape
+):
+    weight, other = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
+    optimizer = optimizer_class([weight, other], **options)
+    for _ in range(20):
+        weight.grad, other.grad = torch.full(shape, 2.0), torch.full(shape, 2.0)
+        optimizer.step()
+    step, kept = optimizer.state[weight].get("step"), copy.deepcopy(optimizer.state[other])
+    optimizer_state.reset(optimizer, weight)
+    assert optimizer.state[weight].get("step") is step
+    assert all(torch.equal(optimizer.state[other][key], value) for key, value in kept.items())
+    fresh = torch.nn.Parameter(weight.detach().clone())
+    weight.grad, fresh.grad = torch.full(shape, 0.5), torch.full(shape, 0.5)
+    optimizer.step()
+    optimizer_class([fresh], **options).step()
+    torch.testing.assert_close(weight, fresh, rtol=0, atol=1e-7)
+
+
+def test_a_count_of_steps_that_is_a_plain_number_starts_anew_as_one():
+    weight, optimizer = stepped(torch.optim.Adam)
+    optimizer.state[weight]["step"] = 7
+    optimizer_state.reset(optimizer, weight)
+    assert type(optimizer.state[weight]["step"]) is int
+    assert optimizer.state[weight]["step"] == 0
 
 
 def test_an_optimizer_takes_over_the_entries_that_became_compact():

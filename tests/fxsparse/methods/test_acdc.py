@@ -71,6 +71,23 @@ def test_a_cut_is_global_and_exact_rests_within_a_phase_and_what_comes_back_is_z
         before = masks
 
 
+def test_adam_starts_anew_at_a_decompression_and_moves_no_further_than_in_its_first_step():
+    sparse, _ = build()
+    optimizer = torch.optim.Adam(sparse.parameters(), lr=0.01)
+    sparse.attach(optimizer)
+    names, moved = [name for name, _ in sparse.weights()], {}
+    for at in range(1, 13):
+        before = {name: sparse.get_parameter(name).detach().clone() for name in names}
+        optimizer.zero_grad()
+        (sparse(torch.ones(4, 16)) - 1).square().mean().backward()
+        optimizer.step()
+        moved[at] = max(
+            float((sparse.get_parameter(n) - old).detach().abs().max()) for n, old in before.items()
+        )
+    assert moved[11] == pytest.approx(0.01, rel=1e-3), "the decompression follows step 10"
+    assert all(optimizer.state[sparse.get_parameter(name)]["step"] == 2 for name in names)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
