@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fxsparse.artefact import emit
+from fxsparse.dense_copies import numel_of
 from fxsparse.errors import InvariantError, PlanError
 from fxsparse.formats import narrow
 from fxsparse.graph import attribute_nodes
@@ -25,6 +26,7 @@ from fxsparse.pruning_hooks import note_of, without_pruning_hooks
 from fxsparse.raised import raised
 from fxsparse.report import Report
 from fxsparse.skeleton import bind, copy_structure, substituted
+from fxsparse.storage import MaskedWeight
 from fxsparse.trace import capture
 from fxsparse.verify import compare, copied_inputs, largest_error, observe
 
@@ -69,7 +71,28 @@ def compile_for_inference(
     model, masked = without_pruning_hooks(model)
     source, plan = _capture(model, example_inputs, strict)
     source.notes[:0] = [note_of(masked)] if masked else []
-    return infer_program(model, source, plan, example_inputs, values)
+    made = infer_program(model, source, plan, example_inputs, values)
+    made.report.notes += _not_reached(model)
+    return made
+
+
+def _not_reached(model: nn.Module) -> list[str]:
+    """A note on weights that have more nonzeros than the plan gives them."""
+    updates = model._emitted.updates if isinstance(model, SparseModule) else None
+    if updates is None:
+        return []
+    wanted = sum(target.nnz for target in updates.targets.values())
+    weights = [weight for _, weight in updates.weights()]
+    kept = sum(int(w.mask.sum()) if isinstance(w, MaskedWeight) else w.values.numel() for w in weights)
+    numel = sum(map(numel_of, weights))
+    if kept <= wanted:
+        return []
+    why = (
+        "the method learns how many"
+        if updates.method.learned_nnz
+        else f"training ended at step {updates.step}"
+    )
+    return [f"{1 - kept / numel:.1%} of the weights are zeros, {1 - wanted / numel:.1%} in the plan: {why}"]
 
 
 def infer_program(

@@ -17,7 +17,7 @@ from fxsparse.errors import InvariantError, PlanError, TraceError
 from fxsparse.graph import fetch
 from fxsparse.inference import Speed, speed_of
 from fxsparse.kernel import tolerance
-from fxsparse.methods import set_
+from fxsparse.methods import gmp, set_
 from fxsparse.packed import PackedWeight
 from fxsparse.pattern import ConstantFanIn
 
@@ -508,3 +508,19 @@ def test_convolutions_of_vision_models_run_sparse(name: str) -> None:
     with torch.no_grad():
         for images in (x[:1], torch.randn(3, 3, 96, 80)):
             torch.testing.assert_close(fast(images), model(images), rtol=1e-3, atol=1e-5)
+
+
+def test_a_training_that_ended_before_its_ramp_is_in_the_report() -> None:
+    plan = Plan(sparsity=0.9, method=gmp(every=1, start=0, stop=10), allocation="uniform")
+    sparse = fxsparse.compile(nn.Linear(40, 10), plan)
+    optimizer = torch.optim.SGD(sparse.parameters(), lr=0.1)
+    sparse.attach(optimizer)
+    for step in range(12):
+        if step in (5, 11):
+            fast = fxsparse.compile(sparse.eval(), mode="infer", example_inputs=torch.randn(2, 40))
+            note = [note for note in fast.report.notes if "in the plan: training ended at step 5" in note]
+            assert len(note) == (step == 5)
+            sparse.train()
+        optimizer.zero_grad()
+        sparse(torch.randn(4, 40)).square().mean().backward()
+        optimizer.step()
