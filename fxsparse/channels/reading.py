@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.nn.modules.dropout import _DropoutNd
 
 from fxsparse.channels.dependency import Axis, Tie
 from fxsparse.graph import argument, canonical_names, fetch
@@ -65,7 +66,9 @@ class Reader:
         """Name of the op, the same for a module, a function, a method and its aten form; None for unknown ones."""
         if node.op == "call_module":
             module = self.module(node)
-            return None if module is None or has_hooks(module) else _MODULES.get(type(module))
+            if module is None or has_hooks(module):
+                return None
+            return "dropout" if isinstance(module, _DropoutNd) else _MODULES.get(type(module))
         if node.op == "call_method":
             return _spelling(str(node.target))
         if node.op != "call_function":
@@ -76,6 +79,8 @@ class Reader:
                 _spelling(target._schema.name.removeprefix("aten::")) if target.namespace == "aten" else None
             )
         name = getattr(target, "__name__", "")
+        if name == "stochastic_depth":  # torchvision's, which need not be installed
+            return "dropout"
         if target is getattr or any(getattr(place, name, None) is target for place in (torch, F, operator)):
             return _spelling(name)
         return None

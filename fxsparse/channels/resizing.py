@@ -64,8 +64,6 @@ def _operation(reader: Reader, node: Node) -> str | None:
         return "layer_norm"
     if type(module) in _MODULES:
         return _MODULES[type(module)]  # type: ignore[index]
-    if getattr(node.target, "__name__", "") == "stochastic_depth":  # torchvision's
-        return "dropout"
     return reader.operation(node)
 
 

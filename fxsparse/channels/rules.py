@@ -113,12 +113,15 @@ def _whole_groups(reader: Reader, x: Node, node: Node, at: int, groups: int) -> 
 
 
 def _batch_norm(reader: Reader, node: Node, norm: Any) -> Step | None:
-    if norm.refusal is not None or norm.training or norm.names["running_mean"] is None:
+    """Each channel is normed alone; by the statistics of a batch, as in training, none may go alone."""
+    if norm.refusal is not None:
         return None
-    x = argument(node, 0, "input")
-    ties = _same(reader, x, node)
+    ties = _same(reader, argument(node, 0, "input"), node)
     for name in norm.names.values():
         ties += reader.tie_tensor(name, node, 1)
+    if norm.training or norm.names["running_mean"] is None:
+        reason = f"{title(reader, node)} takes statistics of the batch"
+        return Step(ties, stops={reader.axis(node, 1): reason})
     return Step(ties, Flow.NORM)
 
 
@@ -333,6 +336,13 @@ def _normalized(reader: Reader, node: Node) -> Sequence[int]:
     return range(-len(shape), 0) if isinstance(shape, tuple | list) else range(reader.rank(node))
 
 
+def _dropout(reader: Reader, node: Node) -> Step:
+    """One that is on: with fewer channels it would draw other numbers for the rest."""
+    reason = f"{title(reader, node)} draws random numbers"
+    stops = {reader.axis(node, dim): reason for dim in range(reader.rank(node))}
+    return Step(_same(reader, argument(node, 0, "input"), node), stops=stops)
+
+
 def _softmax_dim(reader: Reader, node: Node) -> Sequence[int]:
     dim = reader.setting(node, 1, "dim")
     return [dim] if isinstance(dim, int) else range(reader.rank(node))
@@ -361,6 +371,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("layer_norm", "rms_norm"), _mixing(_normalized)),
     "group_norm": _mixing(lambda reader, node: [1]),
     **dict.fromkeys(("softmax", "log_softmax"), _mixing(_softmax_dim)),
+    **dict.fromkeys((f"{kind}dropout" for kind in ("", "feature_", "alpha_", "feature_alpha_")), _dropout),
+    **dict.fromkeys((f"dropout{n}d" for n in (1, 2, 3)), _dropout),
 }
 """{name of an op: what it does to channels}; ops that are not here and not pointwise stop everything."""
 _WITHOUT_OUTPUT = (_split, _getitem, _sizes, _nothing)

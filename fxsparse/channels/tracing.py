@@ -25,9 +25,10 @@ class TracedChannels:
 def trace_channels(gm: GraphModule) -> TracedChannels:
     """Which positions of all values and parameters are one channel, and where channels end.
 
-    `gm` is in normal form (functionalize) with shapes in ``meta["val"]`` (infer-shapes), in evaluation mode; it is not
-    changed.  Axes whose size is a symbol, such as the batch, are left out.  Inputs and outputs of the model stop
-    channels, and so does whatever an op without a rule reads or returns.
+    `gm` is in normal form (functionalize) with shapes in ``meta["val"]`` (infer-shapes); it is not changed.  In
+    training mode BatchNorm and dropout tie channels too, and stop them.  Axes whose size is a symbol, such as the
+    batch, are left out.  Inputs and outputs of the model stop channels, and so does whatever an op without a rule reads
+    or returns.
     """
     reader = Reader(gm)
     traced = TracedChannels(carried=reader.carried)

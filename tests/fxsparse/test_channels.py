@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torchvision.models import resnet18
+from torchvision.ops import StochasticDepth
 
 from fxsparse.channels import Axis, ChannelGraph, Tie, constant_channels, trace_channels
 from fxsparse.channels.shapes import coordinates, matched
@@ -15,12 +17,12 @@ from fxsparse.report import Report
 from fxsparse.trace import capture
 
 
-def graph_of(model: nn.Module, *shape: int) -> GraphModule:
-    x = torch.randn(shape)
-    ctx = PassContext(None, "infer", capture(model.eval(), x, modes=("eval",)), Report(), x)
-    ctx.program.skeleton.eval()
+def graph_of(model: nn.Module, *shape: int, mode: str = "eval", tier: str | None = None) -> GraphModule:
+    x, training = torch.randn(shape), mode == "train"
+    ctx = PassContext(None, "infer", capture(model.train(training), x, modes=(mode,), tier=tier), Report(), x)
+    ctx.program.skeleton.train(training)
     run_passes([Functionalize(), InferShapes(), CollectWeights(), RemoveIdentities()], ctx)
-    return ctx.program.graphs["eval"]
+    return ctx.program.graphs[mode]
 
 
 def same(graph: ChannelGraph, a: Axis, b: Axis) -> list[tuple[int, int]]:
@@ -122,7 +124,7 @@ def test_a_grouped_convolution_ties_whole_groups() -> None:
         (nn.GLU(), "GLU 1 is not known to keep channels apart"),
         (nn.Unflatten(1, (2, 2)), None),
         (nn.Identity(), "it is an output of the model"),
-        (nn.BatchNorm1d(4, track_running_stats=False), "BatchNorm1d 1 is not known to keep channels apart"),
+        (nn.BatchNorm1d(4, track_running_stats=False), "BatchNorm1d 1 takes statistics of the batch"),
     ],
 )
 def test_every_stop_has_its_reason(module: nn.Module, reason: str | None) -> None:
@@ -131,6 +133,56 @@ def test_every_stop_has_its_reason(module: nn.Module, reason: str | None) -> Non
     reasons = [traced.graph.stops[axis] for axis in group if axis in traced.graph.stops]
     assert reasons
     assert reason is None or reason in reasons
+
+
+class Branch(nn.Module):
+    """A residual whose branch ends on what training does otherwise than evaluation."""
+
+    def __init__(self, *behind: nn.Module) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+        self.behind, self.out = nn.Sequential(*behind), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        return self.out((x + self.behind(self.b(x))).relu())
+
+
+@pytest.mark.parametrize("tier", ["symbolic", "export"])
+@pytest.mark.parametrize(
+    ("behind", "reason"),
+    [
+        ([nn.BatchNorm2d(4)], "takes statistics of the batch"),
+        ([nn.BatchNorm2d(4, affine=False, track_running_stats=False)], "takes statistics of the batch"),
+        ([nn.Dropout(0.1)], "draws random numbers"),
+        ([nn.Dropout2d(0.1)], "draws random numbers"),
+        ([StochasticDepth(0.1, "row")], None),
+    ],
+)
+def test_in_training_channels_are_the_same_but_stay(
+    tier: str, behind: list[nn.Module], reason: str | None
+) -> None:
+    graph = trace_channels(graph_of(Branch(*behind), 2, 3, 2, 2, mode="train", tier=tier)).graph
+    assert same(graph, Axis("a.weight", 0), Axis("b.weight", 0)) == IDENTITY
+    assert same(graph, Axis("a.weight", 0), Axis("out.weight", 1)) == IDENTITY
+    (group,) = [group for group in graph.groups() if Axis("a.weight", 0) in group]
+    assert reason is None or any(reason in graph.stops.get(axis, "") for axis in group)
+
+
+def test_the_blocks_of_resnet18_add_up_the_same_channels() -> None:
+    with torch.device("meta"):
+        graph = graph_of(resnet18(), 2, 3, 32, 32, mode="train", tier="symbolic")
+    channels = trace_channels(graph).graph.channels()
+    rows = {
+        name: channels[Axis(f"{name}.weight", 0)].tolist()
+        for name, _ in graph.named_modules()
+        if Axis(f"{name}.weight", 0) in channels
+    }
+    assert rows["conv1"] == rows["layer1.0.conv2"] == rows["layer1.1.conv2"]
+    for k in (2, 3, 4):
+        assert rows[f"layer{k}.0.conv2"] == rows[f"layer{k}.0.downsample.0"] == rows[f"layer{k}.1.conv2"]
+    convolutions = {tuple(rows[name]) for name in rows if "bn" not in name and name != "fc"}
+    assert len(convolutions) == 4 + 8  # one for each stage, and for the inside of each block
 
 
 def test_what_lies_along_the_input_stops() -> None:
