@@ -123,6 +123,7 @@ def chase(
     zeros with what reads them, so that the model is really smaller.  Nonzeros drift among weights; their total stays.
     The soft memory bound of the authors' code is left out.
     """
+    schedule = Schedule(every, stop, every, drop_fraction=Constant(drop_fraction))
     for name, value in (("channel_sparsity", channel_sparsity), ("floor", floor)):
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
             raise PlanError(f"expected {name} as a share from 0 to below 1, got {value!r}.")
@@ -132,6 +133,13 @@ def chase(
         )
     if not isinstance(channel_every, int) or channel_every < 1 or channel_every % every:
         raise PlanError(f"expected channel_every as a multiple of every={every}, got {channel_every!r}.")
+    if type(channel_stop) is not int or channel_stop < 1:
+        raise PlanError(f"expected channel_stop as an integer >= 1, got {channel_stop!r}.")
+    if channel_sparsity and stop is not None and -(-channel_stop // channel_every) * channel_every >= stop:
+        raise PlanError(
+            f"expected channel_stop at or before the last multiple of channel_every={channel_every} below stop={stop}, "
+            f"got {channel_stop}: the ramp would end short of channel_sparsity={channel_sparsity}."
+        )
     return Method(
         name="chase",
         reparam=HardMask(),
@@ -139,7 +147,7 @@ def chase(
         rule=RemoveChannelsAndExchange(
             CubicRamp(0.0, 0, channel_stop), channel_sparsity, channel_every, floor
         ),
-        schedule=Schedule(every, stop, every, drop_fraction=Constant(drop_fraction)),
+        schedule=schedule,
         source="arXiv:2305.19454",
         pattern=Unstructured(),
         never_ablate=(),

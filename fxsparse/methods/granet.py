@@ -68,9 +68,11 @@ def granet(
     plan's allocation shares out `initial_sparsity` (0.5 with "erk" in the paper; 0 starts dense), magnitudes all that
     follows.  Grown weights start at 0.  The defaults are the paper's for CIFAR: 160 epochs at batch 128, ramp to 110.
     """
-    if (ramp - start) % every or ramp <= start:
+    decay = CosineTo(drop_fraction, final_drop_fraction, stop)
+    schedule = Schedule(every, stop, start, drop_fraction=decay)
+    if not isinstance(ramp, int) or (ramp - start) % every or ramp <= start:
         raise PlanError(
-            f"expected ramp - start as a multiple of every above 0, got {ramp} - {start} and {every}: the ramp would "
+            f"expected ramp - start as a multiple of every above 0, got {ramp!r} - {start} and {every}: the ramp would "
             "end short of the plan's total."
         )
     if stop <= ramp:
@@ -80,13 +82,7 @@ def granet(
         reparam=HardMask(),
         init=score_named(init),
         rule=CutAndRegrow(),
-        schedule=Schedule(
-            every,
-            stop,
-            start,
-            drop_fraction=CosineTo(drop_fraction, final_drop_fraction, stop),
-            ramp=CubicRamp(initial_sparsity, start, ramp),
-        ),
+        schedule=replace(schedule, ramp=CubicRamp(initial_sparsity, start, ramp)),
         source="arXiv:2106.10404",
         pattern=Unstructured(),
         initial_sparsity=initial_sparsity,

@@ -116,16 +116,6 @@ def mest(
     )
 
 
-def _check(steps: int, every: int, soft: bool, gradient: float) -> None:
-    for name, value in (("steps", steps), ("every", every)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise PlanError(f"expected {name} as a number of optimizer steps, at least 1, got {value!r}.")
-    if not isinstance(soft, bool):
-        raise PlanError(f"expected soft as True (EM&S) or False (EM), got {soft!r}.")
-    if not isinstance(gradient, int | float) or not isfinite(gradient) or gradient < 0:
-        raise PlanError(f"expected gradient, the factor lambda of |g|, as a number >= 0, got {gradient!r}.")
-
-
 def _shares(values: Sequence[float], name: str) -> tuple[float, ...]:
     if not isinstance(values, tuple | list) or not all(
         isinstance(v, int | float) and 0 <= v < 1 for v in values

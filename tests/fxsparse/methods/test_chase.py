@@ -27,16 +27,37 @@ class Residual(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Normed(nn.Module):
+    """The blocks of ResNet and MobileNetV2: what is added has BatchNorm behind it, a convolution is depthwise."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12))
+        self.basic = nn.Sequential(nn.Conv2d(12, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12))
+        self.expand = nn.Sequential(nn.Conv2d(12, 16, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU6())
+        self.depthwise = nn.Sequential(
+            nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False), nn.BatchNorm2d(16), nn.ReLU6()
+        )
+        self.project = nn.Sequential(nn.Conv2d(16, 12, 1, bias=False), nn.BatchNorm2d(12), nn.Dropout(0.1))
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        x = (x + self.basic(x)).relu()
+        x = x + self.project(self.depthwise(self.expand(x)))
+        return self.head(x.relu().mean((2, 3)))
+
+
 def batch(at):
     generator = torch.Generator().manual_seed(at)
     return torch.randn(8, 3, 6, 6, generator=generator), torch.randint(5, (8,), generator=generator)
 
 
-def trained(steps=24, **options):
+def trained(steps=24, model=Residual, **options):
     torch.manual_seed(0)
     method = chase(every=2, channel_every=4, stop=24, channel_stop=20, **options)
     plan = Plan(sparsity=0.8, method=method, storage="masked")
-    sparse = fxsparse.compile(Residual(), plan, example_inputs=batch(0)[0])
+    sparse = fxsparse.compile(model(), plan, example_inputs=batch(0)[0])
     optimizer = torch.optim.SGD(sparse.parameters(), lr=0.05, momentum=0.9)
     sparse.attach(optimizer)
     history = []
@@ -82,6 +103,26 @@ def test_inference_is_really_smaller_and_computes_the_same():
     assert shapes["stem.weight"][0] <= 12 - gone["stem.weight"]
     assert shapes["one.weight"][1] <= 12 - gone["stem.weight"]
     assert shapes["one.weight"][0] <= 16 - gone["one.weight"]
+
+
+def test_rows_are_one_channel_through_batch_norm_dropout_and_depthwise_convolutions():
+    sparse, history = trained(model=Normed)
+    gone = {name.split(".")[0]: flags for name, flags in history[-1][1].items()}
+    assert gone["stem"].any()
+    assert not gone["stem"].all()
+    assert torch.equal(gone["stem"], gone["basic"])
+    assert torch.equal(gone["stem"], gone["project"])
+    assert gone["expand"].any()
+    assert torch.equal(gone["expand"], gone["depthwise"])
+    x = batch(50)[0]
+    expected = sparse.eval()(x).detach()
+    fast = fxsparse.compile(sparse, mode="infer", example_inputs=x)
+    torch.testing.assert_close(fast(x), expected, rtol=1e-4, atol=1e-5)
+    widths = {row["name"].split(".")[0]: row["shape"][0] for row in fast.report.layers}
+    left, inside = 12 - int(gone["stem"].sum()), 16 - int(gone["expand"].sum())
+    # A padded convolution reads channels that are gone: where BatchNorm's bias is not 0 there, one stands for all.
+    assert widths["stem"] == widths["basic"] == widths["project"] <= left + 1
+    assert widths["expand"] == widths["depthwise"] <= inside
 
 
 def views(method, step, **weights):
@@ -133,7 +174,7 @@ def test_the_exchange_is_over_all_weights_by_magnitude_and_gradient():
     """Of 4 entries one goes, the 1 of a; of places in rows that are left the -5 of b has the largest gradient."""
     a = torch.tensor([[1.0, 2, 0], [0, 0, 0]]), torch.tensor([[0.0, 0, 3], [9, 9, 9]]), [False, True]
     b = torch.tensor([[3.0, 4, 0], [0, 0, 0]]), torch.tensor([[0.0, 0, 2], [0, -5, 0]]), [False, False]
-    method = chase(every=1, channel_every=5, stop=10, drop_fraction=0.25)
+    method = chase(every=1, channel_every=5, stop=10, channel_stop=5, drop_fraction=0.25)
     choices = method.rule.choose_all(views(method, 1, a=a, b=b), 4)
     assert choices[0].entries.int().tolist() == [[0, 1, 0], [0, 0, 0]]
     assert choices[1].entries.int().tolist() == [[1, 1, 0], [0, 1, 0]]
@@ -146,6 +187,13 @@ def test_the_exchange_is_over_all_weights_by_magnitude_and_gradient():
         ({"floor": -0.1}, "floor as a share from 0 to below 1, got -0.1"),
         ({"channel_sparsity": 0.9}, "floor <= 1 - channel_sparsity, got 0.2 and 0.9"),
         ({"channel_every": 1500}, "channel_every as a multiple of every=1000, got 1500"),
+        ({"every": 0}, "expected every as an integer >= 1, got 0"),
+        ({"every": "a"}, "expected every as an integer >= 1, got 'a'"),
+        ({"channel_stop": 0}, "expected channel_stop as an integer >= 1, got 0"),
+        (
+            {"every": 1, "channel_every": 3, "stop": 10, "channel_stop": 10},
+            "channel_stop at or before the last multiple of channel_every=3 below stop=10, got 10",
+        ),
     ],
 )
 def test_a_bad_option_is_named(options, message):

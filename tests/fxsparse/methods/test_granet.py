@@ -85,6 +85,9 @@ def test_a_run_starts_at_the_allocations_shares_and_ends_on_the_plans_total(star
     ("options", "message"),
     [
         ({"ramp": 1500}, "ramp - start as a multiple of every above 0, got 1500 - 0 and 1000"),
+        ({"ramp": "a"}, "ramp - start as a multiple of every above 0, got 'a' - 0 and 1000"),
+        ({"every": 0}, "expected every as an integer >= 1, got 0"),
+        ({"every": "a"}, "expected every as an integer >= 1, got 'a'"),
         ({"stop": 43_000}, "expected stop, the end of training, after the ramp, got 43000 and 43000"),
         ({"initial_sparsity": 1.5}, "initial_sparsity as a number from 0 to 1"),
     ],
