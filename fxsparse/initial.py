@@ -40,6 +40,7 @@ def target_of(ctx: PassContext, name: str) -> Target:
         decision.feeds,
         decision.channels,
         decision.dense,
+        decision.settled,
     )
 
 

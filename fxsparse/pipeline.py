@@ -108,6 +108,8 @@ class Decision:
     """For each row its channel, for a method that ablates; empty where shapes are unknown."""
     feeds: tuple[str, ...] = ()
     """Weights whose columns are this weight's rows, for a method whose updates go by topology."""
+    settled: bool = False
+    """It has its final count from the start: the plan keeps it dense."""
     ablates: bool = False
     """The method may ablate neurons of this weight."""
     neurons: str = ""

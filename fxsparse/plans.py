@@ -29,7 +29,9 @@ STORAGES = ("auto", "masked", "compact")
 class Override:
     """Other wishes for the weights that `glob` matches; unset fields keep the plan's.
 
-    `glob` matches full weight names (``layer4.*``) or a module prefix (``layer4``).  ``sparsity=0`` keeps them dense.
+    `glob` matches full weight names (``layer4.*``) or a module prefix (``layer4``).  ``sparsity=0`` keeps them dense
+    at every step; where the method decides counts by itself (str, soft_movement) or freezes weights (supermask) it
+    leaves them out, as `exclude` does.
     """
 
     glob: str

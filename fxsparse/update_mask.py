@@ -52,9 +52,13 @@ class Target:
     """For each row its channel, where that is known."""
     dense: bool = False
     """An override keeps the weight dense, outside of what others share."""
+    settled: bool = False
+    """It has its final count at every step."""
 
     def nnz_at(self, step: int, method: Method) -> int:
         """Entries after the update of this step; -1 asks for the initial mask."""
+        if self.settled:
+            return self.nnz
         if self.initial is not None and (method.schedule is None or method.schedule.last_update(step) < 0):
             return self.initial
         return self.pattern.feasible(self.shape, method.nnz(step, self.nnz, torch.Size(self.shape).numel()))

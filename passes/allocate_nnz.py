@@ -11,6 +11,7 @@ from fxsparse.allocation import Target, by_magnitude_per_cost, resolve, target_d
 from fxsparse.errors import PatternError, PlanError
 from fxsparse.globs import matches, unmatched
 from fxsparse.initial_scores import given_score
+from fxsparse.method import Method
 from fxsparse.pattern import Pattern, Unstructured
 from fxsparse.pipeline import Decision, PassContext, WeightSpec
 from fxsparse.plans import Override, Plan
@@ -26,8 +27,9 @@ _NOTED = 0.001
 class AllocateNnz:
     """Fill `ctx.decisions`: pattern, sparsity_target, budget, and nnz = what the pattern can hold of the budget.
 
-    Rewrites nothing.  A weight whose pattern allows one count only (N:M, a given fan-in) is not the
-    allocation's to decide.  The first override whose glob names a weight decides for it.
+    Rewrites nothing.  A weight that the plan keeps dense becomes an excluded one where the method decides counts by
+    itself, or freezes weights: nothing would hold it to the plan.  A weight whose pattern allows one count only (N:M, a
+    given fan-in) is not the allocation's to decide.  The first override whose glob names a weight decides for it.
 
     Raises:
         PlanError: an override that names no weight, or a weight that would keep no entry.
@@ -39,8 +41,14 @@ class AllocateNnz:
     preserves_function: ClassVar[bool] = True
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
-        if ctx.plan is not None and not ctx.decisions:
-            ctx.decisions.update(decide(ctx.plan, ctx))
+        if ctx.plan is None:
+            return 0
+        if ctx.weights and not ctx.decisions:
+            made = decide(ctx.plan, ctx)
+            ctx.decisions.update({n: d for n, d in made.items() if not _left_out(ctx.plan.method, d)})
+        for name in [name for name in ctx.weights if name not in ctx.decisions]:
+            ctx.excluded[name] = ctx.weights.pop(name)
+            ctx.untouched[name] = f"the plan keeps it dense, and {ctx.plan.method.name} would not"
         return 0
 
 
@@ -61,7 +69,7 @@ def decide(plan: Plan, ctx: PassContext) -> dict[str, Decision]:
     )
     specs = list(ctx.weights.values())
     if ctx.prices is not None:
-        return _marked(_within(ctx.prices, plan, ctx, patterns, target), wishes)
+        return _marked(_within(ctx.prices, plan, ctx, patterns, target), wishes, plan, ctx)
     budgets = resolve(plan.allocation)(specs, target)
     densities = target_densities(plan.allocation, specs, target)
     made = {s.name: _decision(s, patterns[s.name], budgets[s.name], densities[s.name]) for s in specs}
@@ -69,7 +77,7 @@ def decide(plan: Plan, ctx: PassContext) -> dict[str, Decision]:
         _start(plan, specs, patterns, target, made)
     if isinstance(plan.allocation, str):
         ctx.notes += _difference(plan.allocation, specs, target, made)
-    return _marked(made, wishes)
+    return _marked(made, wishes, plan, ctx)
 
 
 def _start(
@@ -92,10 +100,21 @@ def _start(
         made[spec.name].initial = _feasible(spec, patterns[spec.name], counts[spec.name])
 
 
-def _marked(made: dict[str, Decision], wishes: Mapping[str, Override]) -> dict[str, Decision]:
+def _marked(
+    made: dict[str, Decision], wishes: Mapping[str, Override], plan: Plan, ctx: PassContext
+) -> dict[str, Decision]:
+    """Fill `dense` and `settled`."""
     for name, wish in wishes.items():
         made[name].dense = wish.sparsity == 0
+    written = isinstance(plan.allocation, Mapping)
+    for name, decision in made.items():
+        decision.dense |= written and decision.nnz == ctx.weights[name].numel
+        decision.settled = decision.dense
     return made
+
+
+def _left_out(method: Method, decision: Decision) -> bool:
+    return decision.dense and (method.learned_nnz or method.freezes_weights)
 
 
 def _difference(

@@ -36,6 +36,7 @@ class CountFlops:
                 numel=ctx.weights[name].numel,
                 compact=decision.storage == "compact",
                 density=1 - decision.sparsity_target,
+                settled=decision.settled,
             )
             for name, decision in ctx.decisions.items()
         }

@@ -131,4 +131,5 @@ def _train_ratio(
     if method is None or not dense:
         return 1.0
     counts = {name: held.entries(rule.nominal) for name, held in stored.items()}
-    return train_flops(method, forward, counts, numels) / (3 * dense)
+    settled = {name for name, held in stored.items() if held.settled}
+    return train_flops(method, forward, counts, numels, settled) / (3 * dense)

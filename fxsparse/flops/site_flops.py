@@ -54,6 +54,8 @@ class Stored:
     compact: bool = False
     density: float | None = None
     """What the allocation aimed at, before any rounding; None: ``nnz / numel``."""
+    settled: bool = False
+    """It has this count at every step, whatever the method does to others on the way."""
 
     def entries(self, nominal: bool) -> float:
         """Nonzeros to count: those that there are, or the real number that was aimed at."""

@@ -4,7 +4,7 @@ f_S and f_D are forward FLOPs of the sparse and the dense model; a step costs th
 Normalisation, the loss and the selection of entries are left out, as in the paper.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -18,15 +18,20 @@ Forward = Callable[[Mapping[str, float]], float]
 
 
 def train_flops(
-    method: Method, forward: Forward, counts: Mapping[str, float], numels: Mapping[str, int]
+    method: Method,
+    forward: Forward,
+    counts: Mapping[str, float],
+    numels: Mapping[str, int],
+    settled: Collection[str] = (),
 ) -> float:
     """FLOPs of an average training step; divide by ``3 * forward(numels)`` for the ratio to dense training.
 
     ``3 f_S`` plus what `probe_flops` says.  A ramp of the nonzeros (GMP, AC/DC's phases) is averaged from step 0 to its
-    end.  Where weight gradients are of a superset of the entries (Top-KAST, arXiv:2106.03517): ``2 f(A) + f(B)``.
+    end, but for weights that are `settled`, which have their count at every step.  Where weight gradients are of a
+    superset of the entries (Top-KAST, arXiv:2106.03517): ``2 f(A) + f(B)``.
     """
     if method.schedule is not None and method.schedule.ramp is not None:
-        counts = average_counts(method, counts, numels)
+        counts = average_counts(method, counts, numels) | {name: counts[name] for name in settled}
     sparse, dense = forward(counts), forward(numels)
     more = gradient_per_entry(method)
     if more is not None:

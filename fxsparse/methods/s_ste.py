@@ -44,7 +44,7 @@ class Beta:
         if bool((counts != 2).any()):
             raise PlanError(
                 f"s_ste: expected masks with 2 of every 4 input channels, got {sorted(set(counts.unique().tolist()))}. "
-                "Leave the pattern of the plan and its overrides out; it is NM(2, 4)."
+                "Leave the pattern of the plan and its overrides out; it is NM(2, 4). exclude= keeps a weight dense."
             )
         precise = weight.detach().double()
         soft = soft24(precise)

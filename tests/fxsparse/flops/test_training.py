@@ -68,6 +68,7 @@ def test_a_ramp_is_averaged_over_its_steps():
     # Nonzeros at steps 0 to 4: 100 twice, then 20 + 80 (1 - done)^3 at done 0, 1/2, 1.
     assert average_counts(method, COUNTS, NUMELS) == {"w": (100 + 100 + 100 + 30 + 20) / 5}
     assert train_flops(method, forward, COUNTS, NUMELS) == pytest.approx(3 * 10 * 70)
+    assert train_flops(method, forward, COUNTS, NUMELS, settled={"w"}) == pytest.approx(3 * 10 * 20)
 
 
 def test_only_a_schedule_that_ends_can_be_averaged():

@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 import fxsparse
-from fxsparse import Plan
+from fxsparse import Override, Plan
 from fxsparse.errors import PlanError
 from fxsparse.method_checks import view_of
 from fxsparse.methods import mst
@@ -29,6 +31,15 @@ def test_counts_follow_the_table_and_end_on_the_plans():
         optimizer.step()
         counts.append(sum(int(mask.sum()) for mask in sparse.masks().values()))
     assert counts == [576, 288, 288, 57, 57, 144, 144, 144]
+
+
+def test_a_weight_that_is_kept_dense_costs_what_a_dense_one_does_in_every_phase():
+    model = nn.Sequential(nn.Linear(16, 32, bias=False), nn.Linear(32, 16, bias=False))
+    plan = Plan(sparsity=0.5, method=mst((0.5,), (1,), restore=50, stop=100, every=50))
+    kept = replace(plan, overrides=(Override("1", sparsity=0),))
+    both, one = (fxsparse.count_flops(model, torch.randn(1, 16), p).train_ratio for p in (plan, kept))
+    assert both < 0.8
+    assert one == pytest.approx((1 + both) / 2)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.75, 1.0])

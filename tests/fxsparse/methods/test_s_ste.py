@@ -148,6 +148,9 @@ def test_bad_options_patterns_and_layouts_are_named():
     for pattern in (NM(1, 4), NM(2, 8)):
         with pytest.raises(PlanError, match="expected masks with 2 of every 4 input channels"):
             fxsparse.compile(nn.Linear(16, 8), Plan(method=s_ste(), pattern=pattern))
+    dense = Plan(method=s_ste(), overrides=(fxsparse.Override("weight", sparsity=0),))
+    with pytest.raises(PlanError, match="exclude= keeps a weight dense"):
+        fxsparse.compile(nn.Linear(16, 8), dense)
     from transformers.pytorch_utils import Conv1D
 
     with pytest.raises(UnsupportedError, match=r"stored \[in, out\], and s_ste computes with rows"):

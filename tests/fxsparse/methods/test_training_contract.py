@@ -9,7 +9,9 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fxsparse
-from fxsparse import Plan
+from fxsparse import Override, Plan
+from fxsparse.knapsack import KeepLargest
+from fxsparse.method import GlobalRule
 from fxsparse.methods import (
     METHODS,
     acdc,
@@ -81,10 +83,10 @@ def model():
     return nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 8))
 
 
-def build(method, sparsity=0.8):
+def build(method, sparsity=0.8, **wish):
     torch.manual_seed(0)
     sparsity = sparsity if method.pattern is None else fixed_sparsity(method.pattern) or sparsity
-    sparse = fxsparse.compile(model(), Plan(sparsity=sparsity, storage="masked", method=method))
+    sparse = fxsparse.compile(model(), Plan(sparsity=sparsity, storage="masked", method=method, **wish))
     optimizer = torch.optim.SGD(sparse.parameter_groups(0.05, weight_decay=1e-3), momentum=0.9)
     sparse.attach(optimizer)
     return sparse, optimizer
@@ -164,6 +166,52 @@ def test_state_of_entries_follows_the_mask(method):
             if not method.keeps_state:
                 state = optimizer.state[weight.parameter].get("momentum_buffer")
                 assert state is None or not state[~weight.mask].any()
+
+
+KEEPS_DENSE = {name: method for name, method in SHORT.items() if name != "s_ste"}
+"""All but one that has no dense weights, and says so: `test_s_ste.py`."""
+
+
+DENSE = {
+    "override": {"overrides": (Override("2", sparsity=0),)},
+    "table": {"allocation": {"0": 0.8, "2": 0.0}},
+}
+
+
+def takes_tables(method):
+    """Where all weights share one budget the plan takes none."""
+    return not isinstance(method.rule, GlobalRule | KeepLargest) or getattr(method.rule, "own_counts", False)
+
+
+@pytest.mark.parametrize(
+    ("method", "wish"),
+    [
+        pytest.param(method, wish, id=f"{name}-{where}")
+        for name, method in KEEPS_DENSE.items()
+        for where, wish in DENSE.items()
+        if where == "override" or takes_tables(method)
+    ],
+)
+def test_a_weight_that_the_plan_keeps_dense_trains_dense_at_every_step(method, wish):
+    sparse, optimizer = build(method, **wish)
+    kept = sparse.get_parameter("2.weight")
+    start = kept.detach().clone()
+    for at in range(STEPS):
+        step(sparse, optimizer, at)
+        assert sparse.masks().get("2.weight", torch.tensor(True)).all()
+        assert kept.all()
+        torch.testing.assert_close(sparse.dense_state_dict()["2.weight"], kept.detach())
+    assert (kept != start).any()
+    rows = {row["name"]: row["nnz"] for row in sparse.report.layers}
+    left_out = {row["name"]: row["reason"] for row in sparse.report.untouched}.get("2.weight")
+    if left_out is None:
+        assert rows["2.weight"] == kept.numel()
+    else:
+        assert left_out == f"the plan keeps it dense, and {method.name} would not"
+        assert set(sparse.masks()) == set(rows) == {"0.weight"}
+    twin = pickle.loads(pickle.dumps(sparse))
+    for name, value in sparse.state_dict().items():
+        assert torch.equal(value, twin.state_dict()[name]), name
 
 
 TESTED_THERE = ("static", "set", "rigl", "srigl", "gse", "gmp", "sr_ste", "spartan", "dual_averaging", "imp")
