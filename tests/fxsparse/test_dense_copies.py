@@ -36,7 +36,7 @@ def trained(model: nn.Module, x: torch.Tensor) -> fxsparse.SparseModule:
     """After four steps of a method that keeps weights behind its zeros, so that a raw weight has none."""
     plan = Plan(sparsity=0.5, method=movement(steps=4, warmup=1, cooldown=1))
     sparse = fxsparse.compile(model, plan, example_inputs=x)
-    optimizer = torch.optim.SGD(sparse.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(sparse.parameter_groups(0.1))
     sparse.attach(optimizer)
     for _ in range(4):
         optimizer.zero_grad()
