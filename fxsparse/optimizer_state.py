@@ -64,10 +64,8 @@ def reset(
         return
     held = optimizer.state.get(parameter, {})
     for key in _FIRST.keys() & held.keys():
-        if isinstance(held[key], Tensor):
-            held[key].fill_(
-                _FIRST[key]
-            )  # the tensor stays, as a fused or capturable step holds it on the device
+        if isinstance(held[key], Tensor):  # it stays, as a fused or capturable step holds it on the device
+            held[key].fill_(_FIRST[key])
         else:
             held[key] = type(held[key])(_FIRST[key])
 
