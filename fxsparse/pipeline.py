@@ -74,6 +74,8 @@ class WeightSpec:
     aliases: tuple[str, ...] = ()
     """Other names of the same Parameter."""
     groups: int = 1
+    trains: bool = True
+    """It needs a gradient when it is compiled."""
 
     @property
     def numel(self) -> int:
@@ -109,7 +111,7 @@ class Decision:
     feeds: tuple[str, ...] = ()
     """Weights whose columns are this weight's rows, for a method whose updates go by topology."""
     settled: bool = False
-    """It has its final count from the start: the plan keeps it dense."""
+    """It has its final count from the start: the plan keeps it dense, or it does not train."""
     ablates: bool = False
     """The method may ablate neurons of this weight."""
     neurons: str = ""

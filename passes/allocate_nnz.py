@@ -11,6 +11,7 @@ from fxsparse.allocation import Target, by_magnitude_per_cost, resolve, target_d
 from fxsparse.errors import PatternError, PlanError
 from fxsparse.globs import matches, unmatched
 from fxsparse.initial_scores import given_score
+from fxsparse.knapsack import KeepLargest
 from fxsparse.method import Method
 from fxsparse.pattern import Pattern, Unstructured
 from fxsparse.pipeline import Decision, PassContext, WeightSpec
@@ -106,10 +107,13 @@ def _marked(
     """Fill `dense` and `settled`."""
     for name, wish in wishes.items():
         made[name].dense = wish.sparsity == 0
+    by_mask = not isinstance(plan.method.rule, KeepLargest) and not any(e.learned for e in plan.method.extras)
     written = isinstance(plan.allocation, Mapping)
     for name, decision in made.items():
         decision.dense |= written and decision.nnz == ctx.weights[name].numel
-        decision.settled = decision.dense
+        # No rule moves the mask of a weight that does not train; learned scores and soft masks cut it all the same.
+        frozen = by_mask and not ctx.weights[name].trains
+        decision.settled = decision.dense or frozen
     return made
 
 

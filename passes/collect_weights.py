@@ -168,6 +168,7 @@ def _spec(parameter: torch.Tensor, name: str, names: list[str], found: list[Site
         transposed=found[0].transposed,
         aliases=tuple(alias for alias in names if alias != name),
         groups=_groups(found[0]),
+        trains=parameter.requires_grad,
     )
 
 

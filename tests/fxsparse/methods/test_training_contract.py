@@ -83,10 +83,13 @@ def model():
     return nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 8))
 
 
-def build(method, sparsity=0.8, **wish):
+def build(method, sparsity=0.8, frozen=(), **wish):
     torch.manual_seed(0)
+    user = model()
+    for name in frozen:
+        user.get_parameter(name).requires_grad_(False)
     sparsity = sparsity if method.pattern is None else fixed_sparsity(method.pattern) or sparsity
-    sparse = fxsparse.compile(model(), Plan(sparsity=sparsity, storage="masked", method=method, **wish))
+    sparse = fxsparse.compile(user, Plan(sparsity=sparsity, storage="masked", method=method, **wish))
     optimizer = torch.optim.SGD(sparse.parameter_groups(0.05, weight_decay=1e-3), momentum=0.9)
     sparse.attach(optimizer)
     return sparse, optimizer
@@ -212,6 +215,26 @@ def test_a_weight_that_the_plan_keeps_dense_trains_dense_at_every_step(method, w
     twin = pickle.loads(pickle.dumps(sparse))
     for name, value in sparse.state_dict().items():
         assert torch.equal(value, twin.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, id=n) for n, m in SHORT.items() if not m.learned_nnz and not m.varying_nnz]
+)
+def test_a_frozen_weight_is_cut_to_its_share_so_that_the_total_is_the_plans(method):
+    sparse, optimizer = build(method, frozen=("0.weight",))
+    weight, start = sparse.get_parameter("0.weight"), sparse.masks()["0.weight"]
+    values = weight.detach().clone()
+    for at in range(STEPS):
+        step(sparse, optimizer, at)
+        if not isinstance(method.rule, KeepLargest) and not any(extra.learned for extra in method.extras):
+            assert torch.equal(sparse.masks()["0.weight"], start), (
+                "nothing moves a mask that no gradient tells of"
+            )
+    rows = {row["name"]: row["nnz"] for row in sparse.report.layers}
+    if not isinstance(method.rule, KeepLargest | GlobalRule):
+        assert {name: int(mask.sum()) for name, mask in sparse.masks().items()} == rows
+    assert total(sparse) == sum(rows.values())
+    assert torch.equal(weight, values)
 
 
 TESTED_THERE = ("static", "set", "rigl", "srigl", "gse", "gmp", "sr_ste", "spartan", "dual_averaging", "imp")
