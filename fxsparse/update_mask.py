@@ -137,8 +137,14 @@ def update_together(
 
 
 def as_choice(chosen: Tensor | Choice) -> Choice:
-    """What a rule gave as a Choice."""
-    return chosen if isinstance(chosen, Choice) else Choice(chosen)
+    """What a rule gave as a Choice; InvariantError where it gave something else."""
+    if isinstance(chosen, Choice):
+        return chosen
+    if not isinstance(chosen, Tensor):
+        raise InvariantError(
+            f"expected an update rule to return positions, a mask or a Choice, got {type(chosen).__name__}."
+        )
+    return Choice(chosen)
 
 
 def counted(choice: Choice) -> int:
