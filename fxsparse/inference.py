@@ -72,27 +72,28 @@ def compile_for_inference(
     source, plan = _capture(model, example_inputs, strict)
     source.notes[:0] = [note_of(masked)] if masked else []
     made = infer_program(model, source, plan, example_inputs, values)
-    made.report.notes += _not_reached(model)
+    made.report.notes += _unfinished(model)
     return made
 
 
-def _not_reached(model: nn.Module) -> list[str]:
-    """A note on weights that have more nonzeros than the plan gives them."""
+def _unfinished(model: nn.Module) -> list[str]:
+    """Notes on a training that never moved its masks, or left more nonzeros than the plan gives."""
     updates = model._emitted.updates if isinstance(model, SparseModule) else None
     if updates is None:
         return []
+    notes = []
+    if updates.method.rule is not None and updates.step == 0:
+        notes.append("no step of training was counted, so no mask has moved: attach(optimizer) counts them")
     wanted = sum(target.nnz for target in updates.targets.values())
     weights = [weight for _, weight in updates.weights()]
     kept = sum(int(w.mask.sum()) if isinstance(w, MaskedWeight) else w.values.numel() for w in weights)
-    numel = sum(map(numel_of, weights))
-    if kept <= wanted:
-        return []
-    why = (
-        "the method learns how many"
-        if updates.method.learned_nnz
-        else f"training ended at step {updates.step}"
-    )
-    return [f"{1 - kept / numel:.1%} of the weights are zeros, {1 - wanted / numel:.1%} in the plan: {why}"]
+    if kept > wanted:
+        numel = sum(map(numel_of, weights))
+        learns = updates.method.learned_nnz
+        why = "the method learns how many" if learns else f"training ended at step {updates.step}"
+        zeros = f"{1 - kept / numel:.1%} of the weights are zeros, {1 - wanted / numel:.1%} in the plan"
+        notes.append(f"{zeros}: {why}")
+    return notes
 
 
 def infer_program(
