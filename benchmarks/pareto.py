@@ -1,4 +1,7 @@
-"""Scores by training FLOPs, a panel for each model and sparsity, with every method named."""
+"""Scores by training FLOPs, a panel for each model and sparsity, with every method named.
+
+What is far worse than the rest lies on the edge of the panel, its score beside its name.
+"""
 
 import statistics
 from collections.abc import Sequence
@@ -12,6 +15,7 @@ from benchmarks.cells import Cell
 Point = tuple[str, float, float]
 """(label, FLOPs over dense training's, mean score)"""
 LOWER_IS_BETTER = ("bytes",)
+TICKS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 def draw(cells: Sequence[Cell], path: Path) -> None:
@@ -51,22 +55,36 @@ def front(found: Sequence[Point], lower: bool) -> list[Point]:
     return kept
 
 
+def worst_shown(scores: Sequence[float], lower: bool) -> float:
+    """Where the axis ends: one and a half of the quartiles' distance beyond them; what is worse is drawn there."""
+    if len(scores) < 4:
+        return max(scores) if lower else min(scores)
+    first, _, third = statistics.quantiles(scores, n=4)
+    return third + 1.5 * (third - first) if lower else first - 1.5 * (third - first)
+
+
 def _shown(cell: Cell, level: float) -> bool:
     return cell.settings["sparsity"] in (0.0, 0.5, level)
 
 
 def _panel(axes: Axes, found: Sequence[Point], lower: bool) -> None:
     axes.set_xscale("log")
-    axes.scatter([p[1] for p in found], [p[2] for p in found], s=14, zorder=3)
+    axes.minorticks_off()
+    axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+    axes.set_xlim(0.85 * min(p[1] for p in found), 1.15 * max(p[1] for p in found))
+    limit = worst_shown([p[2] for p in found], lower)
+    at = [min(p[2], limit) if lower else max(p[2], limit) for p in found]
+    axes.scatter([p[1] for p in found], at, s=14, zorder=3)
     best = front(found, lower)
     axes.step([p[1] for p in best], [p[2] for p in best], where="post", linewidth=0.8, color="gray")
     if lower:
         axes.invert_yaxis()
     ordered = sorted(found, key=lambda p: p[2], reverse=not lower)
     for place, (label, ratio, score) in enumerate(ordered):
+        is_beyond = score > limit if lower else score < limit
         axes.annotate(
-            label,
-            (ratio, score),
+            f"{label}: {score:.1f}" if is_beyond else label,
+            (ratio, limit if is_beyond else score),
             xytext=(1.06, 1 - (place + 0.5) / len(ordered)),
             textcoords="axes fraction",
             fontsize=6.5,

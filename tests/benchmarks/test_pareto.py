@@ -1,11 +1,18 @@
 from benchmarks.cells import Cell
-from benchmarks.pareto import front, points
+from benchmarks.pareto import front, points, worst_shown
 
 
 def test_the_front_leaves_out_what_another_beats():
     found = [("a", 0.1, 80.0), ("b", 0.2, 79.0), ("c", 0.2, 90.0), ("d", 1.0, 90.0), ("e", 1.0, 91.0)]
     assert [label for label, *_ in front(found, lower=False)] == ["a", "c", "e"]
     assert [label for label, *_ in front(found, lower=True)] == ["a", "b"]
+
+
+def test_the_axis_ends_where_most_scores_do():
+    scores = [98.0, 97.5, 97.0, 96.5, 96.0, 95.5, 95.0, 9.0]
+    assert 9 < worst_shown(scores, lower=False) < 95
+    assert worst_shown([-score for score in scores], lower=True) == -worst_shown(scores, lower=False)
+    assert (worst_shown([1.0, 2.0], lower=True), worst_shown([1.0, 2.0], lower=False)) == (2, 1)
 
 
 def test_points_are_means_and_say_zeros_that_differ():
