@@ -7,6 +7,7 @@ step outputs, gradients and buffers (below 100 M parameters), then the inference
 """
 
 import gc
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -100,11 +101,12 @@ def _measured(built: Mapping[str, Mapping[str, Build]], cell: Mapping[str, Any])
 
 
 def _words(value: Any) -> Any:
-    return (
-        ", ".join(f"{count} {reason}" for reason, count in value.items())
-        if isinstance(value, dict)
-        else value
-    )
+    if not isinstance(value, dict):
+        return value
+    reasons = Counter[str]()
+    for reason, count in value.items():
+        reasons["inside a module that runs as one" if reason.startswith("inside ") else reason] += count
+    return ", ".join(f"{count} {reason}" for reason, count in reasons.items())
 
 
 if __name__ == "__main__":
