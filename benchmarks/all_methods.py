@@ -17,7 +17,6 @@ import functools
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -226,11 +225,9 @@ def _step_seconds(name: str, model: str, row: str) -> float:
 
 
 def _arguments() -> Any:
-    made = parser(__doc__, output="benchmarks/results/all_methods.json")
+    made = parser(__doc__, output="benchmarks/results/all_methods.json", figure="scores by training FLOPs")
     made.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     made.add_argument("--seeds", type=int, help="of every task (default: %(default)s)", default=SEEDS)
-    made.add_argument("--finished", action="store_true", help="show the cells of the file, and run none")
-    made.add_argument("--figure", type=Path, metavar="FILE", help="draw scores by training FLOPs")
     return made.parse_args()
 
 

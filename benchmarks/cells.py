@@ -102,8 +102,13 @@ def environments(cells: Sequence[Cell]) -> str:
     return "\n".join(dict.fromkeys(", ".join(map(_pair, cell.environment.items())) for cell in cells))
 
 
-def parser(description: str | None, output: str | None = None) -> argparse.ArgumentParser:
-    """A command line with the options of every grid: ``--quick``, ``--threads`` and ``-o``."""
+def parser(
+    description: str | None, output: str | None = None, figure: str | None = None
+) -> argparse.ArgumentParser:
+    """A command line with the options of every grid: ``--quick``, ``--threads`` and ``-o``.
+
+    Where there is something to draw, which `figure` says, ``--figure``, and ``--finished`` that runs nothing for it.
+    """
     made = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -117,6 +122,9 @@ def parser(description: str | None, output: str | None = None) -> argparse.Argum
         metavar="FILE",
         help="JSON of finished cells; those in it are not run again (default: %(default)s)",
     )
+    if figure is not None:
+        made.add_argument("--finished", action="store_true", help="show the cells of the file, and run none")
+        made.add_argument("--figure", type=Path, metavar="FILE", help=f"draw {figure}")
     return made
 
 

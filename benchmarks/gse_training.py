@@ -229,11 +229,9 @@ def _median(values: Sequence[float | None]) -> str:
 
 
 def _options() -> Any:
-    made = parser(__doc__, output="benchmarks/results/gse_training.json")
+    made = parser(__doc__, output="benchmarks/results/gse_training.json", figure="the scores by sparsity")
     made.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     made.add_argument("--seeds", type=int, help="of every task (default: %(default)s)", default=SEEDS)
-    made.add_argument("--finished", action="store_true", help="show the cells of the file, and run none")
-    made.add_argument("--figure", type=Path, metavar="FILE", help="draw the scores by sparsity")
     return made.parse_args()
 
 

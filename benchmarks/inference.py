@@ -13,7 +13,6 @@ import itertools
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -169,12 +168,10 @@ def _kind(model: str) -> str:
 
 
 def _options() -> Any:
-    made = parser(__doc__, output="benchmarks/results/inference.json")
+    made = parser(__doc__, output="benchmarks/results/inference.json", figure="our speed-ups")
     made.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="NAME")
     python = os.environ.get("FXSPARSE_DEEPSPARSE_PYTHON")
     made.add_argument("--deepsparse", metavar="PYTHON", default=python, help="a Python with deepsparse 1.8")
-    made.add_argument("--finished", action="store_true", help="show the cells of the file, and run none")
-    made.add_argument("--figure", type=Path, metavar="FILE", help="draw our speed-ups (needs matplotlib)")
     return made.parse_args()
 
 

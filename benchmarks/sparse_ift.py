@@ -276,13 +276,11 @@ def _mean(row: Sequence[Cell], key: str) -> str:
 
 
 def _options() -> Any:
-    made = parser(__doc__, output="benchmarks/results/sparse_ift.json")
+    made = parser(__doc__, output="benchmarks/results/sparse_ift.json", figure="the scores by sparsity")
     made.add_argument("--experiments", nargs="+", default=list(EXPERIMENTS), choices=list(EXPERIMENTS))
-    made.add_argument("--finished", action="store_true", help="show the cells of the file, and run none")
     made.add_argument(
         "--spectra", choices=list(EXPERIMENTS), help="show how RigL moves the gaps, and run no grid"
     )
-    made.add_argument("--figure", type=Path, metavar="FILE", help="draw the scores by sparsity")
     return made.parse_args()
 
 

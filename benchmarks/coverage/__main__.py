@@ -7,7 +7,6 @@ step outputs, gradients and buffers (below 100 M parameters), then the inference
 """
 
 import gc
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -86,6 +85,7 @@ def summary(cells: list[Cell]) -> str:
             | {
                 "train equal": sum(result["train"].startswith("equal") for result in results),
                 "infer equal": sum(result["infer"] == "equal" for result in results),
+                "largest error": f"{max(result.get('error', 0.0) for result in results):.1e}",
                 "weights lost": sum(len(r.get("lost", [])) + len(r.get("lost_infer", [])) for r in results),
             }
         )
@@ -101,12 +101,11 @@ def _measured(built: Mapping[str, Mapping[str, Build]], cell: Mapping[str, Any])
 
 
 def _words(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    reasons = Counter[str]()
-    for reason, count in value.items():
-        reasons["inside a module that runs as one" if reason.startswith("inside ") else reason] += count
-    return ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+    return (
+        ", ".join(f"{count} {reason}" for reason, count in value.items())
+        if isinstance(value, dict)
+        else value
+    )
 
 
 if __name__ == "__main__":

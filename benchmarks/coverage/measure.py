@@ -105,6 +105,8 @@ def _other(leaf: Any) -> Any:
 
 def _kind(reason: str) -> str:
     """A reason without what it says of one weight alone."""
+    if reason.startswith("inside "):
+        return "inside a module that runs as one"
     return reason.split(":")[0].split("(")[0].strip()
 
 

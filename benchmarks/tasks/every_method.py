@@ -6,7 +6,7 @@ The rule, the same for all tasks, and tuned for STR alone:
 - Ramps, phases and penalties take the share of training that they have in the paper.
 - Where scores are learned, learning rate x steps is the paper's; a method's other numbers are its defaults.
 - STR and soft movement have no target.  STR's decay alone would take its threshold to ``0.63 / sqrt(share kept)``
-  times the bound of the initial weights, which came nearest the plan's zeros on one seed; soft movement's strength goes
+  times the bound of the initial weights, chosen after a few trials on one seed; soft movement's strength goes
   by the share that is pruned.  Their rows say what came out.
 - 2:4 methods have 50 % of zeros, and are shown so.
 - One-shot methods prune what was trained dense, with the dense learning rate, and nothing is trained after it.

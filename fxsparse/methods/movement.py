@@ -36,7 +36,7 @@ class LargestScore:
 def largest(pattern: Pattern, scores: Tensor, sizes: Tensor, nnz: int) -> Tensor:
     """The pattern's mask of the best scores; equal ones by size, and of equal sizes the first.
 
-    A mask of any entries needs no order but that at the cut: 26 ms in place of 286 for 1.1 M entries, one core.
+    A mask of any entries needs no order but that at the cut, so that nothing is sorted.
     """
     if pattern != Unstructured():
         return pattern.project(ranks(scores, sizes), nnz)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from benchmarks.cells import Cell
-from benchmarks.coverage.__main__ import summary, table
+from benchmarks.coverage.__main__ import page, summary, table
 from benchmarks.coverage.hugging_face import hugging_face_models
 from benchmarks.coverage.measure import measure
 from benchmarks.coverage.models import timm_models, torchvision_models
@@ -39,8 +39,12 @@ def test_a_row_and_the_summary() -> None:
         Cell({"part": "own", "model": name}, result, 0.0, {}) for name, result in (("a", row), ("b", refused))
     ]
     counts = [word.strip() for word in summary(cells).splitlines()[-1].split("|")[1:-1]]
-    assert counts == ["own", "2", "0", "0", "1", "1", "1", "1", "0"]
+    assert counts[:-2] + counts[-1:] == ["own", "2", "0", "0", "1", "1", "1", "1", "0"]
+    assert float(counts[-2]) == float(f"{row['error']:.1e}")
     assert "own:a" in table(cells)
+    text = page(cells)
+    assert text.startswith("# Coverage\n\nWhat compiles")
+    assert all(part in text for part in (summary(cells), table(cells)))
 
 
 def test_the_models_that_are_asked_for() -> None:
