@@ -272,4 +272,6 @@ class Restored(nn.Module):
 
 
 def test_a_view_to_one_computed_size_is_read() -> None:
-    trace_channels(graph_of(Restored(), 5, 6))
+    graph = trace_channels(graph_of(Restored(), 5, 6)).graph
+    rows, columns = Axis("first.weight", 0), Axis("second.weight", 1)
+    assert same(graph, rows, columns) == [(k, k) for k in range(8)]
