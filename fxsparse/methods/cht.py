@@ -12,7 +12,7 @@ from fxsparse.errors import PlanError
 from fxsparse.method import Method, Probe, WeightView, register
 from fxsparse.pattern import Unstructured
 from fxsparse.reparam import HardMask
-from fxsparse.schedule import Constant, Schedule
+from fxsparse.schedule import Schedule, decay_curve
 from fxsparse.scores import score_named
 from fxsparse.selection import to_mask
 from fxsparse.topk import top_positions
@@ -118,6 +118,7 @@ def cht(
     every: int = 391,
     steps: int = 39_100,
     drop_fraction: float = 0.3,
+    decay: str = "cosine",
     soft: bool = True,
     score: str = "ch3",
     init: str = "random",
@@ -126,6 +127,9 @@ def cht(
     arXiv:2501.19107 (CHTs; with ``soft=False`` CHT).
 
     Updates follow the optimizer's step at the end of every epoch, of `every` steps, below `steps`, the end of training.
+    The share that goes, `drop_fraction` at first, falls to 0 along a cosine (``--adaptive_zeta`` in the authors'
+    commands for CHTs); `decay` may also be "constant", with which draws drop large weights to the end, "linear" or
+    "cubic".
     `score` is "ch3" or "ch2", in the node form.  Where a weight feeds another alone, links of neurons that lost all
     links on one side go too, and are grown elsewhere; every weight keeps its count.  Weights of convolutions are taken
     as [out, fan-in], which is our reading.  Scores are dense and take O(n^3): a weight above 8,192 rows or columns is
@@ -140,7 +144,7 @@ def cht(
         reparam=HardMask(),
         init=score_named(init),
         rule=RemoveAndPredict(score, soft, steps),
-        schedule=Schedule(every, steps, every, drop_fraction=Constant(drop_fraction)),
+        schedule=Schedule(every, steps, every, drop_fraction=decay_curve(decay, drop_fraction, steps)),
         source="arXiv:2501.19107",
         pattern=Unstructured(),
     )

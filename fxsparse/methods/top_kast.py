@@ -77,9 +77,11 @@ def top_kast(
 
     B has `backward` entries for every one of A (2 for the paper's 80 % behind 90 %).  The sets are chosen anew at every
     `every`-th step below `stop`, by magnitude; a weight outside of B keeps its value, whatever momentum and weight
-    decay would do, and comes back only where others shrink.  `penalty` c pulls A by ``c w`` and the rest of B by
-    ``c/d w`` (our reading: half the squared norm; added to gradients after any clipping).  The paper's optimizer is
-    SGD without momentum.  The whole weight is stored; what backward saves is counted as FLOPs, 2 f(A) + f(B).
+    decay would do, and comes back only where others shrink.  Trainings of some hundreds of steps need ``every=1``, the
+    paper's other choice: in between the rest of B learns unseen, and what outgrew A then comes in at once.  `penalty` c
+    pulls A by ``c w`` and the rest of B by ``c/d w`` (our reading: half the squared norm; added to gradients after any
+    clipping).  The paper's optimizer is SGD without momentum.  The whole weight is stored; what backward saves is
+    counted as FLOPs, 2 f(A) + f(B).
     """
     for name, value, least in (("backward", backward, 1), ("penalty", penalty, 0)):
         number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)

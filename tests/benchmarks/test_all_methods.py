@@ -53,6 +53,20 @@ def test_ramps_take_the_share_of_the_paper():
     assert options_of("mst", recipe)["levels"] == [0.5, 0.99]
     assert options_of("magnitude, one-shot", recipe) == {"score": "magnitude"}
     assert options_of("static", recipe) == {}
+    assert options_of("cht", recipe) == {"every": 20, "steps": 300, "decay": "cosine"}
+
+
+def test_spartans_sharpness_is_for_how_far_weights_get():
+    """As sharp as the paper's 20 where weights get to 1 / 0.3: at 10 after 200 steps masks hardly let a signal by."""
+    for steps, rate in ((200, 3e-3), (400, 3e-3), (200, 2e-2)):
+        found = options_of("spartan", Recipe(steps=steps, rate=rate, sparsity=0.98, bound=0.1))
+        assert found == {"steps": steps, "beta": pytest.approx(20 / 0.3 / (steps * rate / 2))}
+    assert plan("spartan", 0.98, steps=200).method.rule.sharpness.most == pytest.approx(222.2, abs=0.1)
+
+
+def test_top_kast_takes_its_sets_anew_at_every_step_to_the_end():
+    schedule = plan("top_kast", steps=200).method.schedule
+    assert list(schedule.updates(200)) == list(range(1, 200))
 
 
 def test_cells_come_seed_by_seed_and_90_percent_first():

@@ -46,7 +46,7 @@ def test_node_scores_are_their_definition_link_by_link(kind):
 
 
 def view(weight, step=1, nnz=None, feeds=(), name="w", method=None):
-    method = method or cht(every=1, steps=100, drop_fraction=0.25)
+    method = method or cht(every=1, steps=100, drop_fraction=0.25, decay="constant")
     mask = weight != 0
     made = view_of(method, Unstructured(), weight, mask, weight, nnz or int(mask.sum()), step)
     seed = torch.Generator().manual_seed(step * 1000 + len(name))
@@ -56,7 +56,7 @@ def view(weight, step=1, nnz=None, feeds=(), name="w", method=None):
 def test_hard_removal_and_growth_take_the_smallest_and_the_best_predicted():
     """Without the 0.1 at (0, 0), (0, 2), (1, 3) and (2, 1) are predicted equally: the first comes."""
     weight = LINKS * torch.tensor([[0.1, 2, 1, 1], [1, 3, 4, 1], [1, 1, 5, 6]])
-    given = view(weight, method=cht(every=1, steps=100, drop_fraction=0.2, soft=False))
+    given = view(weight, method=cht(every=1, steps=100, drop_fraction=0.2, decay="constant", soft=False))
     found = to_mask(RemoveAndPredict("ch3", False, 100)(given), (3, 4))
     assert found.int().tolist() == [[0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
 
@@ -65,7 +65,7 @@ def test_growth_is_uniform_where_nothing_is_predicted():
     """One link of a weight predicts nothing at all."""
     weight = torch.tensor([[5.0, 0.1, 0], [0, 0, 0]])
     for soft in (False, True):
-        method = cht(every=1, steps=100, drop_fraction=0.5, soft=soft)
+        method = cht(every=1, steps=100, drop_fraction=0.5, decay="constant", soft=soft)
         seen = set()
         for step in range(1, 60):
             found = RemoveAndPredict("ch3", soft, 100)(view(weight, step=step, method=method)).tolist()
@@ -77,7 +77,7 @@ def test_growth_is_uniform_where_nothing_is_predicted():
 def test_soft_removal_is_weighted_by_a_power_that_grows_from_1_to_3():
     """Of magnitudes 1 and 3 one stays: the 3 in 3/4 of the cases at first, in 27/28 at the end."""
     weight = torch.tensor([[1.0, 3.0]])
-    method = cht(every=1, steps=10_000, drop_fraction=0.5)
+    method = cht(every=1, steps=10_000, drop_fraction=0.5, decay="constant")
     for step, expected in ((1, 0.75), (20_000, 27 / 28)):
         rule = RemoveAndPredict("ch3", True, 10_000)
         stays = [
@@ -113,7 +113,7 @@ def test_broken_chains_go_whole_and_counts_stay():
         kept[given.name] = links.clone()
         return RemoveAndPredict._grown(rule, given, links)
 
-    method = cht(every=1, steps=100, drop_fraction=0.2, soft=False)
+    method = cht(every=1, steps=100, drop_fraction=0.2, decay="constant", soft=False)
     given = [
         view(b, name="b", method=method),
         view(a, name="a", feeds=("b",), method=method),
@@ -123,6 +123,13 @@ def test_broken_chains_go_whole_and_counts_stay():
     assert [len(positions) for positions in found] == [5, 5]
     assert kept["a"].int().tolist() == [[0, 0, 0], [0, 1, 1], [0, 0, 0]]
     assert kept["b"].int().tolist() == [[0, 1, 0], [0, 1, 0], [0, 1, 0]]
+
+
+def test_the_share_that_goes_falls_to_0_along_a_cosine():
+    """Seen by the rule as `view.drop_fraction`; constant, draws of large weights go on to the end."""
+    curve = cht(every=10, steps=100).schedule.drop_fraction
+    assert [curve(step) for step in (0, 50, 100)] == pytest.approx([0.3, 0.15, 0])
+    assert cht(every=10, steps=100, decay="constant").schedule.drop_fraction(90) == 0.3
 
 
 @pytest.mark.parametrize("soft", [False, True])
@@ -158,6 +165,7 @@ def test_a_weight_whose_scores_would_not_fit_is_refused_by_name():
     [
         ({"score": "l3"}, "score as ch3 or ch2, got 'l3'"),
         ({"soft": 1}, "soft as True"),
+        ({"decay": "slow"}, "decay as one of constant, cosine, linear, cubic, got 'slow'"),
         ({"drop_fraction": 2}, "drop fraction as a number from 0 to 1, got 2"),
     ],
 )
