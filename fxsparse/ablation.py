@@ -33,9 +33,7 @@ class AblateAndGrow:
     fan-in keeps any of its weights (seeded) in place of the largest, and where ablation leaves too few weights
     to keep, pruned zeros are kept in their place."""
 
-    @property
-    def probe(self) -> Probe:
-        return Probe.DENSE
+    probe = Probe.DENSE
 
     def __call__(self, view: WeightView) -> Tensor:
         keep = len(view.active) - int(len(view.active) * view.drop_fraction)

@@ -13,7 +13,7 @@ from fxsparse.method import Probe, WeightView
 from fxsparse.pattern import Block, Pattern
 from fxsparse.rules import LargestMagnitude
 from fxsparse.soft_masks import gather
-from fxsparse.topk import top_mask
+from fxsparse.topk import top_of_all
 
 SHORT = 65_536
 """Values that are sorted rather than halved."""
@@ -30,9 +30,7 @@ class KeepLargest:
     together: bool = True
     sharpness: "Sharpness | None" = None
 
-    @property
-    def probe(self) -> Probe:
-        return Probe.NONE
+    probe = Probe.NONE
 
     def __call__(self, view: WeightView) -> Tensor:
         """The choice of a weight alone."""
@@ -84,9 +82,8 @@ def keep(utility: Sequence[Tensor], costs: Sequence[float], budget: float) -> li
     The cost that is kept lies in ``[budget, budget + cost of the last one)`` (arXiv 2205.14107, Algorithm 3).
     """
     if len(set(costs)) == 1:
-        sizes, joined = [u.numel() for u in utility], torch.cat([u.flatten() for u in utility])
-        mask = top_mask(joined, min(len(joined), math.ceil(budget / costs[0] - 1e-9)))
-        return [part.view(u.shape) for part, u in zip(mask.split(sizes), utility, strict=True)]
+        entries = sum(u.numel() for u in utility)
+        return top_of_all(utility, min(entries, math.ceil(budget / costs[0] - 1e-9)))
 
     def spent(counts: Sequence[int]) -> float:
         return sum(count * cost for count, cost in zip(counts, costs, strict=True))

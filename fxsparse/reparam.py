@@ -10,7 +10,6 @@ GraphModule (which traces it again) would look inside, keep the forward and sile
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import isfinite
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from fxsparse.errors import PlanError
 from fxsparse.method import Extra, MaskFunction, Probe, Reparam
+from fxsparse.options import is_number
 
 
 def hard_mask(weight: Tensor, mask: Tensor) -> Tensor:
@@ -129,11 +129,13 @@ class Filled:
 
 @dataclass(frozen=True)
 class Zeros:
-    """The start of an `Extra` of the weight's shape and dtype."""
+    """The start of an `Extra` of the weight's shape, of its dtype or of `dtype`."""
+
+    dtype: torch.dtype | None = None
 
     def __call__(self, weight: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
         del mask, generator
-        return torch.zeros_like(weight)
+        return torch.zeros_like(weight, dtype=self.dtype)
 
 
 @dataclass(frozen=True)
@@ -216,8 +218,7 @@ class StraightThrough:
     probe: Probe = field(default=Probe.DENSE, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        number = isinstance(self.decay, int | float) and not isinstance(self.decay, bool)
-        if not number or not isfinite(self.decay) or self.decay < 0:
+        if not is_number(self.decay) or self.decay < 0:
             raise PlanError(f"expected decay as a number >= 0, got {self.decay!r}. SR-STE uses 2e-4.")
 
     def function(self, dense_grad: bool) -> tuple[MaskFunction, tuple[float, ...]]:

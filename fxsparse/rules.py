@@ -12,7 +12,7 @@ from fxsparse.method import Choice, Probe, WeightView
 from fxsparse.pattern import Pattern, Unstructured
 from fxsparse.scores import random_tiles
 from fxsparse.selection import random_positions, to_positions, union
-from fxsparse.topk import top_mask
+from fxsparse.topk import top_of_all
 
 Tiles = Iterator[tuple[int, Tensor]]
 """(first row, scores [rows, fan_in]) in ascending row order."""
@@ -86,9 +86,7 @@ class PruneGrow:
 class LargestMagnitude:
     """Take the pattern's best by magnitude over the whole weight, hidden values included (GMP, SR-STE)."""
 
-    @property
-    def probe(self) -> Probe:
-        return Probe.NONE
+    probe = Probe.NONE
 
     def mask(self, weight: Tensor, pattern: Pattern, nnz: int) -> Tensor:
         """The choice as a bool mask of the weight's shape."""
@@ -109,9 +107,7 @@ class LargestOfAll:
 
     forget: bool = False
 
-    @property
-    def probe(self) -> Probe:
-        return Probe.NONE
+    probe = Probe.NONE
 
     def __call__(self, view: WeightView) -> Choice:
         """The choice of a weight alone."""
@@ -128,22 +124,20 @@ class LargestOfAll:
 
 def cut(views: Sequence[WeightView], total: int) -> list[Tensor]:
     """Flat bool masks of the `total` largest magnitudes among active entries; inactive ones come after every other."""
-    scores = []
-    for view in views:
-        score = view.values.new_full((prod(view.shape),), -1.0)
-        score[view.active] = view.values.detach().abs()
-        scores.append(score)
-    mask = top_mask(torch.cat(scores), total)
-    return list(mask.split([len(score) for score in scores]))
+    return top_of_all([magnitudes(view, elsewhere=-1.0) for view in views], total)
+
+
+def magnitudes(view: WeightView, elsewhere: float) -> Tensor:
+    """Flat ``|w|`` of the active entries, and `elsewhere` for all others: a score for every place of the weight."""
+    whole = view.values.new_full((prod(view.shape),), elsewhere)
+    return whole.index_copy_(0, view.active, view.values.detach().abs())
 
 
 def _largest_active(view: WeightView, keep: int) -> Tensor:
     score = view.values.detach().abs()
     if view.pattern.streams:
         return view.active[view.pattern.prune(score, keep)]
-    whole = score.new_full(view.shape, -torch.inf)
-    whole.view(-1)[view.active] = score
-    return to_positions(view.pattern.prune(whole, keep))
+    return to_positions(view.pattern.prune(magnitudes(view, -torch.inf).view(view.shape), keep))
 
 
 def filled(view: WeightView, kept: Tensor, tiles: Tiles) -> Tensor:

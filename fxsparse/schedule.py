@@ -7,18 +7,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fxsparse.errors import PlanError
+from fxsparse.options import check_integer, check_one_of, is_number
 
 
 def _check_fraction(name: str, value: float) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 <= value <= 1:
+    if not is_number(value) or not 0 <= value <= 1:
         raise PlanError(f"expected {name} as a number from 0 to 1, got {value!r}.")
-
-
-def check_integer(name: str, value: object, lowest: int) -> None:
-    """PlanError unless an option is an integer from `lowest` on."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
-        raise PlanError(f"expected {name} as an integer >= {lowest}, got {value!r}.")
 
 
 class Curve(Protocol):
@@ -74,6 +68,19 @@ class CosineTo:
 
 
 @dataclass(frozen=True)
+class Rising:
+    """From 0 at step `start` along a cubic to `final` at `stop`, and that after it."""
+
+    final: float
+    start: int
+    stop: int
+
+    def __call__(self, step: int) -> float:
+        done = min(max(step - self.start, 0) / (self.stop - self.start), 1.0)
+        return self.final * (1 - (1 - done) ** 3)
+
+
+@dataclass(frozen=True)
 class InversePower:
     """``initial * (1 - step / stop) ** power``, 0 from `stop` on: arXiv:1911.11134 appendix G (1 and 3)."""
 
@@ -94,8 +101,7 @@ def decay_curve(name: str, initial: float, stop: int | None) -> Curve:
     """The drop fraction by name: "constant", or "cosine", "linear" or "cubic", which end at `stop`."""
     if name == "constant":
         return Constant(initial)
-    if name not in ("cosine", "linear", "cubic"):
-        raise PlanError(f"expected decay as one of constant, cosine, linear, cubic, got {name!r}.")
+    check_one_of("decay", name, ("constant", "cosine", "linear", "cubic"))
     if stop is None:
         raise PlanError(f"expected stop as an integer for decay={name!r}, got None. Use decay='constant'?")
     if name == "cosine":

@@ -5,7 +5,7 @@ mask that depended on it would differ between ranks, devices and storages.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 import numpy as np
@@ -35,6 +35,13 @@ def top_mask(scores: Tensor, n: int, dim: int | None = None) -> Tensor:
         return _top_by_rank(scores.movedim(dim, 0), n).movedim(0, dim)
     last = scores.movedim(dim, -1)
     return _top_of_rows(last.reshape(-1, last.shape[-1]), n).view(last.shape).movedim(-1, dim)
+
+
+def top_of_all(scores: Sequence[Tensor], n: int) -> list[Tensor]:
+    """Bool masks, one of each tensor's shape, of the `n` largest scores of all of them; ties go to the first."""
+    mask = top_mask(torch.cat([score.flatten() for score in scores]), n)
+    parts = mask.split([score.numel() for score in scores])
+    return [part.view(score.shape) for part, score in zip(parts, scores, strict=True)]
 
 
 def top_positions(scores: Tensor, n: int) -> Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from fxsparse.errors import PlanError
 from fxsparse.method import Method, register
+from fxsparse.options import check_steps
 from fxsparse.pattern import Unstructured
 from fxsparse.reparam import HardMask
 from fxsparse.rules import LargestOfAll
@@ -29,8 +30,7 @@ def acdc(
     ResNet-50 (compress at 10, 20, ..., 70 and 85, decompress at 15, 25, ..., 75), half of them dense.
     The statistics of BatchNorm belong to the phase that they were taken in.
     """
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 2:
-        raise PlanError(f"expected steps as the number of optimizer steps, at least 2, got {steps!r}.")
+    check_steps("steps", steps, 2)
     table = {**_phases(compress, None, steps, "compress"), **_phases(decompress, 0.0, steps, "decompress")}
     moments = tuple(sorted(table))
     kinds = [table[moment] for moment in moments]

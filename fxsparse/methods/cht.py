@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fxsparse.errors import PlanError
 from fxsparse.method import Method, Probe, WeightView, register
+from fxsparse.options import check_one_of
 from fxsparse.pattern import Unstructured
 from fxsparse.reparam import HardMask
 from fxsparse.schedule import Schedule, decay_curve
@@ -55,9 +56,7 @@ class RemoveAndPredict:
     steps: int
     own_counts: ClassVar[bool] = True
 
-    @property
-    def probe(self) -> Probe:
-        return Probe.TOPOLOGY
+    probe = Probe.TOPOLOGY
 
     def __call__(self, view: WeightView) -> Tensor:
         """The choice of a weight alone."""
@@ -135,8 +134,7 @@ def cht(
     as [out, fan-in], which is our reading.  Scores are dense and take O(n^3): a weight above 8,192 rows or columns is
     refused.  The density decay of CHTss, EM_S and the authors' initial weights are left out.
     """
-    if score not in ("ch3", "ch2"):
-        raise PlanError(f"expected score as ch3 or ch2, got {score!r}.")
+    check_one_of("score", score, ("ch3", "ch2"))
     if not isinstance(soft, bool):
         raise PlanError(f"expected soft as True (CHTs) or False (CHT), got {soft!r}.")
     return Method(

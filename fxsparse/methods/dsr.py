@@ -2,19 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite, prod
+from math import prod
 
 import torch
 from torch import Tensor
 
 from fxsparse.errors import PlanError
 from fxsparse.method import Choice, Extra, Method, Probe, WeightView, register
+from fxsparse.options import check_integer, check_positive
 from fxsparse.pattern import Unstructured
 from fxsparse.redistribution import shares
 from fxsparse.reparam import Filled, HardMask
-from fxsparse.schedule import Schedule, check_integer
+from fxsparse.rules import magnitudes
+from fxsparse.schedule import Schedule
 from fxsparse.scores import score_named
-from fxsparse.selection import to_mask
 from fxsparse.topk import top_positions
 
 TOLERANCE = 0.1
@@ -32,9 +33,7 @@ class ThresholdAndReallocate:
 
     wanted: float
 
-    @property
-    def probe(self) -> Probe:
-        return Probe.NONE
+    probe = Probe.NONE
 
     def __call__(self, view: WeightView) -> Choice:
         """The choice of a weight alone."""
@@ -71,12 +70,10 @@ def _kept(view: WeightView, threshold: Tensor) -> Tensor:
 
 def _grown(view: WeightView, kept: Tensor, count: int, returning: int) -> Tensor:
     """`kept`, `count` of the entries that were inactive, and the `returning` largest of those that were dropped."""
-    size = view.values.detach().abs()
-    gone = ~to_mask(kept, view.shape).flatten()[view.active]
-    back = view.active[top_positions(size.masked_fill(~gone, -torch.inf), returning)]
-    drawn = torch.rand(prod(view.shape), generator=view.generator).to(size.device)
+    dropped = magnitudes(view, elsewhere=-torch.inf).index_fill(0, kept, -torch.inf)
+    drawn = torch.rand(prod(view.shape), generator=view.generator).to(dropped.device)
     drawn[view.active] = -torch.inf
-    return torch.cat([kept, back, top_positions(drawn, count)]).sort().values
+    return torch.cat([kept, top_positions(dropped, returning), top_positions(drawn, count)]).sort().values
 
 
 @register
@@ -98,10 +95,8 @@ def dsr(
     as ``<weight>_threshold``, the same number for all.  Grown weights start at 0, and are below H until they learn.
     Counts of weights drift, and their total stays as the plan has it.
     """
-    for name, value in (("exchange", exchange), ("threshold", threshold)):
-        number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-        if not number or value <= 0:
-            raise PlanError(f"expected {name} as a number above 0, got {value!r}.")
+    check_positive("exchange", exchange)
+    check_positive("threshold", threshold)
     if not isinstance(double, Sequence):
         raise PlanError(f"expected double as a sequence of steps, got {double!r}.")
     moments = None if not double else _moments(every, stop, tuple(double))

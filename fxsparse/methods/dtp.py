@@ -1,14 +1,13 @@
 """DTP: learned scores through an optimal transport that sharpens as it goes on."""
 
 from dataclasses import dataclass
-from math import isfinite
 
 import torch
 from torch import Tensor
 
-from fxsparse.errors import PlanError
 from fxsparse.method import Choice, Extra, Method, Probe, WeightView, register
 from fxsparse.methods.movement import largest
+from fxsparse.options import check_integer, check_positive
 from fxsparse.reparam import Filled, ValueMap, one_node
 from fxsparse.schedule import Schedule
 from fxsparse.scores import score_named
@@ -43,9 +42,7 @@ class SharperAndSharper:
     eps: float
     every: int
 
-    @property
-    def probe(self) -> Probe:
-        return Probe.NONE
+    probe = Probe.NONE
 
     def __call__(self, view: WeightView) -> Choice:
         scores = view.extras["scores"]
@@ -68,12 +65,9 @@ def dtp(eps: float = 1.0, every: int = 1, score_lr: float = 1.0) -> Method:
     hold at every step.  Scores start at |w| over its mean, k is the plan's from the start, and the scores' learning
     rate is `score_lr` times that of the weights, without weight decay.
     """
-    for name, value in (("eps", eps), ("score_lr", score_lr)):
-        number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-        if not number or value <= 0:
-            raise PlanError(f"expected {name} as a finite number above 0, got {value!r}.")
-    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-        raise PlanError(f"expected every as an integer >= 1, got {every!r}.")
+    check_positive("eps", eps)
+    check_positive("score_lr", score_lr)
+    check_integer("every", every, 1)
     scores = Extra("scores", Relative(), learned=True, lr=float(score_lr))
     return Method(
         name="dtp",

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from fxsparse.errors import PlanError
 from fxsparse.method import Choice, Extra, Method, Probe, WeightView, register
+from fxsparse.options import check_integer, is_number
 from fxsparse.pattern import Unstructured
 from fxsparse.reparam import Filled, ValueMap, one_node, with_gradient
-from fxsparse.schedule import CubicRamp, Schedule, check_integer
+from fxsparse.schedule import CubicRamp, Schedule
 from fxsparse.scores import score_named
 from fxsparse.topk import top_mask
 
@@ -32,9 +33,7 @@ class QuantileOfAll:
     quantile at the share of zeros, interpolated between the largest that goes and the smallest that stays.
     """
 
-    @property
-    def probe(self) -> Probe:
-        return Probe.NONE
+    probe = Probe.NONE
 
     def __call__(self, view: WeightView) -> Choice:
         """The choice of a weight alone."""
@@ -76,7 +75,7 @@ def feather(
     batch 128, from step `start` on.
     """
     for name, value, low, high in (("theta", theta, 0, 1), ("ramp", ramp, 0, 1), ("power", power, 1, 100)):
-        if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+        if not is_number(value) or not low <= value <= high:
             raise PlanError(f"expected {name} as a number from {low} to {high}, got {value!r}.")
     check_integer("steps", steps, 1)
     check_integer("start", start, 0)

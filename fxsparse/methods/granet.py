@@ -10,7 +10,7 @@ from fxsparse.errors import PlanError
 from fxsparse.method import Method, Probe, WeightView, register
 from fxsparse.pattern import Unstructured
 from fxsparse.reparam import HardMask
-from fxsparse.rules import GradientMagnitude, cut
+from fxsparse.rules import GradientMagnitude, cut, magnitudes
 from fxsparse.schedule import CosineTo, CubicRamp, Schedule
 from fxsparse.scores import score_named
 from fxsparse.selection import to_positions
@@ -25,9 +25,7 @@ class CutAndRegrow:
     that an entry which was dropped in this very update may be grown again, and then keeps its value and state.
     """
 
-    @property
-    def probe(self) -> Probe:
-        return Probe.DENSE
+    probe = Probe.DENSE
 
     def __call__(self, view: WeightView) -> Tensor:
         """The choice of a weight alone."""
@@ -42,9 +40,7 @@ class CutAndRegrow:
 def _exchange(view: WeightView, active: Tensor) -> Tensor:
     count = len(active)
     drop = ceil(count * view.drop_fraction)
-    magnitude = view.values.detach().abs().new_zeros(view.shape).flatten()
-    magnitude[view.active] = view.values.detach().abs()
-    kept = active[top_positions(magnitude[active], count - drop)]
+    kept = active[top_positions(magnitudes(view, elsewhere=0.0)[active], count - drop)]
     return GradientMagnitude().fill(replace(view, nnz=count), kept) if drop else active
 
 

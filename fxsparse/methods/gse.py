@@ -1,9 +1,7 @@
 """GSE: guided stochastic exploration, always-sparse training by sampled growth."""
 
-from math import isfinite
-
-from fxsparse.errors import PlanError
 from fxsparse.method import Method, register
+from fxsparse.options import check_one_of, check_positive
 from fxsparse.pattern import Unstructured
 from fxsparse.reparam import HardMask
 from fxsparse.sampling import SAMPLINGS, SampleAndGrow, SampleAndGrowJointly
@@ -45,14 +43,11 @@ def gse(
     may grow again what the same update dropped, which here is no candidate, and drops ``floor(drop_fraction * |A|)``
     entries where this exchanges ``ceil`` of it.
     """
-    for name, value, known in (
-        ("variant", variant, ("paper", "torch")),
-        ("sampling", sampling, tuple(SAMPLINGS)),
-        ("scope", scope, ("layer", "global")),
-    ):
-        if value not in known:
-            raise PlanError(f"expected {name} as one of {', '.join(known)}, got {value!r}.")
-    each = SampleAndGrow(_checked(gamma), sampling)
+    check_one_of("variant", variant, ("paper", "torch"))
+    check_one_of("sampling", sampling, SAMPLINGS)
+    check_one_of("scope", scope, ("layer", "global"))
+    check_positive("gamma", gamma, "The paper has 1 and 2.")
+    each = SampleAndGrow(gamma, sampling)
     return Method(
         name="gse",
         reparam=HardMask(),
@@ -70,10 +65,3 @@ def gse(
         allocation="er_unrolled",
         weight_init=weight_init_named(weight_init),
     )
-
-
-def _checked(gamma: float) -> float:
-    number = isinstance(gamma, int | float) and not isinstance(gamma, bool) and isfinite(gamma)
-    if not number or gamma <= 0:
-        raise PlanError(f"expected gamma as a number above 0, got {gamma!r}. The paper has 1 and 2.")
-    return gamma

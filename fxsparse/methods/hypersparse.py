@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import isfinite
 
 import torch
 from torch import Tensor
 
 from fxsparse.errors import PlanError
 from fxsparse.method import Choice, Held, Method, Probe, WeightView, register
+from fxsparse.options import check_number, check_steps
 from fxsparse.pattern import Unstructured
 from fxsparse.reparam import HardMask
 from fxsparse.rules import LargestOfAll
@@ -23,9 +23,7 @@ BEND = 0.6585
 class CutAndForget:
     """Keep the largest magnitudes of all weights together, and let the optimizer's state start anew."""
 
-    @property
-    def probe(self) -> Probe:
-        return Probe.NONE
+    probe = Probe.NONE
 
     def __call__(self, view: WeightView) -> Choice:
         """The choice of a weight alone."""
@@ -92,15 +90,11 @@ def hypersparse(
     evaluations: here it is a fixed step, and 100 epochs of ART are our choice.  It then trains 160 epochs at a learning
     rate of 0.1 again, which is yours to set.  The strength is that of the authors' code; its README has 5e-4.
     """
-    for name, value, least in (("strength", strength, 0), ("growth", growth, 1)):
-        number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-        if not number or value < least:
-            raise PlanError(f"expected {name} as a number >= {least}, got {value!r}.")
-    for name, value, least in (("start", start, 0), ("epoch", epoch, 1), ("cut", cut, 1)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise PlanError(
-                f"expected {name} as a number of optimizer steps, at least {least}, got {value!r}."
-            )
+    check_number("strength", strength, 0)
+    check_number("growth", growth, 1)
+    check_steps("start", start, 0)
+    check_steps("epoch", epoch, 1)
+    check_steps("cut", cut, 1)
     if cut <= start:
         raise PlanError(f"expected the cut after the start of the penalty, got {cut} and {start}.")
     return Method(

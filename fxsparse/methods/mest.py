@@ -3,12 +3,12 @@
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite
 
 from torch import Tensor
 
 from fxsparse.errors import PlanError
 from fxsparse.method import Method, Probe, WeightView, register
+from fxsparse.options import check_number, check_steps, is_number
 from fxsparse.pattern import Unstructured
 from fxsparse.reparam import HardMask
 from fxsparse.rules import UniformRandom
@@ -51,9 +51,7 @@ class DropAndGrowBlind:
     soft: bool
     gradient: float
 
-    @property
-    def probe(self) -> Probe:
-        return Probe.NONE
+    probe = Probe.NONE
 
     def __call__(self, view: WeightView) -> Tensor:
         lower = view.final - (0 if self.soft else round(view.final * view.drop_fraction))
@@ -87,12 +85,10 @@ def mest(
     0.92, 0.91, 0.9 (EM) and 0.88, 0.89, 0.9 (EM&S) at sparsity 0.9, from epochs 0, 90 and 120 of 160, updates every 5
     epochs of 782 steps.  EM may be stored compact; EM&S, whose count changes, is masked.
     """
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise PlanError(f"expected steps as the number of optimizer steps, at least 1, got {steps!r}.")
+    check_steps("steps", steps, 1)
     if not isinstance(soft, bool):
         raise PlanError(f"expected soft as True (EM&S) or False (EM), got {soft!r}.")
-    if not isinstance(gradient, int | float) or not isfinite(gradient) or gradient < 0:
-        raise PlanError(f"expected gradient, the factor lambda of |g|, as a number >= 0, got {gradient!r}.")
+    check_number("gradient, the factor lambda of |g|,", gradient, 0)
     starts = tuple(round(share * steps) for share in _shares(phases, "phases"))
     exchange = _shares(exchange, "exchange")
     if len(exchange) != len(starts) + 1 or list(starts) != sorted(set(starts)) or (soft and exchange[-1]):
@@ -117,8 +113,6 @@ def mest(
 
 
 def _shares(values: Sequence[float], name: str) -> tuple[float, ...]:
-    if not isinstance(values, tuple | list) or not all(
-        isinstance(v, int | float) and 0 <= v < 1 for v in values
-    ):
+    if not isinstance(values, tuple | list) or not all(is_number(v) and 0 <= v < 1 for v in values):
         raise PlanError(f"expected {name} as shares from 0 to below 1, got {values!r}.")
     return tuple(float(value) for value in values)

@@ -1,16 +1,16 @@
 """Movement pruning: scores that learn which weights move away from 0."""
 
 from dataclasses import dataclass
-from math import isfinite
 
 import torch
 from torch import Tensor
 
 from fxsparse.errors import PlanError
 from fxsparse.method import Choice, Extra, Method, Probe, WeightView, register
+from fxsparse.options import check_integer, is_number
 from fxsparse.pattern import Pattern, Unstructured
 from fxsparse.reparam import ValueMap, Zeros, one_node, with_gradient
-from fxsparse.schedule import CubicRamp, Schedule, check_integer
+from fxsparse.schedule import CubicRamp, Schedule
 from fxsparse.scores import score_named
 from fxsparse.topk import top_mask
 
@@ -25,9 +25,7 @@ def movement_map(weight: Tensor, mask: Tensor, scores: Tensor) -> Tensor:
 class LargestScore:
     """The pattern's best by the learned scores; equal ones, as all are at first, by magnitude."""
 
-    @property
-    def probe(self) -> Probe:
-        return Probe.NONE
+    probe = Probe.NONE
 
     def __call__(self, view: WeightView) -> Choice:
         return Choice(largest(view.pattern, view.extras["scores"], view.weight().abs(), view.nnz))
@@ -74,7 +72,7 @@ def movement(
     value and get no gradient.  The scores' learning rate is `score_lr` times that of the weights, without weight decay,
     in ``sparse.parameter_groups(lr, ...)``.  Defaults: SQuAD's 10 epochs at lr 3e-5 and 1e-2.
     """
-    if not isinstance(score_lr, int | float) or not isfinite(score_lr) or score_lr <= 0:
+    if not is_number(score_lr) or score_lr <= 0:
         raise PlanError(f"expected score_lr as a multiple of the learning rate above 0, got {score_lr!r}.")
     check_phases(steps, warmup, cooldown)
     scores = Extra("scores", Zeros(), learned=True, lr=float(score_lr))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fxsparse.errors import PlanError
 from fxsparse.method import Method, Probe, WeightView, register
+from fxsparse.options import is_number
 from fxsparse.pattern import Unstructured
 from fxsparse.reparam import HardMask
 from fxsparse.rules import GradientMagnitude, PruneGrow, UniformRandom
@@ -48,11 +49,7 @@ def mst(
     phases (warm-up, ultra-sparse, restoration) are not in that code: `levels`, `at` and `restore` are placeholders of
     GPT-2's 600,000 steps, and no saving is claimed for them.  The paper's sparse attention is left out.
     """
-    if (
-        not isinstance(gradient_share, int | float)
-        or isinstance(gradient_share, bool)
-        or not 0 <= gradient_share <= 1
-    ):
+    if not is_number(gradient_share) or not 0 <= gradient_share <= 1:
         raise PlanError(f"expected gradient_share as a number from 0 to 1, got {gradient_share!r}.")
     if not isinstance(levels, tuple | list) or not isinstance(at, tuple | list) or len(levels) != len(at):
         raise PlanError(f"expected levels and at as tuples of one length, got {levels!r} and {at!r}.")

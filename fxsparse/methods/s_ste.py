@@ -16,6 +16,9 @@ from fxsparse.rules import LargestMagnitude
 from fxsparse.schedule import Schedule
 from fxsparse.scores import score_named
 
+OTHERS = [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]]
+"""Of each of four, the places of the other three."""
+
 
 def soft24(weight: Tensor) -> Tensor:
     """``sign(w) relu(|w| - t)``, t the second smallest magnitude of every 4 input channels; arXiv:2409.09099, eq. 8."""
@@ -55,11 +58,10 @@ class Beta:
 def keep_probabilities(size: Tensor) -> Tensor:
     """How likely `mvue24` keeps each of four magnitudes, [..., 4]; they sum to 2 where two are above 0."""
     total = size.sum(-1, keepdim=True)
-    others = torch.stack([size[..., [k for k in range(4) if k != at]].sum(-1) for at in range(4)], -1)
+    others = size[..., OTHERS].sum(-1)
     first = torch.where(total > 0, size / total, 0)
     after = torch.where(others > 0, first / others, 0)
-    rest = torch.stack([after[..., [k for k in range(4) if k != at]].sum(-1) for at in range(4)], -1)
-    return first + size * rest
+    return first + size * after[..., OTHERS].sum(-1)
 
 
 def mvue24(tensor: Tensor, numbers: Tensor) -> Tensor:

@@ -37,9 +37,7 @@ class SparseMomentum:
     that the total is exact (the authors' code rounds up, and corrects the drift later).
     """
 
-    @property
-    def probe(self) -> Probe:
-        return Probe.EMA_DENSE
+    probe = Probe.EMA_DENSE
 
     def __call__(self, view: WeightView) -> Tensor:
         """The choice of a weight alone."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite
 
 import torch
 from torch import Tensor
@@ -10,26 +9,14 @@ from torch import Tensor
 from fxsparse.errors import PlanError
 from fxsparse.method import Choice, Extra, Held, Method, Probe, WeightView, register
 from fxsparse.methods.movement import check_phases, largest, movement_map
+from fxsparse.options import is_number
 from fxsparse.pattern import Unstructured
 from fxsparse.reparam import ValueMap, Zeros
-from fxsparse.schedule import Schedule
+from fxsparse.schedule import Rising, Schedule
 from fxsparse.scores import score_named
 
 LEAST = 0.005
 """Share of every weight that stays whatever its scores are."""
-
-
-@dataclass(frozen=True)
-class Rising:
-    """From 0 at step `start` along a cubic to `final` at `stop`."""
-
-    final: float
-    start: int
-    stop: int
-
-    def __call__(self, step: int) -> float:
-        done = min(max(step - self.start, 0) / (self.stop - self.start), 1.0)
-        return self.final * (1 - (1 - done) ** 3)
 
 
 @dataclass(frozen=True)
@@ -38,9 +25,7 @@ class AboveRising:
 
     tau: Rising
 
-    @property
-    def probe(self) -> Probe:
-        return Probe.NONE
+    probe = Probe.NONE
 
     def __call__(self, view: WeightView) -> Choice:
         scores = view.extras["scores"]
@@ -89,8 +74,7 @@ def soft_movement(
         ("strength", strength, 0, float("inf")),
         ("score_lr", score_lr, 0, float("inf")),
     ):
-        number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-        if not number or not low <= value < high or (name != "strength" and value == 0):
+        if not is_number(value) or not low <= value < high or (name != "strength" and value == 0):
             raise PlanError(
                 f"expected {name} as a number above 0 (strength: or 0) and below {high}, got {value!r}."
             )

@@ -1,13 +1,13 @@
 """SparseGPT: one-shot pruning that makes up for each removed weight in those to its right."""
 
 from dataclasses import dataclass
-from math import isfinite
 from typing import ClassVar
 
 from torch import Tensor
 
 from fxsparse.errors import PlanError
 from fxsparse.method import Method, register
+from fxsparse.options import is_integer, is_number
 from fxsparse.pattern import Pattern
 from fxsparse.reconstruction import reconstruct
 from fxsparse.reparam import HardMask
@@ -23,10 +23,9 @@ class Reconstruct:
     products: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        number = isinstance(self.damping, int | float) and not isinstance(self.damping, bool)
-        if not number or not isfinite(self.damping) or self.damping < 0:
+        if not is_number(self.damping) or self.damping < 0:
             raise PlanError(f"expected damping as a number >= 0, got {self.damping!r}. The paper has 0.01.")
-        if not isinstance(self.columns, int) or isinstance(self.columns, bool) or self.columns < 1:
+        if not is_integer(self.columns, 1):
             raise PlanError(f"expected columns as an integer >= 1, got {self.columns!r}. The paper has 128.")
 
     def __call__(self, matrix: Tensor, moments: Tensor, pattern: Pattern, nnz: int) -> tuple[Tensor, str]:

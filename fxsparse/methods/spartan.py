@@ -3,6 +3,7 @@
 from fxsparse.errors import PlanError
 from fxsparse.knapsack import KeepLargest, Sharpness
 from fxsparse.method import Method, register
+from fxsparse.options import check_steps, is_number
 from fxsparse.reparam import HiddenMask
 from fxsparse.schedule import LinearRamp, Schedule
 from fxsparse.scores import score_named
@@ -31,7 +32,7 @@ def spartan(
             gives each ("uniform", "erk").
     """
     freeze = _freeze(steps, warmup, finetune)
-    if not isinstance(beta, int | float) or isinstance(beta, bool) or not 1 <= beta < float("inf"):
+    if not is_number(beta) or beta < 1:
         raise PlanError(f"expected beta as a number >= 1, got {beta!r}. The paper has 10 and 20.")
     rule = KeepLargest(_together(scope), Sharpness(float(beta), freeze))
     return Method(
@@ -79,10 +80,9 @@ def _hard(
 
 
 def _freeze(steps: int, warmup: float, finetune: float) -> int:
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 5:
-        raise PlanError(f"expected steps as the number of optimizer steps, at least 5, got {steps!r}.")
+    check_steps("steps", steps, 5)
     for name, share in (("warmup", warmup), ("finetune", finetune)):
-        if not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share < 1:
+        if not is_number(share) or not 0 < share < 1:
             raise PlanError(f"expected {name} as a share of the steps between 0 and 1, got {share!r}.")
     freeze = steps - round(steps * finetune)
     if freeze < 1:

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import isfinite
 
 from fxsparse.ablation import AblateAndGrow
 from fxsparse.errors import PlanError
 from fxsparse.method import Method, register
+from fxsparse.options import check_one_of, is_number
 from fxsparse.pattern import ConstantFanIn
 from fxsparse.reparam import HardMask
 from fxsparse.schedule import Schedule, decay_curve
@@ -51,8 +51,7 @@ def srigl(
     The optimizer's state starts at 0 with every grown weight, whatever the optimizer: the authors' code sees to it
     for SGD alone.
     """
-    if preset not in PRESETS:
-        raise PlanError(f"expected preset as one of {', '.join(PRESETS)}, got {preset!r}.")
+    check_one_of("preset", preset, PRESETS)
     if not isinstance(ablate, bool):
         raise PlanError(
             f"expected ablate as True or False, got {ablate!r}. never_ablate= spares single weights."
@@ -74,8 +73,7 @@ def srigl(
 
 
 def _checked(gamma_sal: float) -> float:
-    number = isinstance(gamma_sal, int | float) and not isinstance(gamma_sal, bool) and isfinite(gamma_sal)
-    if not number or gamma_sal <= 0 or (gamma_sal > 1 and gamma_sal != int(gamma_sal)):
+    if not is_number(gamma_sal) or gamma_sal <= 0 or (gamma_sal > 1 and gamma_sal != int(gamma_sal)):
         raise PlanError(
             f"expected gamma_sal as a share of the fan-in above 0, or a whole number from 1 on, got {gamma_sal!r}. "
             "ablate=False keeps every neuron."

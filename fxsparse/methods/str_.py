@@ -1,13 +1,13 @@
 """STR: a soft threshold for every layer, learned."""
 
 from dataclasses import dataclass
-from math import isfinite
 
 import torch
 from torch import Tensor
 
 from fxsparse.errors import PlanError
 from fxsparse.method import Choice, Extra, Method, Probe, WeightView, register
+from fxsparse.options import is_number
 from fxsparse.pattern import Unstructured
 from fxsparse.reparam import Filled, ValueMap, one_node
 from fxsparse.schedule import Schedule
@@ -26,9 +26,7 @@ def str_map(weight: Tensor, mask: Tensor, threshold: Tensor) -> Tensor:
 class AboveThreshold:
     """The mask says which entries the threshold leaves; it decides nothing."""
 
-    @property
-    def probe(self) -> Probe:
-        return Probe.NONE
+    probe = Probe.NONE
 
     def __call__(self, view: WeightView) -> Choice:
         weight = view.weight()
@@ -47,8 +45,7 @@ def str_(initial: float = -3200.0, weight_decay: float = 2.251757813e-5) -> Meth
     Make the optimizer from ``sparse.parameter_groups(lr, ...)``, which gives s its own weight decay.
     """
     for name, value in (("initial", initial), ("weight_decay", weight_decay)):
-        number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-        if not number or (name == "weight_decay" and value < 0):
+        if not is_number(value) or (name == "weight_decay" and value < 0):
             raise PlanError(f"expected {name} as a finite number, weight_decay >= 0, got {value!r}.")
     threshold = Extra("threshold", Filled(float(initial)), learned=True, weight_decay=float(weight_decay))
     return Method(

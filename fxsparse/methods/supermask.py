@@ -1,13 +1,12 @@
 """Supermasks: weights stay as they were drawn, training chooses among them."""
 
-from math import isfinite
-
 import torch
 from torch import Tensor
 
 from fxsparse.errors import PlanError
 from fxsparse.method import Extra, Method, register
 from fxsparse.methods.movement import LargestScore
+from fxsparse.options import is_number
 from fxsparse.reparam import Filled, ValueMap, Zeros, one_node, with_gradient
 from fxsparse.schedule import Schedule
 from fxsparse.scores import score_named
@@ -31,8 +30,7 @@ def supermask(score_lr: float = 1.0) -> Method:
     that of the weights, without weight decay.  One mask for each weight: the several nested masks of the paper, whose
     counts we do not know, are left out.
     """
-    number = isinstance(score_lr, int | float) and not isinstance(score_lr, bool)
-    if not number or not isfinite(score_lr) or score_lr <= 0:
+    if not is_number(score_lr) or score_lr <= 0:
         raise PlanError(f"expected score_lr as a multiple of the learning rate above 0, got {score_lr!r}.")
     extras = (
         Extra("scores", Zeros(), learned=True, lr=float(score_lr)),

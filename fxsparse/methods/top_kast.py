@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite
 
 import torch
 from torch import Tensor
 
-from fxsparse.errors import PlanError
 from fxsparse.method import Choice, Extra, Held, Method, Probe, WeightView, register
+from fxsparse.options import check_number
 from fxsparse.reparam import ValueMap, one_node, with_gradient
 from fxsparse.schedule import Schedule
 from fxsparse.scores import score_named
@@ -39,9 +38,7 @@ class LargestTwice:
 
     superset: Superset
 
-    @property
-    def probe(self) -> Probe:
-        return Probe.NONE
+    probe = Probe.NONE
 
     def __call__(self, view: WeightView) -> Choice:
         weight = view.weight()
@@ -83,10 +80,8 @@ def top_kast(
     clipping).  The paper's optimizer is SGD without momentum.  The whole weight is stored; what backward saves is
     counted as FLOPs, 2 f(A) + f(B).
     """
-    for name, value, least in (("backward", backward, 1), ("penalty", penalty, 0)):
-        number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-        if not number or value < least:
-            raise PlanError(f"expected {name} as a number >= {least}, got {value!r}.")
+    check_number("backward", backward, 1)
+    check_number("penalty", penalty, 0)
     superset = Superset(float(backward))
     extra = Extra("backward", superset)
     return Method(

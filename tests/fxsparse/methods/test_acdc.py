@@ -91,7 +91,7 @@ def test_adam_starts_anew_at_a_decompression_and_moves_no_further_than_in_its_fi
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 1}, "steps as the number of optimizer steps, at least 2, got 1"),
+        ({"steps": 1}, "steps as a number of optimizer steps, at least 2, got 1"),
         ({"compress": (0.1, 1.5)}, "compress as shares of the steps between 0 and 1"),
         ({"compress": (0.1,), "decompress": (0.5,)}, "phases that alternate, a compression first and last"),
         ({"steps": 5}, "phases that alternate"),

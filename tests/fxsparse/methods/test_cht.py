@@ -163,7 +163,7 @@ def test_a_weight_whose_scores_would_not_fit_is_refused_by_name():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"score": "l3"}, "score as ch3 or ch2, got 'l3'"),
+        ({"score": "l3"}, "score as one of ch3, ch2, got 'l3'"),
         ({"soft": 1}, "soft as True"),
         ({"decay": "slow"}, "decay as one of constant, cosine, linear, cubic, got 'slow'"),
         ({"drop_fraction": 2}, "drop fraction as a number from 0 to 1, got 2"),

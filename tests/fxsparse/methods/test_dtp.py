@@ -87,8 +87,8 @@ def test_sharpness_grows_with_the_steps_and_scores_learn_at_their_own_rate():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"eps": 0}, "expected eps as a finite number above 0"),
-        ({"score_lr": float("nan")}, "expected score_lr as a finite number"),
+        ({"eps": 0}, "expected eps as a number above 0"),
+        ({"score_lr": float("nan")}, "expected score_lr as a number above 0, got nan"),
         ({"every": 0.5}, "expected every as an integer >= 1"),
     ],
 )

@@ -104,7 +104,7 @@ def test_compact_storage_trains_the_same_weights_as_masked(gradient):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "steps as the number of optimizer steps, at least 1, got 0"),
+        ({"steps": 0}, "steps as a number of optimizer steps, at least 1, got 0"),
         ({"soft": 1}, "soft as True"),
         ({"gradient": -0.1}, "lambda of |g|, as a number >= 0, got -0.1"),
         ({"exchange": (0.2, 0.1, 1.0)}, "exchange as shares from 0 to below 1"),

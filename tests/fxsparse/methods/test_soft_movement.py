@@ -7,7 +7,8 @@ from fxsparse import Plan
 from fxsparse.errors import PlanError
 from fxsparse.method import Held
 from fxsparse.methods import movement, soft_movement
-from fxsparse.methods.soft_movement import AboveRising, FewScores, Rising
+from fxsparse.methods.soft_movement import AboveRising, FewScores
+from fxsparse.schedule import Rising
 
 
 def test_the_threshold_follows_the_papers_cubic():

@@ -425,7 +425,7 @@ def test_a_weight_without_numbers_is_named_when_it_is_compiled(method, value, sa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "steps as the number of optimizer steps"),
+        ({"steps": 0}, "steps as a number of optimizer steps"),
         ({"beta": 0.5}, "beta as a number >= 1"),
         ({"beta": float("inf")}, "beta as a number >= 1"),
         ({"scope": "all"}, "scope as global or layer"),
