@@ -65,11 +65,9 @@ class RemoveAndPredict:
     def choose_all(self, views: Sequence[WeightView], total: int) -> list[Tensor]:
         del total
         kept = {view.name: to_mask(self._kept(view), (view.shape[0], prod(view.shape[1:]))) for view in views}
-        whole = {view.name: kept[view.name].clone() for view in views}
-        _break_chains(kept, [(view.name, fed) for view in views for fed in view.feeds if fed in kept])
-        for name, mask in kept.items():
-            if not bool(mask.any()):  # links that nothing is left of have no topology to grow by
-                kept[name] = whole[name]
+        pairs = [(view.name, fed) for view in views for fed in view.feeds if fed in kept]
+        # Links that nothing would be left of have no topology to grow by, and stay.
+        kept |= {name: mask for name, mask in _whole_chains(kept, pairs).items() if bool(mask.any())}
         return [self._grown(view, kept[view.name]) for view in views]
 
     def _kept(self, view: WeightView) -> Tensor:
@@ -100,16 +98,16 @@ def _gumbel(like: Tensor, generator: torch.Generator) -> Tensor:
     return -(-drawn.log()).log().to(like.device)
 
 
-def _break_chains(masks: Mapping[str, Tensor], pairs: Sequence[tuple[str, str]]) -> None:
-    """Clear in place the links of neurons that have none on their other side, until there is no such neuron."""
-    while True:
-        count = sum(int(mask.sum()) for mask in masks.values())
+def _whole_chains(links: Mapping[str, Tensor], pairs: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
+    """Masks without the links of neurons that have none on their other side, until there is no such neuron."""
+    masks, count = {name: mask.clone() for name, mask in links.items()}, -1
+    while count != (left := sum(int(mask.sum()) for mask in masks.values())):
+        count = left
         for into, out in pairs:
             dead = ~masks[into].any(1) | ~masks[out].any(0)
             masks[into][dead] = False
             masks[out][:, dead] = False
-        if count == sum(int(mask.sum()) for mask in masks.values()):
-            return
+    return masks
 
 
 @register

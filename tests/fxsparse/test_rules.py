@@ -10,7 +10,7 @@ from fxsparse.errors import InvariantError, NumericsError
 from fxsparse.method import Probe, WeightView, WholeRule
 from fxsparse.pattern import NM, Block, ConstantFanIn, Pattern, Strided, Unstructured
 from fxsparse.rng import generator_for
-from fxsparse.rules import GradientMagnitude, LargestMagnitude, PruneGrow, UniformRandom
+from fxsparse.rules import GradientMagnitude, LargestMagnitude, PruneGrow, UniformRandom, magnitudes
 from fxsparse.selection import MaskChange, to_positions
 from fxsparse.update_mask import as_choice
 
@@ -240,3 +240,9 @@ def test_random_growth_of_an_unstructured_mask_costs_what_its_entries_cost():
 def test_what_is_no_choice_is_refused(given: object) -> None:
     with pytest.raises(InvariantError, match=f"positions, a mask or a Choice, got {type(given).__name__}"):
         as_choice(given)  # type: ignore[arg-type]
+
+
+def test_magnitudes_stand_in_their_places_with_one_number_elsewhere():
+    weight = torch.tensor([[0.0, -2.0], [3.0, 0.0]])
+    given = view(weight, [1, 2], torch.zeros(2, 2), 0.5)
+    assert magnitudes(given, elsewhere=-1.0).tolist() == [-1, 2, 3, -1]

@@ -1,7 +1,7 @@
 import pytest
 
 from fxsparse.errors import PlanError
-from fxsparse.schedule import Constant, Cosine, CubicRamp, InversePower, Schedule, decay_curve
+from fxsparse.schedule import Constant, Cosine, CubicRamp, InversePower, Rising, Schedule, decay_curve
 
 
 @pytest.mark.parametrize(
@@ -99,3 +99,8 @@ def test_a_ramp_never_starts_below_its_end():
 def test_impossible_schedules_are_refused(build, message):
     with pytest.raises(PlanError, match=message):
         build()
+
+
+def test_rising_goes_from_0_along_a_cubic_and_stays():
+    share = Rising(0.8, 10, 30)
+    assert [share(step) for step in (0, 10, 20, 30, 99)] == pytest.approx([0, 0, 0.7, 0.8, 0.8])

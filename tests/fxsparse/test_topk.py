@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxsparse.errors import NumericsError
-from fxsparse.topk import soft_topk, top_mask, top_of_tiles, top_positions
+from fxsparse.topk import soft_topk, top_mask, top_of_all, top_of_tiles, top_positions
 
 
 def by_sorting(scores, n):
@@ -139,3 +139,10 @@ def test_counts_beyond_the_slices_choose_all_or_nothing(size):
     scores = torch.randn(4, size)
     assert top_mask(scores, 256, 1).all()
     assert not top_mask(scores, 0, 1).any()
+
+
+def test_the_largest_of_all_tensors_are_found_together():
+    a, b = torch.tensor([[1.0, 5.0], [3.0, -torch.inf]]), torch.tensor([3.0, 4.0, 3.0])
+    found = top_of_all([a, b], 4)
+    assert [mask.tolist() for mask in found] == [[[False, True], [True, False]], [True, True, False]]
+    assert sum(int(mask.sum()) for mask in top_of_all([a, b], 7)) == 6
