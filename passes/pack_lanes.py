@@ -40,7 +40,7 @@ class PackLanes:
     """What a network does first becomes one call of a `LaneRegion`, where that measured faster; every op by itself.
 
     Convolutions with their epilogues, max pooling, sums of two tensors and pointwise ops are known.  Sparse weights are
-    packed again, in blocks whose panels fit L1.
+    packed again, in blocks of few channels.
     """
 
     name: ClassVar[str] = "pack-lanes"

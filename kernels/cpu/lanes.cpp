@@ -1,7 +1,7 @@
 // Images whose lanes are samples, for one instruction set; compiled once per set, see build.py.
 //
 // Every pixel is a cache line, so no vector is cut by the end of a row or by a shift, and a tile holds one copy of each pixel
-// whatever number of taps read it: a panel of a few channels stays in L1, where one of patches would not fit L2.
+// whatever number of taps read it: a panel of a few channels is about as large as L1, where one of patches would not fit L2.
 #include "lanes.h"
 
 #include "vec.h"

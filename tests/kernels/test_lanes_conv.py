@@ -145,7 +145,7 @@ def test_wrong_weights_and_gradients_are_refused():
 
 
 def test_panels_of_blocks_stay_small():
-    assert conv.width(window((1, 1), 64)) == 64
-    assert conv.width(window((3, 3), 64, padding=1)) == 12 * 9
-    assert conv.width(window((3, 3), 64, stride=2)) == 9 * 9
+    assert conv.width(window((1, 1), 64)) == 128
+    assert conv.width(window((3, 3), 64, padding=1)) == 25 * 9
+    assert conv.width(window((3, 3), 64, stride=2)) == 18 * 9
     assert conv.width(window((31, 31), 64)) == 31 * 31
