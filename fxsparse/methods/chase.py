@@ -7,6 +7,7 @@ from math import ceil, prod
 import torch
 from torch import Tensor
 
+from fxsparse.channel_removal import remove_channels
 from fxsparse.errors import PlanError
 from fxsparse.method import Choice, Extra, Method, Probe, WeightView, register
 from fxsparse.options import check_integer, check_share, is_integer
@@ -23,11 +24,9 @@ from fxsparse.topk import top_of_all
 class RemoveChannelsAndExchange:
     """Take away the channels of least mean ``|w|``, then exchange entries of all weights within what is left.
 
-    A channel is a row, zeros included in its mean; rows that are one channel (added to each other, as
-    ``WeightView.channels`` has it) go together, by their mean.  All weights' channels are ranked together, and none
-    keeps fewer than ``ceil(floor rows)``: what it would have lost goes to others.  A channel that is gone never comes
-    back, and its entries are spent on others.  Then the smallest ``ceil(r total)`` magnitudes of all weights go, and
-    the largest gradients of all come, to the total exactly.
+    All weights' channels are ranked together (`remove_channels`).  A channel that is gone never comes back, and its
+    entries are spent on others.  Then the smallest ``ceil(r total)`` magnitudes of all weights go, and the largest
+    gradients of all come, to the total exactly.
     """
 
     share: Rising
@@ -44,7 +43,7 @@ class RemoveChannelsAndExchange:
     def choose_all(self, views: Sequence[WeightView], total: int) -> list[Choice]:
         gone = [view.extras["gone"].flatten(1)[:, 0].clone() for view in views]
         if views[0].step % self.channel_every == 0:
-            self.remove(views, gone, total)
+            remove_channels(views, gone, self.share(views[0].step), self.floor, total)
         without = [dead.repeat_interleave(prod(v.shape[1:])) for v, dead in zip(views, gone, strict=True)]
         sizes = [magnitudes(view, elsewhere=-torch.inf) for view in views]
         sizes = [size.masked_fill(out, -torch.inf) for size, out in zip(sizes, without, strict=True)]
@@ -55,36 +54,6 @@ class RemoveChannelsAndExchange:
             Choice(mask.view(view.shape), {"gone": out.view(view.shape)})
             for mask, out, view in zip(top_of_all(steep, total), without, views, strict=True)
         ]
-
-    def remove(self, views: Sequence[WeightView], gone: Sequence[Tensor], total: int) -> None:
-        """Mark in place the rows that go at this step."""
-        channels, dead = _channels(views), [flags.tolist() for flags in gone]
-        wanted, count = self.share(views[0].step) * sum(map(len, channels)), sum(map(sum, dead))
-        alive = [flags.count(False) for flags in dead]
-        least = [max(1, ceil(self.floor * len(flags))) for flags in dead]
-        columns = [prod(view.shape[1:]) for view in views]
-        room = sum(a * c for a, c in zip(alive, columns, strict=True)) - total
-        sizes = [magnitudes(v, elsewhere=0.0).double().view(v.shape[0], -1).sum(1).tolist() for v in views]
-        mean = lambda rows: sum(sizes[k][r] for k, r in rows) / sum(columns[k] for k, _ in rows)  # noqa: E731
-        for rows in sorted(channels, key=mean):
-            here = [k for k, _ in rows]
-            cost = sum(columns[k] for k in here)
-            fits = all(alive[k] - here.count(k) >= least[k] for k in here)
-            if dead[rows[0][0]][rows[0][1]] or not fits or cost > room or count + len(rows) > wanted:
-                continue
-            for k, row in rows:
-                gone[k][row], alive[k] = True, alive[k] - 1
-            room, count = room - cost, count + len(rows)
-
-
-def _channels(views: Sequence[WeightView]) -> list[list[tuple[int, int]]]:
-    """(view, row) of what may go: rows that are one channel together, others alone."""
-    groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for k, view in enumerate(views):
-        for row in range(view.shape[0]) if view.ablates else ():
-            label = (-1, view.channels[row]) if view.channels else (k, row)
-            groups.setdefault(label, []).append((k, row))
-    return list(groups.values())
 
 
 def _steepness(view: WeightView, kept: Tensor) -> Tensor:

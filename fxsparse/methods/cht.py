@@ -1,6 +1,6 @@
 """CHT and CHTs: Cannistraci-Hebb training, which grows links by the network's topology alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fxsparse.errors import PlanError
+from fxsparse.link_prediction import cht_scores, whole_chains
 from fxsparse.method import Method, Probe, WeightView, register
 from fxsparse.options import check_one_of
 from fxsparse.pattern import Unstructured
@@ -22,23 +23,6 @@ LARGEST = 8_192
 """Rows and columns up to which scores are computed: three products of n x n matrices, and as much memory."""
 _LEAST = 1e-30
 """What a link without any path counts: it is drawn where nothing else is left."""
-
-
-def cht_scores(links: Tensor, kind: str) -> Tensor:
-    """For every pair of an output and an input how well paths of length 3 connect them, [out, in] like `links` B.
-
-    With common neighbours ``DD = B B'``, external links ``e[i, j] = max(deg_j - DD[i, j] - 1, 0)`` and
-    ``phi = [DD > 0] / (1 + e)`` ("ch3") or ``(1 + DD) [DD > 0] / (1 + e)`` ("ch2"), of both sides:
-    ``phi_out B + (phi_in B')'``.
-    """
-    b = links.float()
-    return _phi(b, kind) @ b + (_phi(b.t(), kind) @ b.t()).t()
-
-
-def _phi(b: Tensor, kind: str) -> Tensor:
-    common = b @ b.t()
-    external = (b.sum(1) - common - 1).clamp_min(0)
-    return torch.where(common > 0, (1 + common if kind == "ch2" else 1) / (1 + external), 0)
 
 
 @dataclass(frozen=True)
@@ -67,7 +51,7 @@ class RemoveAndPredict:
         kept = {view.name: to_mask(self._kept(view), (view.shape[0], prod(view.shape[1:]))) for view in views}
         pairs = [(view.name, fed) for view in views for fed in view.feeds if fed in kept]
         # Links that nothing would be left of have no topology to grow by, and stay.
-        kept |= {name: mask for name, mask in _whole_chains(kept, pairs).items() if bool(mask.any())}
+        kept |= {name: mask for name, mask in whole_chains(kept, pairs).items() if bool(mask.any())}
         return [self._grown(view, kept[view.name]) for view in views]
 
     def _kept(self, view: WeightView) -> Tensor:
@@ -96,18 +80,6 @@ def _gumbel(like: Tensor, generator: torch.Generator) -> Tensor:
     """Noise whose largest sums with log-weights are a draw without replacement."""
     drawn = torch.rand(like.shape, generator=generator).clamp(1e-7, 1 - 1e-7)
     return -(-drawn.log()).log().to(like.device)
-
-
-def _whole_chains(links: Mapping[str, Tensor], pairs: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
-    """Masks without the links of neurons that have none on their other side, until there is no such neuron."""
-    masks, count = {name: mask.clone() for name, mask in links.items()}, -1
-    while count != (left := sum(int(mask.sum()) for mask in masks.values())):
-        count = left
-        for into, out in pairs:
-            dead = ~masks[into].any(1) | ~masks[out].any(0)
-            masks[into][dead] = False
-            masks[out][:, dead] = False
-    return masks
 
 
 @register

@@ -7,7 +7,7 @@ import fxsparse
 from fxsparse import Plan
 from fxsparse.errors import PlanError, UnsupportedError
 from fxsparse.methods import s_ste
-from fxsparse.methods.s_ste import Beta, keep_probabilities, mvue24, s_ste_map, soft24
+from fxsparse.methods.s_ste import Beta, s_ste_map, soft24
 from fxsparse.pattern import NM
 
 ROWS = torch.tensor([[0.9, -0.4, 0.1, -1.2], [0.3, 0.3, -0.2, 0.05]], dtype=torch.float64)
@@ -73,38 +73,6 @@ def test_beta_is_frozen_and_folded_with_the_values():
     weight = sparse.get_parameter("0.weight").detach()
     assert torch.equal(sparse.dense_state_dict()["0.weight"], beta * soft24(weight))
     NM(2, 4).check(sparse.dense_state_dict()["0.weight"] != 0)
-
-
-def test_keep_probabilities_worked_out_beforehand():
-    found = keep_probabilities(ROWS[0].abs())
-    torch.testing.assert_close(
-        found, torch.tensor([0.71964, 0.373316, 0.098784, 0.80826], dtype=torch.float64), atol=1e-6, rtol=0
-    )
-    assert float(found.sum()) == pytest.approx(2, abs=1e-14)
-
-
-def test_every_pair_at_its_odds_gives_the_tensor_back():
-    """The draw is a function of two uniform numbers, constant between the ends of its intervals: an exact mean."""
-    row = ROWS[0]
-    size, mean = row.abs(), torch.zeros(4, dtype=torch.float64)
-    ends = torch.cat([torch.zeros(1), size.cumsum(0) / size.sum()]).double()
-    for i in range(4):
-        left = size.clone()
-        left[i] = 0
-        inner = torch.cat([torch.zeros(1), left.cumsum(0) / left.sum()]).double()
-        for j in {0, 1, 2, 3} - {i}:
-            numbers = torch.stack([(ends[i] + ends[i + 1]) / 2, (inner[j] + inner[j + 1]) / 2])
-            found = mvue24(row, numbers[:, None])
-            assert found.nonzero().flatten().tolist() == sorted((i, j))
-            mean += (ends[i + 1] - ends[i]) * (inner[j + 1] - inner[j]) * found
-    torch.testing.assert_close(mean, row, rtol=1e-13, atol=1e-15)
-
-
-def test_small_and_zero_groups_lose_nothing():
-    hard = torch.tensor([[0.0, 0, 0, 0], [0, -3, 0, 0], [0, 2, 0, -1], [1, 1e-12, 1e-12, 1e-12]])
-    found = mvue24(hard.flatten(), torch.full((2, 4), 1 - 2**-24)).view(4, 4)
-    assert torch.equal(found[:3], hard[:3])
-    torch.testing.assert_close(found[3], torch.tensor([1, 0, 0, 3e-12]), rtol=1e-5, atol=0)
 
 
 def gradients(sparse, x, call=None):
