@@ -19,8 +19,8 @@ from fxsparse.kernels.library import activation_code, define, refuse_gradient
 PANEL_LINES = 900
 """Pixels of 16 lanes that a block of the weight should read at most: 56 KiB, somewhat more than L1 has.
 
-With half of it, which fits, ResNets of 90 and 95 % zeros took 1.05 to 1.1 times as long: rows have few entries in a block
-then, and their sums go back and forth between L1 and L2 for each."""
+With half of it, which fits, ResNets of 90 and 95 % zeros took 1.05 to 1.1 times as long: rows have few entries in a
+block then, and their sums go back and forth between L1 and L2 for each."""
 _RUN = 7
 
 
