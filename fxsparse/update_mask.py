@@ -78,6 +78,8 @@ class UpdateStep:
     optimizer: Optimizer | None = None
     averages: Sequence[Weights] = ()
     """Copies whose values go where those of the weights go."""
+    stepped: bool = False
+    """The optimizer has taken this step, so that a fused one has divided ``.grad`` by the scale of a GradScaler."""
 
     @property
     def drop_fraction(self) -> float:
@@ -291,9 +293,8 @@ def _active_gradient(
             f"{step.method.name} at step {step.number} ranks {name!r} by its gradient, and it has none: expected a "
             "backward through it before the step, and zero_grad() after the update, not before it."
         )
-    scale = getattr(
-        step.optimizer, "grad_scale", None
-    )  # of a GradScaler, which a fused optimizer divides by itself
+    # Of a GradScaler: a fused optimizer divides ``.grad`` by it, in place, and others find it divided.
+    scale = None if step.stepped else getattr(step.optimizer, "grad_scale", None)
     compact = isinstance(store, CompactWeight)
     found = gradient[: len(active)] if compact else store.at(sharding.whole(gradient), active)
     return found if scale is None else found / scale

@@ -290,10 +290,8 @@ class MaskUpdates:
     @torch.no_grad()
     def _can_wait(self, optimizer: Optimizer) -> bool:
         """Whether it is left on the device if this step counts, as no update can come before the end of the next."""
-        found_inf, first = (
-            getattr(optimizer, "found_inf", None),
-            self.count.known + (not self.schedule.skip_step),
-        )
+        found_inf = getattr(optimizer, "found_inf", None)
+        first = self.count.known + (not self.schedule.skip_step)
         near = any(map(self.schedule.fires, range(first, first + self.count.waiting + 2)))
         if not isinstance(found_inf, Tensor) or near:
             return False
@@ -305,8 +303,9 @@ class MaskUpdates:
     def _run(self, optimizer: Optimizer, evidence: Evidence) -> bool:
         self._explored = None
         averages = tuple(dict(average.weights()) for average in self._averages)
+        now, stepped = self._update, self._held is not None
         step = UpdateStep(
-            self._update, self.method, self.seed, self.targets, evidence, self.history, optimizer, averages
+            now, self.method, self.seed, self.targets, evidence, self.history, optimizer, averages, stepped
         )
         moved = any(self.graph(step))
         for average, weights in zip(self._averages, averages, strict=True):

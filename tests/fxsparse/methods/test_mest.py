@@ -1,4 +1,5 @@
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 import fxsparse
 from fxsparse import Plan
 from fxsparse.errors import PlanError
+from fxsparse.method import Probe
 from fxsparse.methods import mest
 from fxsparse.pattern import Unstructured
 from fxsparse.storage import CompactWeight
@@ -99,6 +101,36 @@ def test_compact_storage_trains_the_same_weights_as_masked(gradient):
         ends.append(sparse.dense_state_dict())
     for name, value in ends[0].items():
         torch.testing.assert_close(value, ends[1][name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("storage", ["masked", "compact"])
+@pytest.mark.parametrize("before", [False, True], ids=["after the step", "instead of a step"])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_fused_optimizer_under_grad_scaler_shows_the_rule_the_gradient_of_the_loss(kind, before, storage):
+    seen, ends = [], []
+    method = mest(steps=12, every=1, gradient=1.0, exchange=(0.3,), phases=())
+
+    @dataclass(frozen=True)
+    class Watched:
+        probe: ClassVar[Probe] = Probe.NONE
+
+        def __call__(self, view):
+            seen.append(view.active_gradient().clone())
+            return method.rule(view)
+
+    schedule = replace(method.schedule, start=0 if before else 1, skip_step=before)
+    for scale in (1.0, 256.0):
+        torch.manual_seed(0)
+        plan = Plan(sparsity=0.5, storage=storage, method=replace(method, rule=Watched(), schedule=schedule))
+        sparse = fxsparse.compile(nn.Linear(16, 8), plan)
+        optimizer = kind(sparse.parameters(), lr=0.1, fused=True)
+        sparse.attach(optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        scaler.scale(sparse(torch.ones(4, 16)).square().mean()).backward()
+        scaler.step(optimizer)
+        ends.append(sparse.masks()["weight"])
+    torch.testing.assert_close(seen[0], seen[1])
+    assert torch.equal(*ends)
 
 
 @pytest.mark.parametrize(
