@@ -184,6 +184,8 @@ class PassContext:
     """What the entries of the weights cost, where the plan has a budget."""
     scores: Mapping[str, Tensor] = field(default_factory=dict)
     """{weight: what its entries are worth before training}, in the user's layout, where the caller gave any."""
+    extended: set[str] = field(default_factory=set)
+    """Weights that have their mask and the method's tensors beside them."""
     shrunk: dict[str, Shrunk] = field(default_factory=dict)
     """What remove-dead-neurons took, by weight."""
     flops_before: FlopCount | None = None

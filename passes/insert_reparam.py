@@ -13,6 +13,7 @@ from fxsparse.initial import BEFORE_TRAINING, initial_mask, initial_values, note
 from fxsparse.method import Extra, extras_of
 from fxsparse.pipeline import PassContext
 from fxsparse.rng import generator_for
+from fxsparse.soft_masks import SoftMask
 from fxsparse.storage import MaskedWeight
 
 
@@ -22,6 +23,10 @@ class InsertReparam:
 
     Zeroes pruned entries of the user's Parameter in place where the method keeps exact zeros, and draws the active ones
     anew where it says so.
+
+    Raises:
+        PlanError: the user's module has something under a name of the method's tensors already.
+        UnsupportedError: a weight that is stored [in, out], where the method computes with rows.
     """
 
     name: ClassVar[str] = "insert-reparam"
@@ -33,14 +38,17 @@ class InsertReparam:
         method = ctx.plan.method
         function, arguments = method.reparam.function(dense_grad=False)
         rewrites = 0
-        note_drawn(ctx, [name for name, decision in ctx.decisions.items() if decision.storage == "masked"])
-        for name, decision in ctx.decisions.items():
-            if decision.storage != "masked":
-                continue
+        masked = [name for name, decision in ctx.decisions.items() if decision.storage == "masked"]
+        note_drawn(ctx, masked)
+        for name in masked:  # all of them before the first weight is changed
             _refuse_layout(ctx, name)
-            register_mask(ctx, name)
-            register_extras(ctx, name)
-            names = ["mask", *(extra.name for extra in extras_of(method.reparam))]
+            _refuse_taken(ctx, name)
+        names = ["mask", *(extra.name for extra in extras_of(method.reparam))]
+        for name in masked:
+            if name not in ctx.extended:  # by another graph of the program
+                register_mask(ctx, name)
+                register_extras(ctx, name)
+                ctx.extended.add(name)
             for node in attribute_nodes(gm.graph, name):
                 beside, last = [], node
                 for extra in names:
@@ -58,10 +66,8 @@ class InsertReparam:
 
 
 def register_mask(ctx: PassContext, name: str) -> None:
-    """Draw the mask of a weight, once, and register it as the buffer ``<weight>_mask``."""
+    """Draw the mask of a weight and register it as the buffer ``<weight>_mask``."""
     module, leaf = owner(ctx.program.skeleton, name)
-    if f"{leaf}_mask" in module._buffers:
-        return
     assert ctx.plan is not None
     mask = initial_mask(ctx, name)
     module.register_buffer(f"{leaf}_mask", mask)
@@ -79,11 +85,7 @@ def register_mask(ctx: PassContext, name: str) -> None:
 
 @torch.no_grad()
 def register_extras(ctx: PassContext, name: str) -> None:
-    """Register the method's tensors beside a weight, once: Parameters where they are learned, else buffers.
-
-    Raises:
-        PlanError: the module has something under that name already.
-    """
+    """Register the method's tensors beside a weight: Parameters where they are learned, else buffers."""
     assert ctx.plan is not None
     module, leaf = owner(ctx.program.skeleton, name)
     parameter = module._parameters[leaf]
@@ -92,14 +94,6 @@ def register_extras(ctx: PassContext, name: str) -> None:
         parameter.requires_grad_(False)
     for extra in ctx.plan.method.extras:
         own = f"{leaf}_{extra.name}"
-        known = module._parameters if extra.learned else module._buffers
-        if known.get(own) is not None:
-            return  # another graph of the program was here
-        if hasattr(module, own):
-            raise PlanError(
-                f"{ctx.plan.method.name} keeps a tensor beside {name!r} as {own!r}, and the module has an attribute of "
-                "that name: rename that one."
-            )
         value = _first_value(ctx, name, extra, parameter.detach(), module._buffers[f"{leaf}_mask"])
         if extra.learned:
             module.register_parameter(own, nn.Parameter(value))
@@ -114,6 +108,22 @@ def _first_value(ctx: PassContext, name: str, extra: Extra, weight: Tensor, mask
         return ctx.state[f"{name}_{extra.name}"].clone()
     generator = generator_for(ctx.plan.seed, f"{name} {extra.name}", BEFORE_TRAINING)
     return extra.start(weight, mask, generator).to(weight.device)
+
+
+def _refuse_taken(ctx: PassContext, name: str) -> None:
+    """PlanError where the user's module has something under a name that the method needs beside a weight."""
+    assert ctx.plan is not None
+    if name in ctx.extended:
+        return
+    module, leaf = owner(ctx.program.skeleton, name)
+    method = ctx.plan.method
+    soft = ["soft"] if isinstance(method.reparam, SoftMask) else []
+    for own in (f"{leaf}_{kept}" for kept in ["mask", *soft, *(extra.name for extra in method.extras)]):
+        if hasattr(module, own):
+            raise PlanError(
+                f"{method.name} keeps a tensor beside {name!r} as {own!r}: expected that name to be free, and "
+                f"{type(module).__name__} has an attribute {own!r} already. Rename that one, or exclude {name!r}."
+            )
 
 
 def _refuse_layout(ctx: PassContext, name: str) -> None:
