@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fxsparse.allocation import Target
+from fxsparse.dropout_off import dropout_off
 from fxsparse.errors import NumericsError, PlanError
 from fxsparse.passes import planning_pipeline
 from fxsparse.pipeline import PassContext, run_passes
@@ -16,8 +17,6 @@ from fxsparse.report import Report
 from fxsparse.saliencies import snip as snip
 from fxsparse.scores import SALIENCIES, Given, Scoring
 from fxsparse.trace import capture
-
-_DROPOUT = (nn.modules.dropout._DropoutNd, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 def saliency(
@@ -30,8 +29,8 @@ def saliency(
 ) -> dict[str, Tensor]:
     """{weight: score of each entry} of every weight that the plan selects, by the score that its method names.
 
-    For ``compile(model, plan, initial_scores=...)``.  A copy of the model is scored in train mode with its dropout
-    modules off; `model` is left untouched.  With ``Plan(allocation="global_score")`` the largest of all scores
+    For ``compile(model, plan, initial_scores=...)``.  A copy of the model is scored in train mode with dropout off, that
+    of modules, functions and attention; `model` and torch's generators are left as they are.  With ``Plan(allocation="global_score")`` the largest of all scores
     together decide how many entries each weight keeps, as in SNIP, GraSP and SynFlow; any other allocation gives the
     counts, and scores only rank the entries of a weight.
 
@@ -59,12 +58,11 @@ def saliency(
         )
     names, density = _selected(model, plan, example_inputs)
     own = copy.deepcopy(model).train()
-    for module in own.modules():
-        if isinstance(module, _DROPOUT):
-            module.eval()
     for name in names:
         own.get_parameter(name).requires_grad_(True)
-    found = SALIENCIES[init.name](Scoring(own, names, loss_fn, list(batches), density, example_inputs))
+    scoring = Scoring(own, names, loss_fn, list(batches), density, example_inputs)
+    with dropout_off(own):
+        found = SALIENCIES[init.name](scoring)
     for name in names:
         if not bool(found[name].isfinite().all()):
             raise NumericsError(
