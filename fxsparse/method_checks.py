@@ -2,17 +2,18 @@
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 
 import torch
 from torch import Tensor
 
-from fxsparse.method import Choice, Method, Probe, Signs, WeightView, from_dict
+from fxsparse.choice_checks import checked_choice, checked_choices
+from fxsparse.method import Choice, GlobalRule, Method, Probe, Signs, WeightView, from_dict
 from fxsparse.observed import Observed, marginals
 from fxsparse.pattern import Pattern
 from fxsparse.rng import generator_for
 from fxsparse.selection import check_positions, to_mask, to_positions
-from fxsparse.update_mask import as_choice
 
 
 def check_method(method: Method, pattern: Pattern, shape: Sequence[int], nnz: int, updates: int = 50) -> None:
@@ -123,10 +124,11 @@ def _checked_update(
     assert method.rule is not None
     first = views[0]
     where = f"{method.name} at step {first.step}"
-    choice = as_choice(method.rule(first))
-    assert set(choice.extras) <= set(first.extras), f"{where}: writes extras {sorted(choice.extras)}"
+    choice = checked_choice(method.rule(first), first, method)
+    if isinstance(method.rule, GlobalRule):
+        alone = replace(first, generator=generator_for(0, first.name, first.step))
+        checked_choices(method.rule.choose_all([alone], first.nnz), [alone], method)
     new = _positions(choice)
-    check_positions(new, mask.numel(), where)
     if method.learned_nnz:
         assert method.extras, f"{where}: learns its count, yet has nothing to learn it with"
     elif method.varying_nnz:
@@ -134,7 +136,7 @@ def _checked_update(
     else:
         assert len(new) == first.nnz, f"{where}: {len(new)} entries, expected {first.nnz}"
     for view in views[1:]:
-        again = _positions(as_choice(method.rule(view)))
+        again = _positions(checked_choice(method.rule(view), view, method))
         assert torch.equal(new, again), f"{where}: the choice depends on the gradient's tiles"
     moved = to_mask(new, mask.shape)
     first.pattern.check(moved)

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from fxsparse import optimizer_state, sharding
 from fxsparse.averages import Weights, follow
+from fxsparse.choice_checks import check_mask, checked_choice, checked_choices
 from fxsparse.errors import InvariantError, PlanError
 from fxsparse.kernels import probe
 from fxsparse.kernels.csr.conv_gradient import conv_gradient_at, conv_gradient_tiles
@@ -19,7 +20,7 @@ from fxsparse.observed import Evidence, Observed, marginals, sum_over_ranks
 from fxsparse.pattern import Pattern
 from fxsparse.prices import Price
 from fxsparse.rng import generator_for
-from fxsparse.selection import MaskChange, to_positions
+from fxsparse.selection import MaskChange, check_positions, to_positions
 from fxsparse.storage import CompactWeight, MaskedWeight
 from fxsparse.topology import TopologyHistory
 
@@ -110,7 +111,7 @@ def update_mask(
     if not _takes_part(store, name, step):
         return False
     view = _view(store, name, step)
-    choice = as_choice(rule(view))
+    choice = checked_choice(rule(view), view, step.method)
     _check_count(counted(choice), view, step.method)
     return _carry_out(step, name, store, view.active, choice)
 
@@ -129,24 +130,13 @@ def update_together(
     targets = [step.targets[name] for name, _ in stores]
     numels = [torch.Size(target.shape).numel() for target in targets]
     total = method.nnz(step.number, sum(target.nnz for target in targets), sum(numels))
-    choices = [as_choice(choice) for choice in rule.choose_all(views, total)]
+    choices = checked_choices(rule.choose_all(views, total), views, method)
     _check_total(sum(map(counted, choices)), total, step)
     moved = [
         _carry_out(step, name, store, view.active, choice)
         for (name, store), view, choice in zip(stores, views, choices, strict=True)
     ]
     return any(moved)
-
-
-def as_choice(chosen: Tensor | Choice) -> Choice:
-    """What a rule gave as a Choice; InvariantError where it gave something else."""
-    if isinstance(chosen, Choice):
-        return chosen
-    if not isinstance(chosen, Tensor):
-        raise InvariantError(
-            f"expected an update rule to return positions, a mask or a Choice, got {type(chosen).__name__}."
-        )
-    return Choice(chosen)
 
 
 def counted(choice: Choice) -> int:
@@ -167,6 +157,9 @@ def choose_together(step: UpdateStep, proposals: Sequence[Proposal | None]) -> d
     rule, made = step.method.rule, [proposal for proposal in proposals if proposal is not None]
     assert isinstance(rule, JointRule)
     chosen = rule.choose(made, step.drop_fraction)
+    for proposal, positions in zip(made, chosen, strict=True):
+        numel = torch.Size(step.targets[proposal.name].shape).numel()
+        check_positions(positions, numel, f"{proposal.name}: {step.method.name} at step {step.number}")
     return {proposal.name: positions for proposal, positions in zip(made, chosen, strict=True)}
 
 
@@ -189,6 +182,7 @@ def _store(
 def _rewrite(step: UpdateStep, rule: WholeRule, store: MaskedWeight, name: str) -> bool:
     target = step.targets[name]
     mask = rule.mask(store.dense(), target.pattern, target.nnz_at(step.number, step.method))
+    check_mask(mask, store.shape, f"{name}: {step.method.name} at step {step.number}")
     step.history.record_masks(name, step.number, store.logical_mask(), mask)
     return store.rewrite(mask)
 
@@ -309,9 +303,9 @@ def _momentum(store: MaskedWeight | CompactWeight, name: str, step: UpdateStep) 
 
 def _tiles(store: MaskedWeight | CompactWeight, name: str, step: UpdateStep) -> Iterator[tuple[int, Tensor]]:
     if isinstance(store, MaskedWeight):
-        yield 0, store.rows(step.evidence.gradients[name])
+        yield 0, store.rows(_collected(step.evidence.gradients, name, step))
         return
-    observed = step.evidence.observed[name]
+    observed = _collected(step.evidence.observed, name, step)
     if len(store.shape) == 2:
         tiles = probe.gradient_tiles(_pairs(observed), store.matrix_shape)
     else:
@@ -325,14 +319,26 @@ def _gradient_at(
     store: MaskedWeight | CompactWeight, positions: Tensor, name: str, step: UpdateStep
 ) -> Tensor:
     if isinstance(store, MaskedWeight):
-        return store.at(step.evidence.gradients[name], positions)
-    observed = step.evidence.observed[name]
+        return store.at(_collected(step.evidence.gradients, name, step), positions)
+    observed = _collected(step.evidence.observed, name, step)
     if len(store.shape) == 2:
         sampled = gradient_at(_pairs(observed), positions, store.matrix_shape)
     else:
         sampled = conv_gradient_at(_windows(observed), positions, store.shape)
     sum_over_ranks(sampled)
     return sampled
+
+
+def _collected(evidence: Mapping[str, Any], name: str, step: UpdateStep) -> Any:
+    if name not in evidence:
+        rule = step.method.rule
+        assert rule is not None, "only a rule reads gradients"
+        raise InvariantError(
+            f"{name}: {step.method.name} at step {step.number} reads gradients beyond the active entries, which a rule "
+            f"with Probe.{rule.probe.name} does not collect: expected probe = Probe.DENSE for gradient_tiles, SAMPLED "
+            "or GUIDED for gradient_at."
+        )
+    return evidence[name]
 
 
 def _pairs(observed: Sequence[Observed]) -> list[tuple[Tensor, Tensor]]:

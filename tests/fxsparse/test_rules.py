@@ -6,13 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxsparse.errors import InvariantError, NumericsError
+from fxsparse.errors import NumericsError
 from fxsparse.method import Probe, WeightView, WholeRule
 from fxsparse.pattern import NM, Block, ConstantFanIn, Pattern, Strided, Unstructured
 from fxsparse.rng import generator_for
 from fxsparse.rules import GradientMagnitude, LargestMagnitude, PruneGrow, UniformRandom, magnitudes
 from fxsparse.selection import MaskChange, to_positions
-from fxsparse.update_mask import as_choice
 
 RIGL = PruneGrow(GradientMagnitude())
 SET = PruneGrow(UniformRandom())
@@ -234,12 +233,6 @@ def test_random_growth_of_an_unstructured_mask_costs_what_its_entries_cost():
     assert len(chosen) == len(active)
     assert set(active[len(active) // 2 :].tolist()) <= set(chosen.tolist()), "the larger half stays"
     assert int(chosen.diff().min()) > 0
-
-
-@pytest.mark.parametrize("given", [None, [0, 1]])
-def test_what_is_no_choice_is_refused(given: object) -> None:
-    with pytest.raises(InvariantError, match=f"positions, a mask or a Choice, got {type(given).__name__}"):
-        as_choice(given)  # type: ignore[arg-type]
 
 
 def test_magnitudes_stand_in_their_places_with_one_number_elsewhere():
