@@ -5,16 +5,6 @@
 
 namespace fxsparse {
 
-// A large new tensor asks for huge pages: faults of 4 KiB pages took most of the time of writing 51 MB.
-inline void on_huge_pages(const Tensor& y) {
-#if defined(__linux__)
-  const auto begin = reinterpret_cast<uintptr_t>(y.mutable_data_ptr()), page = uintptr_t(Buffer::kHugePage);
-  const uintptr_t end = begin + y.numel() * (scalar_of(y, "y") == Scalar::f32 ? 4 : 2);
-  const uintptr_t first = (begin + page - 1) / page * page;
-  if (end >= first + 2 * page) madvise(reinterpret_cast<void*>(first), (end - first) / page * page, MADV_HUGEPAGE);
-#endif
-}
-
 struct Weight {
   std::vector<Buffer> owned;
   const float* values;

@@ -42,6 +42,7 @@ _HEADERS = (
     "vec.h",
     "rows.h",
     "planes.h",
+    "memory.h",
     "tensors.h",
     "tiles.h",
     "window.h",

@@ -198,7 +198,6 @@ Tensor csr_conv_inference(const Tensor& x_any, const Tensor& values, const Tenso
                                 std::equal(y.sizes().begin(), y.sizes().end(), residual->sizes().begin())),
                   "fxsparse: expected a residual of the output's shape and dtype");
   if (y.numel() == 0) return y;
-  on_huge_pages(y);
   const Tensor added = residual ? in_order(*residual) : y;
   const TileTable& table = tiles();
   const int64_t W = table.lanes;

@@ -150,7 +150,6 @@ struct Conv {
     STD_TORCH_CHECK(!residual || (residual->dim() == 5 && residual->scalar_type() == ScalarType::Float &&
                                   std::equal(y.sizes().begin(), y.sizes().end(), residual->sizes().begin())),
                     "fxsparse: expected a residual of the output's shape and dtype");
-    on_huge_pages(y);
     if (bias) start = static_cast<const float*>(bias->const_data_ptr());
     if (residual) added = in_order(*residual);
     // The input itself is the panel where one tap reads every pixel where it lies.
@@ -309,7 +308,6 @@ Tensor max_pool_lanes(const Tensor& x, std::vector<int64_t> numbers, int64_t gri
   const LaneTable& table = table_of();
   const Tiles tiles(part_of(w.height, grid), part_of(w.width, grid), 1, table.most_pixels);
   Tensor y = empty(x, {from.units, from.channels, tiles.height, tiles.width, kLine});
-  on_huge_pages(y);
   auto* to = static_cast<float*>(y.mutable_data_ptr());
   const Panel panel(w, 1, tiles.pixels);
   const int64_t planes = from.units * from.channels;
@@ -357,7 +355,6 @@ Tensor to_lanes(const Tensor& x_any, int64_t grid) {
                   described(x));
   const int64_t units = x.size(0) * grid * grid / kLine;
   Tensor y = empty(x, {units, x.size(1), x.size(2) / grid, x.size(3) / grid, kLine});
-  on_huge_pages(y);
   auto* to = static_cast<float*>(y.mutable_data_ptr());
   const LaneTable& table = table_of();
   for_rows(static_cast<const float*>(x.const_data_ptr()), units, x.size(1), x.size(2), x.size(3), grid,
@@ -369,7 +366,6 @@ Tensor from_lanes(const Tensor& x_any, int64_t grid) {
   const Tensor x = in_order(x_any);
   const Lanes from = lanes_of(x, grid);
   Tensor y = empty(x, {from.units * kLine / (grid * grid), from.channels, from.height * grid, from.width * grid});
-  on_huge_pages(y);
   const LaneTable& table = table_of();
   for_rows(static_cast<float*>(y.mutable_data_ptr()), from.units, from.channels, y.size(2), y.size(3), grid,
            [&](float* const* rows, int64_t count, int64_t at) { table.scatter(from.data + at, count, rows); });

@@ -5,10 +5,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <atomic>
 #include <memory>
@@ -18,6 +14,7 @@
 #include <tuple>
 #include <vector>
 
+#include "memory.h"
 #include "table.h"
 
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK  // torch 2.11 has the older name only
@@ -51,21 +48,21 @@ inline const Table& table() {
   return table_portable();
 }
 
-// Large ones ask for huge pages: gathers from a panel of 16 MB missed the TLB of 4 KiB pages at nearly every entry.
+// Uninitialised floats.
 struct Buffer {
-  explicit Buffer(int64_t count)
-      : align(count * 4 >= 2 * kHugePage ? kHugePage : 64),
-        data(static_cast<float*>(::operator new(std::max<int64_t>(count, 1) * sizeof(float), std::align_val_t(align)))) {
-#if defined(__linux__)
-    if (align == kHugePage) madvise(data, count * sizeof(float), MADV_HUGEPAGE);
-#endif
+  explicit Buffer(int64_t count) : large(count * sizeof(float) >= kLarge) {
+    const size_t bytes = std::max<int64_t>(count, 1) * sizeof(float);
+    data = static_cast<float*>(large ? KeptMemory::all().take(bytes) : ::operator new(bytes, kAlign));
   }
-  Buffer(Buffer&& other) noexcept : align(other.align), data(std::exchange(other.data, nullptr)) {}
+  Buffer(Buffer&& other) noexcept : large(other.large), data(std::exchange(other.data, nullptr)) {}
   Buffer(const Buffer&) = delete;
-  ~Buffer() { ::operator delete(data, std::align_val_t(align)); }
+  ~Buffer() {
+    if (!large) ::operator delete(data, kAlign);
+    else if (data) KeptMemory::all().give(data);
+  }
 
-  static constexpr int64_t kHugePage = 1 << 21;
-  const int64_t align;
+  static constexpr std::align_val_t kAlign{64};
+  const bool large;
   float* data;
 };
 
@@ -156,9 +153,19 @@ inline void put_floats(const float* from, const Tensor& t) {
 inline Tensor empty(int32_t dtype, const std::vector<int64_t>& sizes) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
+  const size_t bytes = std::accumulate(sizes.begin(), sizes.end(), size_t(1), std::multiplies<>()) *
+                       (dtype == aoti_torch_dtype_float32() ? 4 : dtype == aoti_torch_dtype_bfloat16() ? 2 : 0);
+  const int32_t cpu = aoti_torch_device_type_cpu();
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  if (bytes < kLarge) {
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype, cpu, 0, &handle));
+  } else {
+    const auto give = [](void* data, void*) { KeptMemory::all().give(data); };
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(KeptMemory::all().take(bytes), sizes.size(), sizes.data(), strides.data(), 0,
+                                                  dtype, cpu, -1, &handle, aoti_torch_layout_strided(), nullptr, 0, give,
+                                                  nullptr));
+  }
   return Tensor(handle);
 }
 
