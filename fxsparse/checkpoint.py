@@ -72,7 +72,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
         with safe_open(os.fspath(path), framework="pt") as file:
             found = file.metadata() or {}
             header = _header(path, found)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
+            # Copies: a view of the file lies at any address, where kernels give other last bits, and goes with the file.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  it is no mapping
     except (OSError, SafetensorError, TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise

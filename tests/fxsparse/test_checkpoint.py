@@ -40,6 +40,16 @@ def test_what_is_read_is_what_was_written(path):
     assert [entry.name for entry in path.parent.iterdir()] == ["file"]
 
 
+def test_what_is_read_lies_where_new_tensors_lie_and_outlives_the_file(tmp_path):
+    odd = {str(n): torch.full((n,), float(n)) for n in (3, 5, 33, 1001)}
+    checkpoint.write(tmp_path / "file", odd, {})
+    tensors, _ = checkpoint.read(tmp_path / "file")
+    with open(tmp_path / "file", "r+b") as file:
+        file.write(bytes((tmp_path / "file").stat().st_size))
+    assert [tensor.data_ptr() % 64 for tensor in tensors.values()] == [0] * len(odd)
+    assert all(torch.equal(tensors[name], odd[name]) for name in odd)
+
+
 def test_the_same_memory_is_written_once_and_a_part_of_it_alone(tmp_path):
     whole = torch.randn(1000)
     checkpoint.write(tmp_path / "file", {"a": whole, "tied": whole, "part": whole[:10]}, {})

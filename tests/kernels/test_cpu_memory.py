@@ -73,7 +73,9 @@ def test_threads_do_not_share_what_they_write(product):
 
     def work(seed):
         x = torch.randn(3_000, IN, generator=torch.Generator().manual_seed(seed))
-        wrong.extend(step for step in range(20) if not torch.allclose(sparse(x + step), dense(x + step), atol=1e-4))
+        wrong.extend(
+            step for step in range(20) if not torch.allclose(sparse(x + step), dense(x + step), atol=1e-4)
+        )
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
     for thread in threads:
