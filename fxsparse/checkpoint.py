@@ -72,7 +72,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
         with safe_open(os.fspath(path), framework="pt") as file:
             found = file.metadata() or {}
             header = _header(path, found)
-            # Copies: a view of the file lies at any address, where kernels give other last bits, and goes with the file.
+            # Copies: views of the file lie at any address, where kernels give other last bits, and change with it.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  it is no mapping
     except (OSError, SafetensorError, TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
