@@ -7,11 +7,14 @@ from torch import Tensor
 
 from fxsparse.method import Choice, Extra, Method, Probe, WeightView, register
 from fxsparse.methods.movement import largest
-from fxsparse.options import check_integer, check_positive
+from fxsparse.options import check_integer, check_number, check_positive
 from fxsparse.reparam import Filled, ValueMap, one_node
 from fxsparse.schedule import Schedule
 from fxsparse.scores import score_named
 from fxsparse.topk import soft_topk
+
+LEAST_EPS = 1e-6
+"""Scores begin near 1, and so close to each other float32 does not tell them apart: masks are hard from the start."""
 
 
 @one_node
@@ -66,6 +69,7 @@ def dtp(eps: float = 1.0, every: int = 1, score_lr: float = 1.0) -> Method:
     rate is `score_lr` times that of the weights, without weight decay.
     """
     check_positive("eps", eps)
+    check_number("eps", eps, LEAST_EPS)
     check_positive("score_lr", score_lr)
     check_integer("every", every, 1)
     scores = Extra("scores", Relative(), learned=True, lr=float(score_lr))

@@ -64,13 +64,20 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad: Tensor):
-    """``-beta * m * (1 - m) / sum of c * m * (1 - m)`` for every value: where the shift goes to keep the cost."""
+    """``-beta * m * (1 - m) / sum of c * m * (1 - m)`` for every value: where the shift goes to keep the cost.
+
+    0 where beta is so large that every m is 0 or 1 in float32.
+    """
     *tensors, beta, shift = ctx.saved_tensors
     values, costs = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
     slopes = [_slope(v, c, beta, shift) for v, c in zip(values, costs, strict=True)]
     total = sum((c.expand_as(s) * s).sum(dtype=torch.float64) for s, c in zip(slopes, costs, strict=True))
-    factor = torch.where(shift.isfinite(), -grad * beta / total, 0)
-    grads = [(factor.to(s.dtype) * s).to(v.dtype) for s, v in zip(slopes, values, strict=True)]
+    moves = shift.isfinite() & (total > torch.finfo(torch.float32).tiny)
+    factor = torch.where(moves, -grad * beta, 0)
+    total = torch.where(moves, total, 1)
+    grads = [
+        (s / total.to(s.dtype) * factor.to(s.dtype)).to(v.dtype) for s, v in zip(slopes, values, strict=True)
+    ]
     return grads, [None] * len(costs), None, None
 
 

@@ -186,3 +186,12 @@ def test_the_op_keeps_the_rules_of_custom_ops():
     assert set(torch.library.opcheck(op, (values, costs, *numbers), test_utils=checks).values()) == {
         "SUCCESS"
     }
+
+
+def test_a_mask_that_is_hard_in_float32_has_no_gradient_and_no_nan():
+    for beta in (1e5, 1e12, 1e30):
+        values = (torch.arange(24.0) / 24).requires_grad_()
+        mask = soft_topk(values, 6, beta=beta)
+        mask.square().sum().backward()
+        assert mask.tolist() == [0] * 18 + [1] * 6
+        assert values.grad.tolist() == [0] * 24

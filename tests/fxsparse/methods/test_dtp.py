@@ -6,7 +6,7 @@ import fxsparse
 from fxsparse import Plan
 from fxsparse.errors import PlanError
 from fxsparse.methods import dtp
-from fxsparse.methods.dtp import dtp_map
+from fxsparse.methods.dtp import LEAST_EPS, dtp_map
 from fxsparse.topk import sinkhorn_topk, soft_topk
 
 SCORES = torch.tensor([2.0, 1, 0, -1], dtype=torch.float64)
@@ -88,6 +88,7 @@ def test_sharpness_grows_with_the_steps_and_scores_learn_at_their_own_rate():
     ("options", "message"),
     [
         ({"eps": 0}, "expected eps as a number above 0"),
+        ({"eps": 1e-30}, "expected eps as a number >= 1e-06, got 1e-30"),
         ({"score_lr": float("nan")}, "expected score_lr as a number above 0, got nan"),
         ({"every": 0.5}, "expected every as an integer >= 1"),
     ],
@@ -95,3 +96,16 @@ def test_sharpness_grows_with_the_steps_and_scores_learn_at_their_own_rate():
 def test_a_bad_option_is_named(options, message):
     with pytest.raises(PlanError, match=message):
         dtp(**options)
+
+
+def test_the_least_eps_trains():
+    sparse = fxsparse.compile(nn.Linear(16, 24), Plan(sparsity=0.8, method=dtp(eps=LEAST_EPS)))
+    optimizer = torch.optim.SGD(sparse.parameter_groups(0.1))
+    sparse.attach(optimizer)
+    sparse.get_buffer("fxsparse_step").fill_(10**6)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (sparse(torch.randn(12, 16)) - 1).square().mean().backward()
+        optimizer.step()
+    assert all(bool(p.isfinite().all()) for p in sparse.parameters())
+    assert int(sparse.masks()["weight"].sum()) == 76
