@@ -56,7 +56,8 @@ class Plan:
         sparsity: fraction of zeros over the selected weights, in [0, 1).  May be left out with an N:M pattern.
         budget: in its place, a share of the dense model's FLOPs, bytes, time or other cost; the allocation is then
             taken at the least sparsity that meets it ("global_magnitude" ranks magnitudes by their cost).
-        allocation: how the total is shared among weights: a policy name, or ``{glob: sparsity}`` for every weight;
+        allocation: how the total is shared among weights: a policy name, or a table ``{glob: sparsity}``, which decides
+            for the weights that it names (`sparsity` is then that of the others; the report notes a difference);
             "uniform" with a transform, else the method's own where its paper has one (GSE's "er_unrolled"), else "erk".
         pattern: the constraint on each mask; the method's own where it has one, else unstructured.
         method: what trains the masks.

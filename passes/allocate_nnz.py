@@ -78,6 +78,8 @@ def decide(plan: Plan, ctx: PassContext) -> dict[str, Decision]:
         _start(plan, specs, patterns, target, made)
     if isinstance(plan.allocation, str):
         ctx.notes += _difference(plan.allocation, specs, target, made)
+    else:
+        ctx.notes += _written(specs, target, made)
     return _marked(made, wishes, plan, ctx)
 
 
@@ -136,6 +138,18 @@ def _difference(
     why += [f"the patterns hold {held:,}"] * (held != given)
     return [
         f"sparsity {1 - held / numel:.4f} in place of {1 - asked / numel:.4f}: of {asked:,} entries {', '.join(why)}"
+    ]
+
+
+def _written(specs: list[WeightSpec], target: Target, made: Mapping[str, Decision]) -> list[str]:
+    """A note where a table of sparsities gives its weights another one than the plan's."""
+    free = target.free(specs)
+    numel, held = sum(s.numel for s in free), sum(made[s.name].nnz for s in free)
+    if abs(held - (1 - target.sparsity) * numel) <= _NOTED * numel:
+        return []
+    return [
+        f"sparsity {1 - held / numel:.4f} in place of {target.sparsity:.4f}: the table of Plan.allocation decides, and "
+        "Plan.sparsity is that of weights which it does not name"
     ]
 
 

@@ -14,6 +14,8 @@ FILE = Path(__file__).with_name("resnet50.toml")
 def published(name: str) -> dict[str, float]:
     """{weight of torchvision's resnet50: sparsity}, all 54 of them, for ``Plan(allocation=published("str-90.23"))``.
 
+    The table decides, whatever the plan's sparsity is: give the plan the same, as reports compare with it.
+
     `name`: "str-" and the percentage of zeros, for the 16 budgets that STR learned (Kusupati et al. 2020,
     arXiv:2002.03231); or "uniform-90", "erk-90", "snfs-90", "vd-90" (variational dropout) and "gs-90" (global
     sparsity), which it compares with.

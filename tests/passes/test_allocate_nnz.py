@@ -161,7 +161,17 @@ def test_a_given_fan_in_is_its_own_budget():
             {"sparsity": 0.75, "allocation": "uniform", "pattern": ConstantFanIn()},
             "sparsity 0.7857 in place of 0.7500: of 70 entries the patterns hold 60",
         ),
-        ({"sparsity": 0.75, "allocation": {"*": 0.9}}, None),
+        ({"sparsity": 0.75, "allocation": {"*": 0.75}}, None),
+        (
+            {"sparsity": 0.75, "allocation": {"*": 0.9}},
+            "sparsity 0.9000 in place of 0.7500: the table of Plan.allocation decides, and Plan.sparsity is that of "
+            "weights which it does not name",
+        ),
+        (
+            {"sparsity": 0.9, "allocation": {"0": 0.5}},
+            "sparsity 0.6143 in place of 0.9000: the table of Plan.allocation decides, and Plan.sparsity is that of "
+            "weights which it does not name",
+        ),
         ({"sparsity": 0.5, "pattern": NM(2, 4)}, None),
     ],
 )
