@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fxsparse.errors import InvariantError, PlanError
+from fxsparse.options import check_defaults, check_is
 from fxsparse.pattern import Pattern
 from fxsparse.schedule import Schedule
 
@@ -360,17 +361,18 @@ def register(build: Callable[P, Method]) -> Callable[P, Method]:
     Its parameters are the method's options; each has a default that a TOML file could hold, or None.
     """
     name = build.__name__.rstrip("_")
-    known = _METHODS.get(name)
-    if known is not None and known.__module__ != build.__module__:
+    if (known := _METHODS.get(name)) is not None and known.__module__ != build.__module__:
         raise PlanError(f"method {name!r} is registered by {known.__module__} already. Choose another name.")
-    signature = inspect.signature(build)
+    check_defaults(name, signature := inspect.signature(build))
 
     @functools.wraps(build)
     def constructor(*args: P.args, **kwargs: P.kwargs) -> Method:
         given = signature.bind(*args, **kwargs).arguments
         given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
         options = {key: value for key, value in given.items() if value != signature.parameters[key].default}
-        return replace(build(*args, **kwargs), name=name, options=options)
+        built = build(*args, **kwargs)
+        check_is(f"what {build.__module__}.{build.__qualname__} returns", built, Method)
+        return replace(built, name=name, options=options)
 
     _METHODS[name] = constructor
     return constructor
@@ -381,8 +383,7 @@ def from_dict(fields: Mapping[str, Any]) -> Method:
     options = dict(fields)
     constructor = _constructor(options.pop("name", None))
     known = inspect.signature(constructor).parameters
-    unknown = [key for key in options if key not in known]
-    if unknown:
+    if unknown := [key for key in options if key not in known]:
         raise PlanError(
             f"method {fields['name']!r} has no option {unknown[0]!r}. Its options: {', '.join(known)}."
         )
@@ -394,6 +395,6 @@ def _constructor(name: object) -> Callable[..., Method]:
     if constructor is None:
         raise PlanError(
             f"expected the name of a registered method, got {name!r}. Known: {', '.join(sorted(_METHODS))}. "
-            "Add one with @fxsparse.method.register."
+            "Import the package that registers it; @fxsparse.method.register adds one."
         )
     return constructor

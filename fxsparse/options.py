@@ -1,5 +1,6 @@
 """Checks of options of methods and schedules: a PlanError names the option, what it may be and what it is."""
 
+import inspect
 from collections.abc import Collection
 from math import isfinite
 
@@ -50,3 +51,22 @@ def check_one_of(name: str, value: object, known: Collection[str]) -> None:
     """PlanError unless an option is one of the names in `known`."""
     if value not in tuple(known):
         raise PlanError(f"expected {name} as one of {', '.join(known)}, got {value!r}.")
+
+
+def check_is(what: str, value: object, kind: type) -> None:
+    """PlanError unless this is a `kind`."""
+    if not isinstance(value, kind):
+        raise PlanError(f"expected {what} to be a {kind.__name__}, got {type(value).__name__}.")
+
+
+def check_defaults(name: str, signature: inspect.Signature) -> None:
+    """PlanError unless every parameter of a method's function is an option with a name and a default."""
+    for option, parameter in signature.parameters.items():
+        if (
+            parameter.default is inspect.Parameter.empty
+            or parameter.kind is inspect.Parameter.POSITIONAL_ONLY
+        ):
+            raise PlanError(
+                f"method {name!r}: expected options with a name and a default, as Plan.preset and plans in TOML leave "
+                f"them out, got {parameter}. Write {option}=..., a number, string or bool, or None."
+            )

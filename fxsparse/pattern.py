@@ -237,7 +237,7 @@ class Strided:
         if fan_in % self.m:
             raise PatternError(
                 f"a row of shape {list(shape)} has {fan_in} entries; Strided({self.m}) needs a multiple of {self.m}. "
-                "Exclude this weight, or give it Unstructured() by an Override."
+                "Exclude this weight, or, where the method trains any pattern, give it Unstructured() by an Override."
             )
         return rows, self.m, fan_in // self.m
 
@@ -353,7 +353,7 @@ def _divides(side: str, width: int, step: int, pattern: str) -> None:
     if width % step:
         raise PatternError(
             f"{side}_features={width}; {pattern} needs a multiple of {step}. "
-            "Exclude this weight, or give it Unstructured() by an Override."
+            "Exclude this weight, or, where the method trains any pattern, give it Unstructured() by an Override."
         )
 
 

@@ -3,8 +3,9 @@ import pickle
 import tomllib
 
 import pytest
+import torch
 
-from fxsparse.errors import PlanError
+from fxsparse.errors import FxSparseError, PlanError
 from fxsparse.method import Method, from_dict, register
 from fxsparse.methods import METHODS, gmp, rigl, set_, sr_ste, static
 from fxsparse.reparam import HardMask
@@ -94,6 +95,46 @@ def test_a_third_party_adds_a_method_by_registering_one_function():
 
     assert frozen(start=7).to_dict() == {"name": "frozen", "start": 7}
     assert from_dict({"name": "frozen", "start": 7}).source == "a note, page 7"
+
+
+@pytest.mark.usefixtures("unregistered")
+def test_options_without_a_default_and_functions_that_give_no_method_are_refused():
+    def needy(start: int, stop: int = 5) -> Method:
+        raise AssertionError
+
+    def loose(**options: int) -> Method:
+        raise AssertionError
+
+    @register
+    def empty() -> Method:
+        return None  # type: ignore[return-value]
+
+    with pytest.raises(
+        PlanError, match=r"method 'needy': expected options .* got start: int. Write start=..."
+    ):
+        register(needy)
+    with pytest.raises(PlanError, match=r"method 'loose': expected options .* got \*\*options: int"):
+        register(loose)
+    with pytest.raises(
+        PlanError, match=r"expected what .*test_method.*empty returns to be a Method, got NoneType"
+    ):
+        empty()
+
+
+@pytest.mark.usefixtures("unregistered")
+def test_a_file_of_a_method_whose_package_is_not_imported_says_to_import_it(tmp_path, monkeypatch):
+    import fxsparse
+    import fxsparse.method as module
+
+    @register
+    def elsewhere() -> Method:
+        return Method("elsewhere", HardMask(), score_named("random"), source="a note")
+
+    model = torch.nn.Linear(8, 8)
+    fxsparse.save(fxsparse.compile(model, fxsparse.Plan(sparsity=0.5, method=elsewhere())), tmp_path / "file")
+    monkeypatch.delitem(module._METHODS, "elsewhere")
+    with pytest.raises(FxSparseError, match=r"'elsewhere'.* Import the package that registers it"):
+        fxsparse.load(tmp_path / "file", torch.nn.Linear(8, 8))
 
 
 @pytest.mark.usefixtures("unregistered")

@@ -138,6 +138,13 @@ def test_a_weight_whose_scores_would_not_fit_is_refused_by_name():
         ({"score": "l3"}, "score as one of ch3, ch2, got 'l3'"),
         ({"soft": 1}, "soft as True"),
         ({"decay": "slow"}, "decay as one of constant, cosine, linear, cubic, got 'slow'"),
+        (
+            {"decay": "constant", "steps": None},
+            "steps as a number of optimizer steps, at least 391, got None",
+        ),
+        ({"steps": None}, "steps as a number of optimizer steps, at least 391, got None"),
+        ({"every": 10, "steps": 9}, "steps as a number of optimizer steps, at least 10, got 9"),
+        ({"every": 0}, "every as an integer >= 1, got 0"),
         ({"drop_fraction": 2}, "drop fraction as a number from 0 to 1, got 2"),
     ],
 )

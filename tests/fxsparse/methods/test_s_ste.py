@@ -5,7 +5,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxsparse
 from fxsparse import Plan
-from fxsparse.errors import PlanError, UnsupportedError
+from fxsparse.errors import PatternError, PlanError, UnsupportedError
 from fxsparse.methods import s_ste
 from fxsparse.methods.s_ste import Beta, s_ste_map, soft24
 from fxsparse.pattern import NM
@@ -119,6 +119,10 @@ def test_bad_options_patterns_and_layouts_are_named():
     dense = Plan(method=s_ste(), overrides=(fxsparse.Override("weight", sparsity=0),))
     with pytest.raises(PlanError, match="exclude= keeps a weight dense"):
         fxsparse.compile(nn.Linear(16, 8), dense)
+    with pytest.raises(
+        PatternError, match=r"in_features=3; .* Exclude this weight, or, where the method trains any"
+    ):
+        fxsparse.compile(nn.Conv2d(3, 8, 3), Plan(method=s_ste()))
     from transformers.pytorch_utils import Conv1D
 
     with pytest.raises(UnsupportedError, match=r"stored \[in, out\], and s_ste computes with rows"):
