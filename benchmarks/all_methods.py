@@ -4,9 +4,9 @@
 
 Optimizer, batch, seeds, peak learning rate (one for dense, one for all sparse training) and allocation (ERK; 2:4 is
 uniform) are the same for all; `benchmarks.tasks.every_method` says how schedules are scaled, and what little was tuned.
-Trainings are shorter than the tasks' own, so that the table takes two to three hours of a core.  Storage is masked throughout,
-so that steps and bytes compare methods, not storages.  References: dense training, static random masks, and what
-one-shot pruning makes of the dense model.  Scores are those after the last step.
+Trainings are shorter than the tasks' own, so that the table takes two to three hours of a core.  Storage is masked
+throughout, so that steps and bytes compare methods, not storages.  References: dense training, static random masks,
+and what one-shot pruning makes of the dense model.  Scores are those after the last step.
 
 FLOPs are those of all training steps over dense training's, by `fxsparse.count_flops`, with ramps and updates averaged
 over the whole training; a method that learns its counts is taken at their mean over training.  Times are the
