@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from fxsparse import backend
+from fxsparse.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
 PAGES = [
     ROOT / "docs" / name
     for name in (
+        "methods.md",
         "spartan.md",
         "trainers.md",
         "torch_compile.md",
@@ -74,6 +76,16 @@ def test_the_page_on_one_shot_pruning_runs_and_each_method_beats_the_one_above_i
     }
     assert errors["sparsegpt"] < errors["wanda"] < errors["static"]
     assert names["fast"](names["batches"][0]).shape == (32, 16)
+
+
+def test_the_page_on_methods_runs_and_has_a_row_for_each_method_that_is_not_explained_elsewhere():
+    names = run(ROOT / "docs" / "methods.md")
+    entries = sum(mask.numel() for mask in names["snip"].masks().values())
+    assert sum(int(mask.sum()) for mask in names["snip"].masks().values()) == int(entries * 0.1)
+    rows = re.findall(r"^\| `(\w+)` \(", (ROOT / "docs" / "methods.md").read_text(), re.MULTILINE)
+    first = {"static", "set", "rigl", "srigl", "gse", "spartan", "dual_averaging", "gmp", "sr_ste"}
+    assert sorted(rows) == rows
+    assert set(rows) == {build().name for build in METHODS if build().one_shot is None} - first
 
 
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch.export.load of PyTorch 2.11
