@@ -1,6 +1,6 @@
 """Whether the ranks of a process group hold the same masks."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -9,11 +9,22 @@ from torch import Tensor
 from fxsparse.errors import InvariantError
 from fxsparse.storage import CompactWeight, MaskedWeight
 
+ADVICE = (
+    "Build the model from the same seed on every rank, wrap it in DistributedDataParallel or call fully_shard on it, "
+    "and update masks on all ranks. Scores that each rank made of its own batches (fxsparse.saliency) differ: "
+    "dist.all_reduce them before compile(..., initial_scores=...), as docs/distributed.md shows. A checkpoint brings "
+    "masks together again."
+)
 
-def verify_same(weights: Iterable[tuple[str, CompactWeight | MaskedWeight]]) -> None:
+
+def verify_same(
+    weights: Iterable[tuple[str, CompactWeight | MaskedWeight]],
+    groups: Sequence[dist.ProcessGroup | None] = (None,),
+) -> None:
     """Raise InvariantError if ranks hold different masks; a no-op without a process group.
 
-    All ranks have to call it.  One number for each of two sums over the active entries and a weight is compared.
+    All ranks have to call it, or those of `groups`, one for each dimension of a mesh.  One number for each of two sums
+    over the active entries and a weight is compared.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
@@ -25,14 +36,14 @@ def verify_same(weights: Iterable[tuple[str, CompactWeight | MaskedWeight]]) -> 
         return
     low = torch.stack(prints)
     high = low.clone()
-    dist.all_reduce(low, dist.ReduceOp.MIN)
-    dist.all_reduce(high, dist.ReduceOp.MAX)
+    for group in groups:
+        dist.all_reduce(low, dist.ReduceOp.MIN, group)
+        dist.all_reduce(high, dist.ReduceOp.MAX, group)
     for name, same in zip(names, (low == high).all(1).tolist(), strict=True):
         if not same:
             raise InvariantError(
                 f"ranks hold different masks of {name!r}: expected the same on all {dist.get_world_size()} ranks. "
-                "Build the model from the same seed on every rank, wrap it in DistributedDataParallel or call "
-                "fully_shard on it, and update masks on all ranks; a checkpoint brings them together again."
+                f"{ADVICE}"
             )
 
 

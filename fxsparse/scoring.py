@@ -29,10 +29,12 @@ def saliency(
 ) -> dict[str, Tensor]:
     """{weight: score of each entry} of every weight that the plan selects, by the score that its method names.
 
-    For ``compile(model, plan, initial_scores=...)``.  A copy of the model is scored in train mode with dropout off, that
-    of modules, functions and attention; `model` and torch's generators are left as they are.  With ``Plan(allocation="global_score")`` the largest of all scores
-    together decide how many entries each weight keeps, as in SNIP, GraSP and SynFlow; any other allocation gives the
-    counts, and scores only rank the entries of a weight.
+    For ``compile(model, plan, initial_scores=...)``.  A copy of the model is scored in train mode with dropout off,
+    that of functions and attention too; `model` and torch's generators are left as they are.  With
+    ``Plan(allocation="global_score")`` the largest of all scores together decide how many entries each weight keeps, as
+    in SNIP, GraSP and SynFlow; any other allocation gives the counts, and scores only rank the entries of a weight.
+    Ranks of a process group score alone: where their batches differ, ``dist.all_reduce`` every score before `compile`
+    (docs/distributed.md).
 
     Args:
         loss_fn: (model, batch) -> scalar loss.

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from fxsparse import sharding
-from fxsparse.errors import NumericsError, PlanError
+from fxsparse.errors import NumericsError, PlanError, UnsupportedError
+from fxsparse.method import Method
 from fxsparse.observed import Evidence
 
 
@@ -39,6 +40,16 @@ def checked(evidence: Evidence) -> Evidence:
                 "block (only the order of gradients counts), or look at the loss."
             )
     return evidence
+
+
+def check_follows(optimizer: Optimizer, method: Method) -> None:
+    """UnsupportedError where the optimizer's state cannot follow masks that move."""
+    if method.rule is not None and method.reparam.exact_zeros and isinstance(optimizer, LBFGS):
+        raise UnsupportedError(
+            "attach: LBFGS keeps a history of all parameters as one vector, which cannot follow the masks that "
+            f"{method.name} moves; expected state for each element, as of SGD or AdamW. Use one of them, or static(), "
+            "whose masks stay."
+        )
 
 
 def is_skipped(optimizer: Optimizer) -> bool:

@@ -64,6 +64,11 @@ class Target:
             return self.initial
         return self.pattern.feasible(self.shape, method.nnz(step, self.nnz, torch.Size(self.shape).numel()))
 
+    def allows(self, count: int, step: int, method: Method) -> bool:
+        """Whether a mask may have so many entries after so many steps."""
+        free = method.is_joint or method.learned_nnz or (method.varying_nnz and count <= self.budget)
+        return free or count == self.nnz_at(step, method)
+
 
 @dataclass(frozen=True)
 class UpdateStep:

@@ -6,7 +6,7 @@ checkpointing and evaluation do not count as steps.
 
 import functools
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,21 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from fxsparse import optimizer_state, sharding
 from fxsparse.averages import CopiedEntries
-from fxsparse.errors import PlanError, UnsupportedError
+from fxsparse.errors import PlanError
 from fxsparse.fresh_probe import FreshProbe
 from fxsparse.graph import fetch
 from fxsparse.method import Method
 from fxsparse.observed import Evidence, ProbeSwitch, sum_over_ranks
 from fxsparse.parameter_groups import check_hints, extras_held
 from fxsparse.penalties import add_penalty
+from fxsparse.rank_counts import verify_counts, verify_shards
 from fxsparse.schedule import Schedule
 from fxsparse.step_closure import Once
 from fxsparse.step_count import StepCount
-from fxsparse.step_hooks import Each, checked, is_skipped, makes_state_alone
+from fxsparse.step_hooks import Each, check_follows, checked, is_skipped, makes_state_alone
 from fxsparse.storage import CompactWeight, MaskedWeight, read_weights
 from fxsparse.topology import TopologyHistory
 from fxsparse.undisturbed import undisturbed
@@ -65,6 +66,9 @@ class MaskUpdates:
     _optimizer: Optimizer | None = None
     _state_seen: bool = False
     """Whether its state is known to follow masks."""
+    _counts_seen: bool = False
+    _shards_seen: bool = False
+    """Whether masks are known to have the counts that this rank decided on, and in shards to be those of all ranks."""
     _handles: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -101,7 +105,9 @@ class MaskUpdates:
                 "after each other, see adds up: leave the inner one out."
             )
         # Weights take no part in forward but their values, so their buffers need no copy.
-        still = {id(tensor) for _, weight in self.weights() for tensor in _buffers(weight)}
+        stores = [weight for _, weight in self.weights()]
+        held = [w.buffers() if isinstance(w, CompactWeight) else (w.mask,) for w in stores]
+        still = {id(tensor) for tensors in held for tensor in tensors}
         with undisturbed(self.graph, still):
             self._clear_probes()
             self.switch.on = self.switch.exploring = True
@@ -155,12 +161,13 @@ class MaskUpdates:
         if optimizer is self._optimizer:
             return
         self._check_holds_all(optimizer)
-        self._check_follows(optimizer)
+        check_follows(optimizer, self.method)
         self._follow_gradients()
         self.copied.forget()
         for handle in self._handles:
             handle.remove()
         self._optimizer, self._state_seen = optimizer, False
+        self._counts_seen = self._shards_seen = False
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -201,6 +208,9 @@ class MaskUpdates:
         self._only_made_state = makes_state_alone(optimizer)
         if self._only_made_state:
             return None
+        if not self._counts_seen:
+            verify_counts(self.weights(), self.targets, self.method, self.step)
+            self._counts_seen = True
         due = not (self.count.waiting or not self._fires() or is_skipped(optimizer))
         if self._learns:
             self._outside = {n: sharding.here(_trained(weight)).clone() for n, weight in self.weights()}
@@ -226,6 +236,9 @@ class MaskUpdates:
     def _before_update(self, optimizer: Optimizer) -> None:
         """Gradients are there and the optimizer has not used them yet."""
         self._check_holds_all(optimizer)
+        if not self._shards_seen:
+            verify_shards(dict(self.weights()))
+            self._shards_seen = True
         evidence = self._take_evidence()
         if not self._tells(evidence):
             return
@@ -381,19 +394,6 @@ class MaskUpdates:
                 )
         check_hints(optimizer, extras_held(self.weights(), self.method.extras), self.method.name)
 
-    def _check_follows(self, optimizer: Optimizer) -> None:
-        moves = self.method.rule is not None and self.method.reparam.exact_zeros
-        if moves and isinstance(optimizer, LBFGS):
-            raise UnsupportedError(
-                "attach: LBFGS keeps a history of all parameters as one vector, which cannot follow the masks that "
-                f"{self.method.name} moves; expected state for each element, as of SGD or AdamW. Use one of them, or "
-                "static(), whose masks stay."
-            )
-
 
 def _trained(weight: MaskedWeight | CompactWeight) -> Tensor:
     return weight.values if isinstance(weight, CompactWeight) else weight.parameter
-
-
-def _buffers(weight: MaskedWeight | CompactWeight) -> Iterable[Tensor]:
-    return weight.buffers() if isinstance(weight, CompactWeight) else (weight.mask,)
