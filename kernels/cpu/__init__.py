@@ -8,6 +8,7 @@ from fxsparse.kernels.cpu.build import (
     instruction_set,
     load,
     refuses,
+    release_memory,
     version,
 )
 from fxsparse.kernels.cpu.roofs import bytes_per_second, flops_per_second
@@ -23,6 +24,7 @@ __all__ = [
     "instruction_set",
     "load",
     "refuses",
+    "release_memory",
     "version",
     "write_libraries",
 ]

@@ -125,6 +125,11 @@ def has(name: str) -> bool:
     return INSTRUCTION_SETS.index(name) <= (INSTRUCTION_SETS.index(instruction_set()) if load() else -1)
 
 
+def release_memory() -> int:
+    """Give memory that results and scratch left, and that is kept for the next ones, back to the system; its bytes."""
+    return torch.ops.fxsparse.cpu_release() if _load.cache_info().currsize and load() else 0
+
+
 def version() -> str:
     """What the C++ kernels in use are: sources, compiler and instruction set; why there are none otherwise."""
     return availability() or f"{library().stem} {instruction_set()}"

@@ -50,6 +50,14 @@ class KeptMemory {
     drop(kMostKept);
   }
 
+  // All that is kept goes back to the system; its bytes.
+  size_t release() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const size_t bytes = bytes_;
+    drop(0);
+    return bytes;
+  }
+
  private:
   struct Block {
     void* data;

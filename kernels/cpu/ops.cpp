@@ -14,6 +14,9 @@ int64_t cpu_level(int64_t level) {
   return chosen_level;
 }
 
+// Gives memory that nobody uses back to the system; returns its bytes.
+int64_t cpu_release() { return KeptMemory::all().release(); }
+
 // FLOP that every thread together did in `steps` of the loop in roof.h.
 int64_t cpu_multiply_adds(int64_t steps) {
   const int64_t threads = torch::stable::get_num_threads();
@@ -496,12 +499,14 @@ Tensor csr_sample(const Tensor& grad_any, const Tensor& x_any, const Tensor& cro
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fxsparse, m) {
   m.def("cpu_level(int level) -> int");
+  m.def("cpu_release() -> int");
   m.def("cpu_multiply_adds(int steps) -> int");
   m.def("cpu_read(Tensor data, int times) -> float");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fxsparse, CompositeExplicitAutograd, m) {
   m.impl("cpu_level", TORCH_BOX(&cpu_level));
+  m.impl("cpu_release", TORCH_BOX(&cpu_release));
   m.impl("cpu_multiply_adds", TORCH_BOX(&cpu_multiply_adds));
 }
 

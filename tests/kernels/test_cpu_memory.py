@@ -100,3 +100,16 @@ def test_no_more_is_kept_than_is_said(product):
     assert resident() - before > KEPT
     del held
     assert resident() - before < KEPT + (64 << 20)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_what_is_kept_can_be_given_back_to_the_system(product):
+    sparse, _ = product
+    x = torch.randn(40_000, IN)
+    held = sparse(x)  # 82 MB
+    sparse(x)
+    before = resident()
+    assert cpu.release_memory() >= held.nbytes
+    assert before - resident() > held.nbytes // 2
+    assert cpu.release_memory() == 0
+    assert held.isfinite().all()
