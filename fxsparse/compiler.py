@@ -132,7 +132,12 @@ def allocate(
 
 
 def count_flops(
-    model: nn.Module, example_inputs: Any, plan: Plan | None = None, convention: str = "mac2"
+    model: nn.Module,
+    example_inputs: Any,
+    plan: Plan | None = None,
+    convention: str = "mac2",
+    *,
+    initial_scores: Mapping[str, Tensor] | None = None,
 ) -> FlopCount:
     """FLOPs of one sample, dense and as `plan` would have them; the model may be on the meta device.
 
@@ -142,6 +147,7 @@ def count_flops(
         plan: None counts the model as it is, dense.  Weights in compact storage execute their nonzeros alone; for
             storage="auto" they count as masked, since `compile` decides by measured times.
         convention: "mac2" (2 x multiply-add), "rigl" (arXiv:1911.11134's counter) or "cerebras" (arXiv:2303.11525's).
+        initial_scores: as for `compile`, where the plan's counts go by them (``allocation="global_score"``).
 
     Raises:
         PlanError: an unknown convention, or a model whose shapes the example inputs do not tell.
@@ -149,8 +155,11 @@ def count_flops(
     check_model(model)
     check_plan(plan, "count_flops")
     check_dense(model, "count_flops")
+    if initial_scores is not None:
+        check_scores(initial_scores, plan, model)
     model, plan = _transformed(model, plan, example_inputs)
     ctx = PassContext(plan, "train", capture(model, example_inputs), Report(), example_inputs)
+    ctx.scores = initial_scores or {}
     run_passes(planning_pipeline(plan, convention), ctx)
     if ctx.flops is None:
         raise PlanError(f"count_flops: no shapes to count with: {'; '.join(ctx.report.passes[-1]['notes'])}")
@@ -206,6 +215,8 @@ def _planned(
     model: nn.Module, plan: Plan, example_inputs: Any, scores: Mapping[str, Tensor] | None = None
 ) -> PassContext:
     check_call(model, plan, "train", planning=True)
+    if scores is not None:
+        check_scores(scores, plan, model)
     model, plan = _transformed(model, plan, example_inputs)
     ctx = PassContext(plan, "train", capture(model, example_inputs), Report(), example_inputs)
     ctx.scores = scores or {}

@@ -70,7 +70,8 @@ class Scoring:
         """{weight: gradient of the loss, added up over `batches`, by default all}, in at least fp32.
 
         Raises:
-            PlanError: there is no loss, or no batch.
+            PlanError: there is no loss or no batch, the loss is no scalar with a gradient, or none of its gradients
+                reaches a weight to be scored.
         """
         chosen = self.batches if batches is None else batches
         if self.loss is None or not chosen:
@@ -80,13 +81,36 @@ class Scoring:
             )
         weights = self.weights()
         total = {name: torch.zeros_like(w, dtype=_precise(w)) for name, w in weights.items()}
+        reached = False
         for batch in chosen:
-            loss = self.loss(self.model, batch)
-            found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+            found = torch.autograd.grad(self.loss_on(batch), list(weights.values()), allow_unused=True)
             for name, gradient in zip(weights, found, strict=True):
                 if gradient is not None:
                     total[name] += gradient
+                    reached = True
+        if not reached:
+            raise PlanError(
+                "saliency: expected a loss_fn(model, batch) that goes by the weights of the model it is given, got one "
+                f"whose gradient reaches none of {', '.join(self.names[:3])}. It gets a copy: call that, and not a "
+                "model from outside."
+            )
         return total
+
+    def loss_on(self, batch: Any) -> Tensor:
+        """The loss on one batch; PlanError where that is no scalar with a gradient."""
+        assert self.loss is not None
+        loss = self.loss(self.model, batch)
+        if isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point() and loss.requires_grad:
+            return loss
+        got = type(loss).__name__
+        if isinstance(loss, Tensor):
+            detached = "" if loss.requires_grad else " without a gradient"
+            got = f"one of shape {tuple(loss.shape)} and {loss.dtype}{detached}"
+        raise PlanError(
+            f"saliency: expected loss_fn(model, batch) to return a scalar tensor of floats with a gradient, got {got}. "
+            "Compute it from the model that it is given, and reduce it by .mean() or .sum(), without .item(), "
+            ".detach() or no_grad."
+        )
 
 
 Saliency = Callable[[Scoring], dict[str, Tensor]]

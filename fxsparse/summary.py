@@ -50,13 +50,18 @@ def warn_of_nothing(ctx: PassContext, call: str) -> None:
     """Warn where the plan selected no weight, with the reasons."""
     if ctx.decisions:
         return
-    reasons = Counter(ctx.untouched.values()).most_common(3)
-    said = "; ".join(f"{count} x {reason}" for reason, count in reasons)
     warnings.warn(
-        f"{call}: the plan selected none of the model's {len(ctx.untouched)} parameters, so it stays dense: {said}. "
+        f"{call}: the plan selected none of the model's {len(ctx.untouched)} parameters, so it stays dense: "
+        f"{why_none(ctx)}. "
         "Linear and convolution weights can be sparse; fxsparse.plan_report shows all reasons.",
         stacklevel=4,
     )
+
+
+def why_none(ctx: PassContext) -> str:
+    """The commonest reasons why parameters were left as they are."""
+    reasons = Counter(ctx.untouched.values()).most_common(3)
+    return "; ".join(f"{count} x {reason}" for reason, count in reasons)
 
 
 def add_balance(model: nn.Module, ctx: PassContext) -> None:

@@ -48,10 +48,10 @@ def _hessian_times_gradient(scoring: Scoring) -> dict[str, Tensor]:
     flow = scoring.gradients()
     weights = scoring.weights()
     total = {name: torch.zeros_like(part) for name, part in flow.items()}
-    assert scoring.loss is not None  # or `gradients` would have raised
     for batch in scoring.batches:
-        loss = scoring.loss(scoring.model, batch)
-        first = torch.autograd.grad(loss, list(weights.values()), create_graph=True, allow_unused=True)
+        first = torch.autograd.grad(
+            scoring.loss_on(batch), list(weights.values()), create_graph=True, allow_unused=True
+        )
         pairs = [(g * flow[name]).sum() for name, g in zip(weights, first, strict=True) if g is not None]
         if not pairs or not (along := torch.stack(pairs).sum()).requires_grad:
             continue  # a loss that is linear in the weights has H = 0

@@ -7,6 +7,7 @@ import fxsparse
 from fxsparse import Plan
 from fxsparse.errors import NumericsError, PlanError
 from fxsparse.methods import rigl, static
+from fxsparse.scores import SALIENCIES, register_saliency
 
 BATCHES = [
     (torch.randn(6, 16, generator=torch.Generator().manual_seed(k)), torch.arange(6) % 8) for k in range(2)
@@ -48,6 +49,10 @@ def test_one_global_ranking_gives_counts_and_masks():
         assert torch.equal(mask, scores[name] >= cut)
     counts = fxsparse.allocate(model, plan, initial_scores=scores)
     assert counts == {name: int(mask.sum()) for name, mask in sparse.masks().items()}
+    flops = fxsparse.count_flops(net(), torch.randn(1, 16), plan, initial_scores=scores)
+    assert flops.total == 2 * sum(counts.values())
+    with pytest.raises(PlanError, match=r"pass compile\(..., initial_scores"):
+        fxsparse.count_flops(net(), torch.randn(1, 16), plan)
 
 
 @pytest.mark.parametrize("storage", ["masked", "compact"])
@@ -95,6 +100,11 @@ def test_own_scores_are_given_by_name():
 def test_scores_that_do_not_fit_are_refused(plan, scores, message):
     with pytest.raises(PlanError, match=message):
         fxsparse.compile(nn.Linear(4, 4), plan, initial_scores=scores)
+    if scores:
+        with pytest.raises(PlanError, match=message):
+            fxsparse.allocate(nn.Linear(4, 4), plan, initial_scores=scores)
+        with pytest.raises(PlanError, match=message):
+            fxsparse.count_flops(nn.Linear(4, 4), torch.ones(1, 4), plan, initial_scores=scores)
 
 
 def test_what_cannot_be_scored_is_refused():
@@ -109,3 +119,69 @@ def test_what_cannot_be_scored_is_refused():
         fxsparse.saliency(nn.Linear(4, 4, device="meta"), plan, loss, BATCHES)
     with pytest.raises(NumericsError, match=r"saliency 'snip' of '0.weight'"):
         fxsparse.saliency(net(), plan, lambda model, batch: loss(model, batch) * torch.inf, BATCHES)
+
+
+OUTSIDE = nn.Linear(16, 8)
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "message"),
+    [
+        (lambda _, batch: loss(OUTSIDE, batch), "reaches none of 0.weight, 3.weight. It gets a copy"),
+        (lambda model, batch: model(batch[0]), r"got one of shape \(6, 8\) and torch.float32\. Compute"),
+        (lambda model, batch: loss(model, batch).item(), "with a gradient, got float"),
+        (lambda model, batch: None, "with a gradient, got NoneType"),
+        (lambda model, batch: loss(model, batch).detach(), "torch.float32 without a gradient"),
+        (lambda model, batch: model(batch[0]).argmax(), "torch.int64 without a gradient"),
+        (3, r"expected loss_fn\(model, batch\) -> loss, got int"),
+    ],
+)
+@pytest.mark.parametrize("score", ["snip", "grasp", "force"])
+def test_a_loss_that_tells_nothing_is_named(loss_fn, message, score):
+    with pytest.raises(PlanError, match=message):
+        fxsparse.saliency(net(), Plan(sparsity=0.5, method=static(score)), loss_fn, BATCHES)
+
+
+def test_bad_arguments_are_named():
+    plan = Plan(sparsity=0.5, method=static("snip"))
+    with pytest.raises(PlanError, match=r"expected batches as an iterable.*got NoneType"):
+        fxsparse.saliency(net(), plan, loss, None)
+    with pytest.raises(PlanError, match=r"selects none of the model's 4 parameters: .*exclude"):
+        fxsparse.saliency(net(), Plan(sparsity=0.5, method=static("snip"), exclude=("*",)), loss, BATCHES)
+    with pytest.raises(PlanError, match="saliency: this model is compiled already"):
+        fxsparse.saliency(fxsparse.compile(net(), Plan(sparsity=0.5)), plan, loss, BATCHES)
+    with pytest.raises(PlanError, match="expected a Plan, got str"):
+        fxsparse.saliency(net(), "snip", loss, BATCHES)
+
+
+def test_a_callers_no_grad_changes_nothing():
+    plan = Plan(sparsity=0.5, method=static("snip"))
+    model = net()
+    expected = fxsparse.saliency(model, plan, loss, BATCHES)
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            found = fxsparse.saliency(model, plan, loss, BATCHES)
+        assert all(torch.equal(score, expected[name]) for name, score in found.items())
+        assert not any(score.is_inference() for score in found.values())
+
+
+@pytest.mark.parametrize(
+    ("value", "got"),
+    [
+        (None, "NoneType"),
+        ({}, "NoneType"),
+        ({"0.weight": torch.ones(3)}, r"shape \(3,\)"),
+        (torch.ones(24, 16), r"shape \(24, 16\)"),
+    ],
+)
+def test_what_a_registered_score_returns_is_checked(value, got):
+    def own(scoring):
+        del scoring
+        return value
+
+    register_saliency(own)
+    try:
+        with pytest.raises(PlanError, match=rf"saliency 'own': .* \(24, 16\) for '0.weight', got {got}\."):
+            fxsparse.saliency(net(), Plan(sparsity=0.5, method=static("own")), loss, BATCHES)
+    finally:
+        del SALIENCIES["own"]
