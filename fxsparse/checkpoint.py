@@ -72,8 +72,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
         with safe_open(os.fspath(path), framework="pt") as file:
             found = file.metadata() or {}
             header = _header(path, found)
-            # Copies: views of the file lie at any address, where kernels give other last bits, and change with it.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  it is no mapping
+            views = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
     except (OSError, SafetensorError, TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -81,11 +80,13 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
             f"{path}: expected a whole file written by fxsparse.save, got {type(error).__name__}: {error}. It is "
             "missing or truncated, or a folder or something else; take another checkpoint."
         ) from error
-    if _hash(found[_HEADER], tensors) != found.get(_HASH):
+    if _hash(found[_HEADER], views) != found.get(_HASH):
         raise CheckpointError(
             f"{path}: its contents do not match the hash written with them, so it was changed or damaged after "
             "fxsparse.save; take another checkpoint."
         )
+    # Views of the file lie at any address, where kernels give other last bits, and change with the file.
+    tensors = {name: view.clone() for name, view in views.items()}
     try:
         return tensors | {alias: tensors[name] for alias, name in header["aliases"].items()}, header
     except MALFORMED as error:
