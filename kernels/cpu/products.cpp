@@ -338,16 +338,21 @@ inline void add_segment(const float* panel, const Value* values, const uint8_t* 
 #pragma GCC unroll 8
   for (int j = 0; j < NV; j++) sum[0][j] = load<V>(sums + j * W);
   int64_t e = 0;
-  const auto add = [&](int s) {
-    const float* row = panel + int64_t(columns[e + s]) * (NV * W);
-    const V value = splat_at(values + e + s);
+  const auto add = [&](int s, int64_t column) {
+    const float* row = panel + column * (NV * W);
+    const V value = splat_at(values + e);
 #pragma GCC unroll 8
     for (int j = 0; j < NV; j++) sum[s][j] += value * load<V>(row + j * W);
+    e++;
   };
-  for (; e + kSets <= count; e += kSets)
+  while (e + 4 <= count) {
+    uint32_t four;  // columns in one load: with a load for each it took 1.1 of the time
+    static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the first column is the lowest byte");
+    __builtin_memcpy(&four, columns + e, sizeof four);
 #pragma GCC unroll 4
-    for (int s = 0; s < kSets; s++) add(s);
-  for (; e < count; e++) add(0);
+    for (int s = 0; s < 4; s++, four >>= 8) add(s % kSets, four & 255);
+  }
+  while (e < count) add(0, columns[e]);
 #pragma GCC unroll 8
   for (int j = 0; j < NV; j++) {
 #pragma GCC unroll 4
