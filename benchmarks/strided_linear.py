@@ -1,8 +1,9 @@
 """Linear layers whose weights are strided 1:M, beside the best kernel for a constant fan-in of the same sparsity.
 
 ``python -m benchmarks.strided_linear [--dtype bfloat16] [--threads 1]``: M of 4, 8 and 16 (75, 87.5 and 93.75 % zeros),
-batch 1 and 64.  Least milliseconds; ratios are of medians.  A constant fan-in has its entries anywhere in a row; N:M is
-1:M with neighbours as groups, whose kernel is the same, without sorting inputs.
+batch 1 and 64.  Least milliseconds; ratios are of medians.  Kernels for the columns of a constant fan-in, which lie
+anywhere in a row, take strided weights too; each has the fastest kernel, as inference chooses it.  N:M is 1:M with
+neighbours as groups, whose kernel is the same, without sorting inputs.
 """
 
 import itertools
@@ -24,6 +25,8 @@ HEADERS = (
     "zeros",
     "batch",
     "F.linear (ms)",
+    "strided (ms)",
+    "its kernel",
     "cpu-strided (ms)",
     "constant fan-in (ms)",
     "its kernel",
@@ -47,21 +50,32 @@ def main() -> None:
 def row(weight: Tensor, x: Tensor, m: int, rounds: int) -> list[str]:
     """What the columns behind the batch say."""
     score = weight.abs().float()
-    masks = dict.fromkeys(ANY_COLUMNS, ConstantFanIn().project(score, weight.numel() // m))
-    masks |= {"cpu-strided": Strided(m).project(score, 0), "cpu-nm": NM(1, m).project(score, 0)}
+    fan_in, strided = ConstantFanIn().project(score, weight.numel() // m), Strided(m).project(score, 0)
+    runs = {f"{name}, fan-in": (name, fan_in) for name in ANY_COLUMNS}
+    runs |= {f"{name}, strided": (name, strided) for name in ("cpu-strided", *ANY_COLUMNS)}
+    runs["N:M"] = ("cpu-nm", NM(1, m).project(score, 0))
     calls = {"F.linear": lambda: F.linear(x, weight)}
-    for name, mask in masks.items():
+    for run, (name, mask) in runs.items():
         entry = registered()[name]
         packed = tuple(entry.pack(weight * mask).values())
-        calls[name] = lambda entry=entry, packed=packed: entry.run(
+        calls[run] = lambda entry=entry, packed=packed: entry.run(
             x, None, *packed, in_features=weight.shape[1]
         )
     samples = interleaved_samples(calls, rounds=rounds, warm_up=2, inner=dict.fromkeys(calls, 1))
-    median = {name: sorted(us)[len(us) // 2] for name, us in samples.items()}
-    least = {name: f"{min(us) / 1e3:.3f}" for name, us in samples.items()}
-    best = min(ANY_COLUMNS, key=median.__getitem__)
-    times = [least["F.linear"], least["cpu-strided"], least[best], best, least["cpu-nm"]]
-    return [*times, *(ratio(median[name], median["cpu-strided"]) for name in ("F.linear", best))]
+    median = {run: sorted(us)[len(us) // 2] for run, us in samples.items()}
+    least = {run: f"{min(us) / 1e3:.3f}" for run, us in samples.items()}
+    own, other = (
+        min((r for r in runs if r.endswith(kind)), key=median.__getitem__) for kind in ("strided", "fan-in")
+    )
+    times = [
+        least[own],
+        runs[own][0],
+        least["cpu-strided, strided"],
+        least[other],
+        runs[other][0],
+        least["N:M"],
+    ]
+    return [least["F.linear"], *times, *(ratio(median[run], median[own]) for run in ("F.linear", other))]
 
 
 if __name__ == "__main__":
