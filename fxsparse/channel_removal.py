@@ -25,7 +25,10 @@ def remove_channels(
     columns = [prod(view.shape[1:]) for view in views]
     room = sum(a * c for a, c in zip(alive, columns, strict=True)) - total
     sizes = [magnitudes(v, elsewhere=0.0).double().view(v.shape[0], -1).sum(1).tolist() for v in views]
-    mean = lambda rows: sum(sizes[k][r] for k, r in rows) / sum(columns[k] for k, _ in rows)  # noqa: E731
+
+    def mean(rows: Sequence[tuple[int, int]]) -> float:
+        return sum(sizes[k][r] for k, r in rows) / sum(columns[k] for k, _ in rows)
+
     for rows in sorted(channels, key=mean):
         here = [k for k, _ in rows]
         cost = sum(columns[k] for k in here)

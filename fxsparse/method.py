@@ -384,9 +384,7 @@ def from_dict(fields: Mapping[str, Any]) -> Method:
     constructor = _constructor(options.pop("name", None))
     known = inspect.signature(constructor).parameters
     if unknown := [key for key in options if key not in known]:
-        raise PlanError(
-            f"method {fields['name']!r} has no option {unknown[0]!r}. Its options: {', '.join(known)}."
-        )
+        raise PlanError(f"method {fields['name']!r} has no option {unknown[0]!r}. It has {', '.join(known)}.")
     return constructor(**options)
 
 

@@ -53,6 +53,12 @@ def check_one_of(name: str, value: object, known: Collection[str]) -> None:
         raise PlanError(f"expected {name} as one of {', '.join(known)}, got {value!r}.")
 
 
+def check_flag(name: str, value: object) -> None:
+    """PlanError unless an option is True or False."""
+    if not isinstance(value, bool):
+        raise PlanError(f"expected {name} as True or False, got {value!r}.")
+
+
 def check_is(what: str, value: object, kind: type) -> None:
     """PlanError unless this is a `kind`."""
     if not isinstance(value, kind):

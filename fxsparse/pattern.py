@@ -185,7 +185,7 @@ class NM:
     def _groups(self, shape: Sequence[int]) -> tuple[int, int, int, int]:
         """[rows, groups, m, kernel positions]."""
         _matrix(shape)
-        _divides("in", shape[1], self.m, f"{self.n}:{self.m}")
+        _divides("in_features", shape[1], self.m, f"{self.n}:{self.m}")
         return shape[0], shape[1] // self.m, self.m, prod(shape[2:])
 
 
@@ -234,11 +234,7 @@ class Strided:
     def _groups(self, shape: Sequence[int]) -> tuple[int, int, int]:
         """[rows, m, groups]."""
         rows, fan_in = _matrix(shape)
-        if fan_in % self.m:
-            raise PatternError(
-                f"a row of shape {list(shape)} has {fan_in} entries; Strided({self.m}) needs a multiple of {self.m}. "
-                "Exclude this weight, or, where the method trains any pattern, give it Unstructured() by an Override."
-            )
+        _divides(f"entries in a row of {list(shape)}", fan_in, self.m, f"Strided({self.m})")
         return rows, self.m, fan_in // self.m
 
 
@@ -289,8 +285,8 @@ class Block:
     def _blocks(self, shape: Sequence[int]) -> tuple[int, int, int, int, int]:
         """[row blocks, rows, channel blocks, cols, kernel positions]."""
         _matrix(shape)
-        _divides("out", shape[0], self.rows, f"Block({self.rows}, {self.cols})")
-        _divides("in", shape[1], self.cols, f"Block({self.rows}, {self.cols})")
+        _divides("out_features", shape[0], self.rows, f"Block({self.rows}, {self.cols})")
+        _divides("in_features", shape[1], self.cols, f"Block({self.rows}, {self.cols})")
         return shape[0] // self.rows, self.rows, shape[1] // self.cols, self.cols, prod(shape[2:])
 
 
@@ -349,10 +345,10 @@ def _positive(owner: str, **numbers: int) -> None:
             raise PatternError(f"{owner}: expected {name} as an integer >= 1, got {number!r}.")
 
 
-def _divides(side: str, width: int, step: int, pattern: str) -> None:
+def _divides(what: str, width: int, step: int, pattern: str) -> None:
     if width % step:
         raise PatternError(
-            f"{side}_features={width}; {pattern} needs a multiple of {step}. "
+            f"{what}={width}; {pattern} needs a multiple of {step}. "
             "Exclude this weight, or, where the method trains any pattern, give it Unstructured() by an Override."
         )
 

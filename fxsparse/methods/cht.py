@@ -11,7 +11,7 @@ from torch import Tensor
 from fxsparse.errors import PlanError
 from fxsparse.link_prediction import cht_scores, whole_chains
 from fxsparse.method import Method, Probe, WeightView, register
-from fxsparse.options import check_integer, check_one_of, check_steps
+from fxsparse.options import check_flag, check_integer, check_one_of, check_steps
 from fxsparse.pattern import Unstructured
 from fxsparse.reparam import HardMask
 from fxsparse.schedule import Schedule, decay_curve
@@ -107,8 +107,7 @@ def cht(
     check_one_of("score", score, ("ch3", "ch2"))
     check_integer("every", every, 1)
     check_steps("steps", steps, every)
-    if not isinstance(soft, bool):
-        raise PlanError(f"expected soft as True (CHTs) or False (CHT), got {soft!r}.")
+    check_flag("soft", soft)
     return Method(
         name="cht",
         reparam=HardMask(),

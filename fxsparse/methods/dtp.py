@@ -68,7 +68,6 @@ def dtp(eps: float = 1.0, every: int = 1, score_lr: float = 1.0) -> Method:
     hold at every step.  Scores start at |w| over its mean, k is the plan's from the start, and the scores' learning
     rate is `score_lr` times that of the weights, without weight decay.
     """
-    check_positive("eps", eps)
     check_number("eps", eps, LEAST_EPS)
     check_positive("score_lr", score_lr)
     check_integer("every", every, 1)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fxsparse.errors import PlanError
 from fxsparse.method import Method, Probe, WeightView, register
-from fxsparse.options import check_number, check_steps, is_number
+from fxsparse.options import check_flag, check_number, check_steps, is_number
 from fxsparse.pattern import Unstructured
 from fxsparse.reparam import HardMask
 from fxsparse.rules import UniformRandom
@@ -86,8 +86,7 @@ def mest(
     epochs of 782 steps.  EM may be stored compact; EM&S, whose count changes, is masked.
     """
     check_steps("steps", steps, 1)
-    if not isinstance(soft, bool):
-        raise PlanError(f"expected soft as True (EM&S) or False (EM), got {soft!r}.")
+    check_flag("soft", soft)
     check_number("gradient, the factor lambda of |g|,", gradient, 0)
     starts = tuple(round(share * steps) for share in _shares(phases, "phases"))
     exchange = _shares(exchange, "exchange")

@@ -8,6 +8,7 @@ from torch import Tensor
 from fxsparse.errors import PlanError
 from fxsparse.method import Extra, Method, register
 from fxsparse.mvue import mvue_linear
+from fxsparse.options import check_flag
 from fxsparse.pattern import NM
 from fxsparse.reparam import ValueMap, one_node, with_gradient
 from fxsparse.rules import LargestMagnitude
@@ -60,8 +61,7 @@ def s_ste(mvue: bool = False) -> Method:
     with numbers of the step (off here; on in the paper), linear layers only; the FLOP count goes on without it.  The
     paper trains the linear layers of feed-forward blocks: exclude the others.  Weights stored [in, out] are refused.
     """
-    if not isinstance(mvue, bool):
-        raise PlanError(f"expected mvue as True or False, got {mvue!r}.")
+    check_flag("mvue", mvue)
     return Method(
         name="s_ste",
         reparam=ValueMap(

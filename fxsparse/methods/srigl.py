@@ -6,7 +6,7 @@ from dataclasses import replace
 from fxsparse.ablation import AblateAndGrow
 from fxsparse.errors import PlanError
 from fxsparse.method import Method, register
-from fxsparse.options import check_one_of, is_number
+from fxsparse.options import check_flag, check_one_of, is_number
 from fxsparse.pattern import ConstantFanIn
 from fxsparse.reparam import HardMask
 from fxsparse.schedule import Schedule, decay_curve
@@ -52,10 +52,7 @@ def srigl(
     for SGD alone.
     """
     check_one_of("preset", preset, PRESETS)
-    if not isinstance(ablate, bool):
-        raise PlanError(
-            f"expected ablate as True or False, got {ablate!r}. never_ablate= spares single weights."
-        )
+    check_flag("ablate", ablate)
     globs = _globs(never_ablate)
     rule, default_init = PRESETS[preset]
     return Method(

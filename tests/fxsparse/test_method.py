@@ -45,7 +45,7 @@ def test_a_toml_table_is_enough():
         ({"name": "rigle"}, "expected the name of a registered method, got 'rigle'. Known: "),
         ({}, "registered method, got None"),
         ({"name": ["rigl"]}, r"registered method, got \['rigl'\]"),
-        ({"name": "rigl", "evry": 3}, "method 'rigl' has no option 'evry'. Its options: every, stop,"),
+        ({"name": "rigl", "evry": 3}, "method 'rigl' has no option 'evry'. It has every, stop,"),
         ({"name": "rigl", "every": 0}, "every as an integer >= 1, got 0"),
         ({"name": "rigl", "every": 1.5}, "every as an integer >= 1, got 1.5"),
         (

@@ -2,6 +2,7 @@ import pytest
 
 from fxsparse.errors import PlanError
 from fxsparse.options import (
+    check_flag,
     check_integer,
     check_number,
     check_one_of,
@@ -12,6 +13,7 @@ from fxsparse.options import (
 
 
 def test_values_in_range_pass():
+    check_flag("x", False)
     check_integer("n", 3, 3)
     check_steps("n", 0, 0)
     check_number("x", -1.5, -1.5)
@@ -23,6 +25,7 @@ def test_values_in_range_pass():
 @pytest.mark.parametrize(
     ("check", "message"),
     [
+        (lambda: check_flag("x", 1), "expected x as True or False, got 1."),
         (lambda: check_integer("n", 2, 3), "expected n as an integer >= 3, got 2."),
         (lambda: check_integer("n", 3.0, 3), "expected n as an integer >= 3, got 3.0."),
         (lambda: check_integer("n", True, 0), "expected n as an integer >= 0, got True."),

@@ -157,7 +157,7 @@ def test_prune_ignores_row_quotas():
         (lambda: NM(5, 4), r"n <= m, got NM\(n=5, m=4\)"),
         (
             lambda: Strided(4).feasible((8, 30), 0),
-            r"a row of shape \[8, 30\] has 30 entries; Strided\(4\) needs a mult",
+            r"entries in a row of \[8, 30\]=30; Strided\(4\) needs a multiple of 4",
         ),
         (
             lambda: Strided(4).check(torch.ones(8, 3, 3, 3) > 0),

@@ -154,22 +154,6 @@ def test_the_least_channels_of_all_weights_go_down_to_the_floor():
     assert not any(map(any, left(method.rule.choose_all(views(method, 2, a=a, b=b), 6))))
 
 
-def test_rows_that_are_one_channel_go_together_by_their_mean():
-    a = torch.tensor([[0.1, 0.1], [3.0, 3.0]]), torch.ones(2, 2), [False] * 2
-    b = torch.tensor([[9.0, 9], [0.2, 0.2]]), torch.ones(2, 2), [False] * 2
-    method = chase(every=1, channel_every=1, stop=10, channel_stop=1, floor=0.25, drop_fraction=0)
-    tied = [replace(view, channels=(7, 8)) for view in views(method, 1, a=a, b=b)]
-    assert left(method.rule.choose_all(tied, 4)) == [[False, True], [False, True]]
-
-
-def test_no_channel_goes_whose_places_the_total_needs():
-    a = torch.ones(4, 2), torch.ones(4, 2), [False] * 4
-    method = chase(every=1, channel_every=1, stop=10, channel_stop=1, floor=0.25, drop_fraction=0)
-    choices = method.rule.choose_all(views(method, 1, a=a), 7)
-    assert left(choices) == [[False] * 4]
-    assert int(choices[0].entries.sum()) == 7
-
-
 def test_the_exchange_is_over_all_weights_by_magnitude_and_gradient():
     """Of 4 entries one goes, the 1 of a; of places in rows that are left the -5 of b has the largest gradient."""
     a = torch.tensor([[1.0, 2, 0], [0, 0, 0]]), torch.tensor([[0.0, 0, 3], [9, 9, 9]]), [False, True]

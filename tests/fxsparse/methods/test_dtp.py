@@ -87,7 +87,7 @@ def test_sharpness_grows_with_the_steps_and_scores_learn_at_their_own_rate():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"eps": 0}, "expected eps as a number above 0"),
+        ({"eps": 0}, "expected eps as a number >= 1e-06, got 0"),
         ({"eps": 1e-30}, "expected eps as a number >= 1e-06, got 1e-30"),
         ({"score_lr": float("nan")}, "expected score_lr as a number above 0, got nan"),
         ({"every": 0.5}, "expected every as an integer >= 1"),
