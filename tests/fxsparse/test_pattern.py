@@ -161,7 +161,7 @@ def test_prune_ignores_row_quotas():
         ),
         (
             lambda: Strided(4).check(torch.ones(8, 3, 3, 3) > 0),
-            r"\[8, 3, 3, 3\] has 27 entries; Strided\(4\) needs",
+            r"row of \[8, 3, 3, 3\]=27; Strided\(4\) needs",
         ),
         (lambda: Strided(0), "Strided: expected m as an integer >= 1, got 0"),
         (
