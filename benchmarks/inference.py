@@ -98,24 +98,26 @@ def measure(settings: Settings, python: str | None = None) -> dict[str, Any]:
 
 
 def _samples(made: Rivals) -> dict[str, list[float]]:
-    single = {name: min(values) for name, values in _turns(made, 2, {}).items()}
+    first = _turns(made, 2, {})
+    single = {name: min(values) for name, values in first.items()}
     inner = {name: max(1, min(20, int(_TURN_US / us))) for name, us in single.items()}
     one = sum(single[name] * inner[name] for name in single) / 1e6
     rounds = min(101, max(15, int(SECONDS / one)))
-    if rounds * one > LONGEST:
-        rounds = max(5, min(rounds, int(LONGEST / one)))
-    return _turns(made, rounds, inner)
+    if rounds * one <= LONGEST:
+        return _turns(made, rounds, inner)
+    more = _turns(made, max(5, min(rounds, int(LONGEST / one))) - 2, inner, warm_up=0)
+    return {name: values + more[name] for name, values in first.items()}
 
 
-def _turns(made: Rivals, rounds: int, inner: Mapping[str, int]) -> dict[str, list[float]]:
+def _turns(made: Rivals, rounds: int, inner: Mapping[str, int], warm_up: int = 1) -> dict[str, list[float]]:
     calls: dict[str, Callable[[], object]] = dict(made.calls)
     theirs: list[float] = []
     engine, runs = made.deepsparse, inner.get(DEEPSPARSE, 1)
     if engine is not None:
         calls[DEEPSPARSE] = lambda: theirs.append(engine.microseconds(runs))
     repeats = dict.fromkeys(calls, 1) | dict(inner) | {DEEPSPARSE: 1}
-    found = interleaved_samples(calls, rounds=rounds, warm_up=1, inner=repeats)
-    return found if engine is None else found | {DEEPSPARSE: theirs[1:]}
+    found = interleaved_samples(calls, rounds=rounds, warm_up=warm_up, inner=repeats)
+    return found if engine is None else found | {DEEPSPARSE: theirs[warm_up:]}
 
 
 def _spread(values: Sequence[float]) -> list[float]:

@@ -41,8 +41,8 @@ class Choice:
     """The times are an earlier process's on this machine."""
 
 
-_CHECKED_PRODUCTS = 1 << 16
-"""Multiply-adds of the plain PyTorch product that checks a kernel on a weight given by its entries."""
+_CHECKED_PRODUCTS = {True: 1 << 16, False: 1 << 28}
+"""Multiply-adds of the plain PyTorch product that checks kernels, on a weight given by its entries, or a dense one."""
 
 MEASURED_SECONDS = 2.0
 """For one choice, all candidates together."""
@@ -114,7 +114,7 @@ def rounding_error(
 ) -> float:
     """Largest difference of the outputs from those of the weight as it came, relative to the largest of them."""
     _, output = _prepared(kernel, problem, x, weight, bias, activation)
-    error, largest, _ = _errors(output, problem, x, weight, bias, activation)
+    error, largest = _exact(problem, x, weight, bias, activation).error(output)
     return error / largest if largest else error
 
 
@@ -159,6 +159,8 @@ def _measured(
 
     refusals = dict(refusals)
     timers = {}
+    exact: dict[torch.dtype | None, _Exact] = {}
+    x, weight, *rest = call
     for kernel in usable:
         try:
             with tuning.measuring():
@@ -168,8 +170,11 @@ def _measured(
         except gpu.failures() as error:
             refusals[kernel.name] = [f"it cannot be launched here: {error}"]
             continue
-        x, weight, *rest = call
-        error = _error(output, problem, x, stored(kernel, weight), *rest)
+        if kernel.values not in exact:
+            exact[kernel.values] = _exact(
+                problem, x, stored(kernel, weight), *rest, few=_few(problem, x, weight)
+            )
+        error = exact[kernel.values].relative_error(output)
         allowed = tolerance(problem.dtype, torch.Size(problem.shape[1:]).numel() + 1)
         if error > allowed:
             refusals[kernel.name] = [
@@ -249,42 +254,59 @@ def _synchronised(call: Callable[[], object], device: torch.device) -> Callable[
     return run
 
 
-def _error(
-    output: Tensor,
+@dataclass(frozen=True)
+class _Exact:
+    """What a call should give, in fp64, for the first and the last `few` rows or samples; None for all of them."""
+
+    few: int | None
+    output: Tensor
+    magnitudes: float
+    """The largest sum of magnitudes."""
+
+    def error(self, output: Tensor) -> tuple[float, float]:
+        """Largest difference of a kernel's output from this one, and the largest entry of this one."""
+        if self.output.numel() == 0:
+            return 0.0, 0.0
+        difference = _ends(output.reshape(-1, *self.output.shape[1:]), self.few).double() - self.output
+        return difference.abs().max().item(), self.output.abs().max().item()
+
+    def relative_error(self, output: Tensor) -> float:
+        """Largest difference relative to the largest sum of magnitudes."""
+        return self.error(output)[0] / max(self.magnitudes, torch.finfo(torch.float64).tiny)
+
+
+def _exact(
     problem: Problem,
     x: Tensor,
     weight: Tensor | Entries,
     bias: Tensor | None,
     activation: str,
-) -> float:
-    """Largest difference from the fp64 result, relative to the largest sum of magnitudes."""
-    error, _, magnitudes = _errors(output, problem, x, weight, bias, activation)
-    return error / max(magnitudes, torch.finfo(torch.float64).tiny)
-
-
-def _errors(
-    output: Tensor,
-    problem: Problem,
-    x: Tensor,
-    weight: Tensor | Entries,
-    bias: Tensor | None,
-    activation: str,
-) -> tuple[float, float, float]:
-    """Largest difference from the fp64 result, largest entry of that, and largest sum of magnitudes."""
+    few: int | None = None,
+) -> _Exact:
+    """By plain PyTorch."""
     from fxsparse.kernels.library import activate
 
-    if isinstance(weight, Entries) and problem.op == "linear":
-        few = max(1, _CHECKED_PRODUCTS // max(1, problem.nnz))
-        x, output = x.reshape(-1, x.shape[-1])[:few], output.reshape(-1, output.shape[-1])[:few]
     op, values = _exact_op(problem, weight)
+    x = _ends(x.reshape(-1, x.shape[-1]) if problem.op == "linear" else x, few)
     with torch.no_grad():
         inputs = [None if t is None else t.double() for t in (x, values, bias)]
-        exact = activate(op(*inputs), activation)
-        if exact.numel() == 0:
-            return 0.0, 0.0, 0.0
+        output = activate(op(*inputs), activation)
         magnitudes = op(*(None if t is None else t.abs() for t in inputs))
-        difference = output.double() - exact
-        return difference.abs().max().item(), exact.abs().max().item(), magnitudes.max().item()
+    return _Exact(few, output, magnitudes.max().item() if magnitudes.numel() else 0.0)
+
+
+def _few(problem: Problem, x: Tensor, weight: Tensor | Entries) -> int | None:
+    """Half of the rows or samples that `_CHECKED_PRODUCTS` are enough for; None where that is all of them."""
+    one_sample = problem.op != "linear" and x.dim() < len(problem.shape)
+    samples = 1 if one_sample else x.shape[:-1].numel() if problem.op == "linear" else x.shape[0]
+    by_entries = isinstance(weight, Entries)
+    work = problem.batch * (problem.nnz if by_entries else weight.numel()) // max(1, samples)
+    few = max(1, _CHECKED_PRODUCTS[by_entries] // max(1, 2 * work))
+    return few if 2 * few < samples else None
+
+
+def _ends(x: Tensor, few: int | None) -> Tensor:
+    return x if few is None else torch.cat([x[:few], x[-few:]])
 
 
 def _exact_op(problem: Problem, weight: Tensor | Entries) -> tuple[Callable[..., Tensor], Tensor]:

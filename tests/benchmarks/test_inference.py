@@ -96,6 +96,18 @@ def test_turns_of_deepsparse_are_by_its_own_clock():
     assert len(samples["ours"]) == 3
 
 
+def test_calls_that_take_long_have_five_turns_after_one_to_warm_up(monkeypatch):
+    class Engine:
+        def microseconds(self, runs):
+            return 1.0
+
+    calls = []
+    monkeypatch.setattr(bench, "LONGEST", 0.0)
+    samples = bench._samples(bench.Rivals({"ours": lambda: calls.append(1)}, None, Engine()))
+    assert {name: len(values) for name, values in samples.items()} == {"ours": 5, "DeepSparse": 5}
+    assert len(calls) == 1 + 2 + 3 * 20  # calls this short are up to 20 in a row
+
+
 def test_rows_have_ratios_by_least_times_and_by_turns_and_keep_losses():
     row = time_row(cell(eager=8000.0, ours=2000.0, compiled=1000.0, ours_compiled=500.0, DeepSparse=4000.0))
     assert (row["eager"], row["ours"], row["MKL CSR"]) == ("8", "2", "-")

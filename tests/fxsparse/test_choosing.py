@@ -15,6 +15,14 @@ from fxsparse.testing import sparse_weight
 ARGUMENTS = (("in_features", 48),)
 PROBLEM = Problem("linear", (64, 48), 4, 300, torch.float32, torch.device("cpu"), False, None, ARGUMENTS)
 
+CONVOLUTION = (
+    ("stride", (1, 1)),
+    ("padding", (1, 1)),
+    ("dilation", (1, 1)),
+    ("groups", 1),
+    ("in_channels", 4),
+    ("kernel_size", (3, 3)),
+)
 COMPILED = pytest.mark.skipif(cpu.availability() is not None, reason=str(cpu.availability()))
 
 
@@ -149,6 +157,29 @@ def test_narrow_values_have_to_be_clearly_faster_than_the_weight_as_it_is():
     assert taken == "dense"
     assert reason.endswith("values stay as they are: cpu-csr-int8 6.0 us")
     assert choosing.taken_of({"dense": 5.0}, 0.95) == ("dense", "")
+
+
+@pytest.mark.parametrize("wrong_at", [0, -1])
+@pytest.mark.parametrize("op", ["linear", "conv2d"])
+def test_a_wrong_result_is_found_where_the_ends_of_many_rows_or_samples_are_checked(
+    registry, monkeypatch, op, wrong_at
+):
+    monkeypatch.setattr(choosing, "_CHECKED_PRODUCTS", {True: 1, False: 1})
+    shape, x = ((64, 48), torch.randn(9, 48)) if op == "linear" else ((8, 4, 3, 3), torch.randn(9, 4, 6, 6))
+    weight = sparse_weight(shape, 0.1).float()
+    arguments = ARGUMENTS if op == "linear" else CONVOLUTION
+    problem = replace(PROBLEM, op=op, shape=shape, batch=9 if op == "linear" else 9 * 36, arguments=arguments)
+    right = registered()["dense" if op == "linear" else "dense-conv"]
+
+    def run(x, *weights, **given):
+        output = right.run(x, *weights, **given)
+        output[wrong_at] += 1
+        return output
+
+    register(replace(right, name="wrong", run=run))
+    choice = choose(problem, x, weight, rounds=3)
+    assert choice.refusals["wrong"][0].startswith("its result is wrong here: relative error")
+    assert right.name in choice.times_us
 
 
 @COMPILED

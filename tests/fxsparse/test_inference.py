@@ -1,6 +1,7 @@
 """``compile(mode="infer")``: equal outputs, an untouched model, and a whole artefact that is never slower."""
 
 import copy
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -455,6 +456,26 @@ def test_speed_is_the_median_of_interleaved_pairs() -> None:
     assert 1.2 < speed.ratio < 2.5
     assert speed.dense_us > 2000
     assert order[-30:] == ["dense", "sparse"] * 15
+
+
+@pytest.mark.parametrize(("ratio", "turns"), [(2.0, 8), (0.5, 8), (None, 15)])
+def test_long_pairs_end_once_the_verdict_is_certain(
+    monkeypatch: pytest.MonkeyPatch, ratio: float | None, turns: int
+) -> None:
+    monkeypatch.setattr(inference, "LONG_SECONDS", 0.0)
+    pairs = itertools.count()
+
+    def seconds(call: Callable[[], float], *_: object) -> float:
+        return call()
+
+    def dense() -> float:
+        at = next(pairs) - 3  # after the call that says how many make a turn and two turns of warm-up
+        return 1.0 if ratio is None and at % 2 else (ratio or 0.5)
+
+    monkeypatch.setattr(inference, "_seconds", seconds)
+    speed = speed_of(dense, lambda: 1.0, X)
+    assert next(pairs) == turns + 3
+    assert speed.ratio == (ratio or 0.5)
 
 
 def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,3 +57,18 @@ def test_a_quarter_of_the_turns_is_below_the_lower_quartile(clock):
 def test_turns_end_after_five_once_they_have_taken_long(clock):
     calls = {"slow": clock.taking(*[2.0] * 5), "fast": clock.taking(*[1.0] * 5)}
     assert timing.interleaved_quartiles(calls, rounds=20, seconds=4) == {"slow": 2e6, "fast": 1e6}
+
+
+def test_calls_that_are_long_and_less_than_half_as_fast_have_two_turns(clock):
+    calls = {
+        "slow": clock.taking(5.0, 5.0),
+        "half": clock.taking(*[2.0] * 5),
+        "fast": clock.taking(*[1.0] * 5),
+    }
+    found = timing.interleaved_quartiles(calls, rounds=20, seconds=20)
+    assert found == {"slow": 5e6, "half": 2e6, "fast": 1e6}
+
+
+def test_short_calls_have_all_their_turns(clock):
+    calls = {"slow": clock.taking(*[5.0] * 7), "fast": clock.taking(*[1.0] * 7)}
+    assert timing.interleaved_quartiles(calls, rounds=7, seconds=1000) == {"slow": 5e6, "fast": 1e6}
