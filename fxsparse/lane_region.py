@@ -1,7 +1,7 @@
 """The first part of a network of images, run in lanes a few samples at a time where an input suits."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,10 @@ def _(x: Tensor, weights: Sequence[Tensor], what: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Stage:
-    """Ops of ``(x, *weights)``, for so many samples at a time, whose parts of a `grid` are lanes."""
+    """Ops of ``(x, *weights)``, for so many samples at a time, whose parts of a `grid` are lanes.
+
+    The first stage has x as images, the others as a list of what the one before gives for a few samples each, in lanes.
+    """
 
     samples: int
     grid: int
@@ -39,7 +42,7 @@ class Stage:
 
 
 class LaneRegion(nn.Module):
-    """Stages one after the other, each for a few samples at a time, so that what is between its ops stays in caches.
+    """Stages one after the other, each for a few samples at a time, so that what is between them stays in caches.
 
     Inputs of another size than `size` [channels, height, width], of another dtype than fp32, and of a number of samples
     that does not fill the lanes run `plain`, the ops as they were, `at_once` samples at a time.  For torch.compile the
@@ -75,9 +78,17 @@ class LaneRegion(nn.Module):
 
     def in_stages(self, x: Tensor, weights: Sequence[Any]) -> Tensor:
         """The stages, for an input that suits."""
-        for piece, (samples, _) in zip(self.pieces, self.plan, strict=True):
-            x = _some_at_once(piece, samples, x, weights)
-        return x
+        return _some_at_once(
+            lambda part, *_: self._until(len(self.plan) - 1, part, weights), self.samples, x, weights
+        )
+
+    def _until(self, stage: int, x: Tensor, weights: Sequence[Any]) -> Tensor:
+        """What a stage gives for its samples."""
+        piece = self.pieces[stage]
+        if stage == 0:
+            return piece(x, *weights)
+        parts = x.split(self.plan[stage - 1][0])
+        return piece([self._until(stage - 1, part, weights) for part in parts], *weights)
 
     def _suits(self, x: Tensor) -> bool:
         if x.dim() != 4 or x.shape[1:] != self.size or len(x) == 0 or len(x) % self.samples:
@@ -111,7 +122,7 @@ def _described(piece: Any) -> tuple[dict[str, nn.Module], Graph]:
     )
 
 
-def _some_at_once(piece: nn.Module, samples: int, x: Tensor, weights: Sequence[Any]) -> Tensor:
+def _some_at_once(piece: Callable[..., Tensor], samples: int, x: Tensor, weights: Sequence[Any]) -> Tensor:
     if samples >= len(x):
         return piece(x, *weights)
     return torch.cat([piece(part, *weights) for part in x.split(samples)])

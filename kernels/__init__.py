@@ -14,7 +14,7 @@ from fxsparse.kernels.dense.conv import DENSE_CONV, MASKED_CONV
 from fxsparse.kernels.dense.linear import DENSE, MASKED
 from fxsparse.kernels.depthwise.conv import depthwise_conv
 from fxsparse.kernels.lanes.conv import conv_lanes, csr_conv_lanes
-from fxsparse.kernels.lanes.layout import from_lanes, to_lanes
+from fxsparse.kernels.lanes.layout import from_lanes, join_lanes, to_lanes
 from fxsparse.kernels.lanes.max_pool import max_pool_lanes
 from fxsparse.kernels.lookup.linear import lookup_linear
 from fxsparse.kernels.narrow import NARROW
@@ -47,6 +47,7 @@ __all__ = [
     "depthwise_conv",
     "from_lanes",
     "gradient_at",
+    "join_lanes",
     "lookup_linear",
     "max_pool2d",
     "max_pool_lanes",

@@ -132,8 +132,9 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any],
     def run(*args: Any) -> Any:
         from fxsparse.kernels import cpu
 
-        strided = args[0].layout == torch.strided  # the C++ kernels are for no other
-        if args[0].is_cpu and strided and cpu.builds_for(name) and cpu.load():
+        x = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        strided = x.layout == torch.strided  # the C++ kernels are for no other
+        if x.is_cpu and strided and cpu.builds_for(name) and cpu.load():
             return getattr(torch.ops.fxsparse, name)(*args)
         return reference(*args)
 

@@ -273,10 +273,10 @@ def _build(gm: GraphModule, calls: _Calls, spans: Sequence[_Span], size: tuple[i
     weights = tuple(dict.fromkeys(s for node in nodes for s in node.all_input_nodes if s.op == "get_attr"))
     source = next(iter(gm.graph.find_nodes(op="placeholder")))
     plain = _plain(gm, source, nodes, weights)
-    stages, first = [], source
-    for span in spans:
-        stages.append(Stage(LANES // span.grid**2, span.grid, _piece(gm, calls, first, span, weights)))
-        first = span.nodes[-1]
+    stages = [
+        Stage(LANES // span.grid**2, span.grid, _piece(gm, calls, source, spans, k, weights))
+        for k, span in enumerate(spans)
+    ]
     codegen = gm.graph._codegen
     region = LaneRegion(plain, codegen.samples if isinstance(codegen, SampleSplit) else None, stages, size)
     packed, windows = {}, {}
@@ -308,10 +308,18 @@ def _plain(gm: GraphModule, source: Node, nodes: Sequence[Node], weights: Sequen
     return _module(gm, graph)
 
 
-def _piece(gm: GraphModule, calls: _Calls, source: Node, span: _Span, weights: Sequence[Node]) -> GraphModule:
-    graph = Graph()
-    made = _inputs(graph, source, weights)
-    made[source] = graph.call_function(kernel.glue("to_lanes"), (made[source], span.grid))
+def _piece(
+    gm: GraphModule, calls: _Calls, source: Node, spans: Sequence[_Span], stage: int, weights: Sequence[Node]
+) -> GraphModule:
+    """The nodes of spans[stage], as a function of the images or of what the stage before gives, and the weights."""
+    graph, span = Graph(), spans[stage]
+    first = spans[stage - 1].nodes[-1] if stage else source
+    made = _inputs(graph, first, weights)
+    if stage == 0:
+        made[first] = graph.call_function(kernel.glue("to_lanes"), (made[first], span.grid))
+    else:
+        grids = spans[stage - 1].grid, span.grid
+        made[first] = graph.call_function(kernel.glue("join_lanes"), (made[first], *grids))
     fused: set[Node] = set()
     for node in span.nodes:
         call = calls.read(node)
@@ -328,7 +336,10 @@ def _piece(gm: GraphModule, calls: _Calls, source: Node, span: _Span, weights: S
                 fused.add(following[1])
             args, kwargs = map_arg((call.args, kwargs), made.__getitem__)
             made[node] = graph.call_function(call.run, args, kwargs)
-    graph.output(graph.call_function(kernel.glue("from_lanes"), (made[span.nodes[-1]], span.grid)))
+    last = made[span.nodes[-1]]
+    if stage == len(spans) - 1:
+        last = graph.call_function(kernel.glue("from_lanes"), (last, span.grid))
+    graph.output(last)
     return _module(gm, graph)
 
 

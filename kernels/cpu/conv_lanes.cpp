@@ -118,20 +118,21 @@ void plan_of(const Lanes& from, const Window& w, const Panel& panel, int64_t y, 
   }
 }
 
-// Tiles of rows x pixels of a part; the last ones may cover pixels of those before them, too.
+// Tiles of up to rows x pixels of a part; the last ones of a row may cover pixels of those before them, too.
 struct Tiles {
   Tiles(int64_t height, int64_t width, int64_t most_rows, int64_t most_pixels)
-      : height(height), width(width), rows(std::min(height, most_rows)), down((height + rows - 1) / rows) {
+      : height(height), width(width), down((height + most_rows - 1) / most_rows), rows((height + down - 1) / down) {
     across = (width + most_pixels - 1) / most_pixels;
     pixels = (width + across - 1) / across;
     across = (width + pixels - 1) / pixels;
   }
   int64_t count() const { return down * across; }
-  int64_t y(int64_t tile) const { return std::min(tile / across * rows, height - rows); }
+  int64_t y(int64_t tile) const { return tile / across * height / down; }
+  int64_t rows_of(int64_t tile) const { return (tile / across + 1) * height / down - y(tile); }
   int64_t x(int64_t tile) const { return std::min(tile % across * pixels, width - pixels); }
   int64_t at(int64_t tile) const { return (y(tile) * width + x(tile)) * kLine; }
   int64_t plane() const { return height * width * kLine; }
-  int64_t height, width, rows, down, across, pixels;
+  int64_t height, width, down, rows, across, pixels;
 };
 
 // A convolution whose weight [rows, fan-in] is in blocks of columns.
@@ -195,7 +196,7 @@ struct Conv {
                                        : lines.data + (held == channels ? first * panel.channel * kLine : 0);
             if (!direct && held < channels)
               table.fill(planes + first * from.plane(), from.plane(), last - first, plan, lines.data);
-            LineTile here{read, tiles.rows, tiles.pixels, panel.pitch * kLineBytes, nullptr, spans, from.plane()};
+            LineTile here{read, tiles.rows_of(tile), tiles.pixels, panel.pitch * kLineBytes, nullptr, spans, from.plane()};
             if (direct && b + 1 < blocks)
               here.ahead = planes + (b + 1) * width * from.plane() + tiles.at(tile);
             else if (direct && tile + 1 < tiles.count() && end == rows)
@@ -311,19 +312,17 @@ Tensor max_pool_lanes(const Tensor& x, std::vector<int64_t> numbers, int64_t gri
   auto* to = static_cast<float*>(y.mutable_data_ptr());
   const Panel panel(w, 1, tiles.pixels);
   const int64_t planes = from.units * from.channels;
+  std::vector<std::vector<LineSource>> sources(tiles.count());
+  for (int64_t tile = 0; tile < tiles.count(); tile++) plan_of(from, w, panel, tiles.y(tile), tiles.x(tile), sources[tile]);
   share(std::min(planes, threads_for(y.numel() * numbers[0] * numbers[1])), [&](int64_t part, int64_t parts) {
     Buffer lines(panel.channel * kLine);
-    std::vector<LineSource> sources;
-    const int64_t begin = planes * part / parts, end = planes * (part + 1) / parts;
-    for (int64_t tile = 0; tile < tiles.count(); tile++) {
-      plan_of(from, w, panel, tiles.y(tile), tiles.x(tile), sources);
-      const LinePlan plan{sources.data(), panel.channel, permutations_of(grid), -std::numeric_limits<float>::infinity()};
-      for (int64_t i = begin; i < end; i++) {
+    for (int64_t i = planes * part / parts; i < planes * (part + 1) / parts; i++)
+      for (int64_t tile = 0; tile < tiles.count(); tile++) {  // inside: a plane is read from its begin to its end
+        const LinePlan plan{sources[tile].data(), panel.channel, permutations_of(grid), -std::numeric_limits<float>::infinity()};
         table.fill(from.data + i * from.plane(), from.plane(), 1, plan, lines.data);
         table.largest(lines.data, panel.taps.data(), panel.taps.size(), tiles.pixels,
                       to + i * tiles.plane() + tiles.at(tile));
       }
-    }
   });
   return y;
 }
@@ -372,6 +371,55 @@ Tensor from_lanes(const Tensor& x_any, int64_t grid) {
   return y;
 }
 
+// Where the lanes of parts of a coarse grid come from, in the units of a finer one, for one block of pixels of a part: those
+// that part (block / ratio, block % ratio) of the finer parts in it holds.
+std::vector<Permutation> joined(int64_t fine, int64_t coarse, int64_t block) {
+  const int64_t ratio = fine / coarse, samples = kLine / (fine * fine);
+  std::vector<Permutation> lanes(ratio * ratio);
+  for (int64_t lane = 0; lane < kLine; lane++) {
+    const int64_t sample = lane / (coarse * coarse), y = lane / coarse % coarse * ratio + block / ratio;
+    const int64_t x = lane % coarse * ratio + block % ratio;
+    for (int64_t k = 0; k < ratio * ratio; k++)
+      lanes[k].sources[lane] = sample / samples == k ? (sample % samples * fine + y) * fine + x : -1;
+  }
+  return lanes;
+}
+
+Tensor join_lanes(std::vector<Tensor> given, int64_t fine, int64_t coarse) {
+  STD_TORCH_CHECK(!given.empty() && fine > coarse, "fxsparse: expected images in lanes, and a grid coarser than ", fine,
+                  ", got ", given.size(), " tensors and ", coarse);
+  const Lanes first = lanes_of(given[0], fine);
+  lanes_of(given[0], coarse);
+  std::vector<const float*> units;
+  for (const Tensor& x : given) {
+    const Lanes from = lanes_of(x, fine);
+    STD_TORCH_CHECK(from.channels == first.channels && from.height == first.height && from.width == first.width,
+                    "fxsparse: expected images of one size, got ", described(x), " beside ", described(given[0]));
+    for (int64_t u = 0; u < from.units; u++) units.push_back(from.data + u * from.channels * from.plane());
+  }
+  const int64_t ratio = fine / coarse, each = ratio * ratio, count = units.size() / each, channels = first.channels;
+  STD_TORCH_CHECK(units.size() % each == 0, "fxsparse: expected a multiple of ", each, " units, got ", units.size());
+  Tensor y = empty(given[0], {count, channels, first.height * ratio, first.width * ratio, kLine});
+  if (y.numel() == 0) return y;
+  std::vector<std::vector<Permutation>> lanes;
+  for (int64_t block = 0; block < each; block++) lanes.push_back(joined(fine, coarse, block));
+  auto* to = static_cast<float*>(y.mutable_data_ptr());
+  const LaneTable& table = table_of();
+  const int64_t planes = count * channels, row = first.width * kLine;
+  share(std::min(planes, threads_for(y.numel() * 2)), [&](int64_t part, int64_t parts) {
+    std::vector<const float*> rows(each);
+    for (int64_t i = planes * part / parts; i < planes * (part + 1) / parts; i++)
+      for (int64_t r = 0; r < first.height * ratio; r++)
+        for (int64_t b = 0; b < ratio; b++) {
+          for (int64_t k = 0; k < each; k++)
+            rows[k] = units[i / channels * each + k] + i % channels * first.plane() + r % first.height * row;
+          table.join(rows.data(), lanes[r / first.height * ratio + b].data(), each, first.width,
+                     to + ((i * first.height * ratio + r) * ratio + b) * row);
+        }
+  });
+  return y;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fxsparse, CPU, m) {
@@ -380,4 +428,5 @@ STABLE_TORCH_LIBRARY_IMPL(fxsparse, CPU, m) {
   m.impl("max_pool_lanes", TORCH_BOX(&max_pool_lanes));
   m.impl("to_lanes", TORCH_BOX(&to_lanes));
   m.impl("from_lanes", TORCH_BOX(&from_lanes));
+  m.impl("join_lanes", TORCH_BOX(&join_lanes));
 }

@@ -267,6 +267,30 @@ void largest(const float* panel, const uint32_t* places, int64_t taps, int64_t p
   }
 }
 
+template <int COUNT>
+void join_lines(const float* const* units, const Permutation* lanes, int64_t lines, float* to) {
+  for (int64_t i = 0; i < lines; i++, to += kLine) {
+#if defined(__AVX512F__)
+    __m512 line = _mm512_setzero_ps();
+#pragma GCC unroll 16
+    for (int k = 0; k < COUNT; k++) {
+      const __m512i index = _mm512_loadu_si512(lanes[k].sources);
+      const __mmask16 taken = _mm512_cmpge_epi32_mask(index, _mm512_setzero_si512());
+      line = _mm512_mask_permutexvar_ps(line, taken, index, _mm512_loadu_ps(units[k] + i * kLine));
+    }
+    _mm512_storeu_ps(to, line);
+#else
+    for (int k = 0; k < COUNT; k++)
+      for (int lane = 0; lane < kLine; lane++)
+        if (lanes[k].sources[lane] >= 0) to[lane] = units[k][i * kLine + lanes[k].sources[lane]];
+#endif
+  }
+}
+
+void join(const float* const* units, const Permutation* lanes, int64_t count, int64_t lines, float* to) {
+  count == 4 ? join_lines<4>(units, lanes, lines, to) : join_lines<16>(units, lanes, lines, to);
+}
+
 // count < W floats.
 inline V load_some(const float* p, int64_t count) {
 #if defined(__AVX512F__)
@@ -320,7 +344,7 @@ void scatter(const float* from, int64_t count, float* const* rows) {
 }  // namespace
 
 const LaneTable& FXSPARSE_LANES() {
-  static const LaneTable table = {kMostPixels, kMostRows, fill, multiply, product, filter, largest, gather, scatter};
+  static const LaneTable table = {kMostPixels, kMostRows, fill, multiply, product, filter, largest, join, gather, scatter};
   return table;
 }
 

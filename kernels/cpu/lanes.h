@@ -75,6 +75,8 @@ struct LaneTable {
                  const LineResults& results);
   // y[pixel] = the largest of the lines that `taps` places read, in one row.
   void (*largest)(const float* panel, const uint32_t* places, int64_t taps, int64_t pixels, float* y);
+  // to[i, lane] = units[k][i, lanes[k].sources[lane]] for i < lines, of the one k < count where that source is not negative.
+  void (*join)(const float* const* units, const Permutation* lanes, int64_t count, int64_t lines, float* to);
   // to[x, lane] = rows[lane][x] for x < count, and the other way round.
   void (*gather)(const float* const* rows, int64_t count, float* to);
   void (*scatter)(const float* from, int64_t count, float* const* rows);

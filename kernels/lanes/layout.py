@@ -4,6 +4,8 @@ A vector of 16 then is one pixel of every lane: no vector is cut by the end of a
 the size of a plane.  With a grid of 4, 2 or 1 parts along each side the lanes are 1, 4 or 16 samples.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,16 @@ def from_lanes(x: Tensor, grid: int) -> Tensor:
     return torch.ops.fxsparse.from_lanes.default(x, grid)
 
 
+@register_glue
+def join_lanes(units: Sequence[Tensor], fine: int, coarse: int) -> Tensor:
+    """``to_lanes(from_lanes(torch.cat(units), fine), coarse)``, for a grid coarser than the one they have.
+
+    Raises:
+        RuntimeError: units of different sizes, or too few for the coarser grid.
+    """
+    return torch.ops.fxsparse.join_lanes.default(units, fine, coarse)
+
+
 def reference_to_lanes(x: Tensor, grid: int) -> Tensor:
     """`to_lanes` in plain PyTorch."""
     _check(x, grid)
@@ -52,6 +64,11 @@ def reference_from_lanes(x: Tensor, grid: int) -> Tensor:
     parts = x.reshape(units, channels, height, width, samples_of(grid), grid, grid)
     images = parts.permute(0, 4, 1, 5, 2, 6, 3)
     return images.reshape(units * samples_of(grid), channels, grid * height, grid * width)
+
+
+def reference_join_lanes(units: Sequence[Tensor], fine: int, coarse: int) -> Tensor:
+    """`join_lanes` in plain PyTorch."""
+    return reference_to_lanes(reference_from_lanes(torch.cat(list(units)), fine), coarse)
 
 
 def _check(x: Tensor, grid: int) -> None:
@@ -76,5 +93,12 @@ def _fake_from_lanes(x: Tensor, grid: int) -> Tensor:
     return x.new_empty(len(x) * samples_of(grid), x.shape[1], grid * x.shape[2], grid * x.shape[3])
 
 
+def _fake_join_lanes(units: Sequence[Tensor], fine: int, coarse: int) -> Tensor:
+    ratio, first = fine // coarse, units[0]
+    count = sum(len(unit) for unit in units) // ratio**2
+    return first.new_empty(count, first.shape[1], first.shape[2] * ratio, first.shape[3] * ratio, LANES)
+
+
 define("to_lanes(Tensor x, int grid) -> Tensor", reference_to_lanes, _fake_to_lanes)
 define("from_lanes(Tensor x, int grid) -> Tensor", reference_from_lanes, _fake_from_lanes)
+define("join_lanes(Tensor[] units, int fine, int coarse) -> Tensor", reference_join_lanes, _fake_join_lanes)
