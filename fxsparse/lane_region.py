@@ -1,5 +1,6 @@
 """The first part of a network of images, run in lanes a few samples at a time where an input suits."""
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -78,17 +79,16 @@ class LaneRegion(nn.Module):
 
     def in_stages(self, x: Tensor, weights: Sequence[Any]) -> Tensor:
         """The stages, for an input that suits."""
-        return _some_at_once(
-            lambda part, *_: self._until(len(self.plan) - 1, part, weights), self.samples, x, weights
-        )
+        until_last = functools.partial(self._until, len(self.plan) - 1)
+        return _some_at_once(until_last, self.samples, x, weights)
 
-    def _until(self, stage: int, x: Tensor, weights: Sequence[Any]) -> Tensor:
-        """What a stage gives for its samples."""
+    def _until(self, stage: int, x: Tensor, *weights: Any) -> Tensor:
+        """What a stage gives for the images that it takes at once."""
         piece = self.pieces[stage]
         if stage == 0:
             return piece(x, *weights)
         parts = x.split(self.plan[stage - 1][0])
-        return piece([self._until(stage - 1, part, weights) for part in parts], *weights)
+        return piece([self._until(stage - 1, part, *weights) for part in parts], *weights)
 
     def _suits(self, x: Tensor) -> bool:
         if x.dim() != 4 or x.shape[1:] != self.size or len(x) == 0 or len(x) % self.samples:
