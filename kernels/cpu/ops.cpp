@@ -81,14 +81,31 @@ std::vector<Panel> panels_of(int64_t tokens, int64_t most, const Table& table) {
   return panels;
 }
 
+// Panels of up to 4 vectors, and of 1 where that is all: its sums are in another order, and the threads should not change
+// them.  For one thread as many as can have 4, which is fastest; for more of them as many for each thread, nearly alike.
+std::vector<Panel> shared_panels(int64_t tokens, int64_t threads, const Table& table) {
+  const int64_t vectors = (tokens + table.lanes - 1) / table.lanes, fewest = (vectors + 3) / 4;
+  const int64_t count = fewest < threads ? fewest : (fewest + threads - 1) / threads * threads;
+  std::vector<Panel> panels;
+  for (int64_t begin = 0, p = 0; begin < vectors; p++) {
+    const int64_t left = vectors - begin, most = left == 5 ? 3 : std::min<int64_t>(4, left);
+    const int64_t here = threads > 1 ? vectors * (p + 1) / count - begin : most;
+    panels.push_back({begin * table.lanes, here});
+    begin += here;
+  }
+  return panels;
+}
+
 // multiply(panel, vectors, begin, end, first token) for all panels of x, with begin = share_begin(part, parts) of the rows;
-// the panels are the units, or parts of them where there are few.  Each ends with a row of zeros.
+// the panels are the units, or parts of them where there are few.  Each ends with a row of zeros, and has 1, 2, 4 or 8
+// vectors, or 3, too, where `threes`.
 template <class Multiply, class ShareBegin>
-void multiply_all(const Matrix& x, int64_t work, const Multiply& multiply, const ShareBegin& share_begin) {
+void multiply_all(const Matrix& x, int64_t work, const Multiply& multiply, const ShareBegin& share_begin,
+                  bool threes = false) {
   const Table& t = table();
-  const int64_t most = most_vectors(x.features, t);
-  const auto panels = panels_of(x.tokens, most, t);
-  const int64_t count = panels.size(), threads = threads_for(work);
+  const int64_t most = most_vectors(x.features, t), threads = threads_for(work);
+  const auto panels = threes && most == 4 ? shared_panels(x.tokens, threads, t) : panels_of(x.tokens, most, t);
+  const int64_t count = panels.size();
   const int64_t panel_floats = (x.features + 1) * most * t.lanes;
   const auto fill = [&](const Panel& p, float* panel) {
     t.transpose(x, p.first, p.vectors, panel);
@@ -291,7 +308,7 @@ const T* narrow(const Tensor& t, ScalarType type, int64_t count, const char* nam
 // y [..., out] of a product that goes by panels alone; `work` is what one token costs, in multiply-adds.
 template <class Multiply, class ShareBegin>
 Tensor in_panels(const Tensor& x_any, int64_t out, int64_t work, Added added, int64_t activation, const Multiply& multiply,
-                 const ShareBegin& share_begin, bool paired = false) {
+                 const ShareBegin& share_begin, bool paired, bool threes) {
   std::vector<Buffer> owned;
   const Tensor x = in_order(x_any);
   Epilogue epilogue;
@@ -306,7 +323,7 @@ Tensor in_panels(const Tensor& x_any, int64_t out, int64_t work, Added added, in
       [&](const float* panel, int64_t vectors, int64_t begin, int64_t stop, int64_t first) {
         multiply(panel, vectors, begin, stop, epilogue, to, first);
       },
-      share_begin);
+      share_begin, threes);
   return y;
 }
 
@@ -330,7 +347,7 @@ Tensor striped_forward(const Tensor& x_any, const Tensor& values, const Tensor& 
       x_any, out, nnz, {bias, residual, scales}, activation,
       [&](const float* panel, int64_t vectors, int64_t begin, int64_t stop, const Epilogue& epilogue, const Matrix& to,
           int64_t first) { table().multiply_striped(panel, vectors, s, begin, stop, epilogue, to, first); },
-      [&](int64_t part, int64_t parts) { return chunks * part / parts; });
+      [&](int64_t part, int64_t parts) { return chunks * part / parts; }, false, true);
 }
 
 // The product of blocks for a panel: by pairs of columns where the blocks have them and the CPU an instruction for them.
@@ -370,7 +387,7 @@ Tensor bsr_forward(const Tensor& x_any, const Tensor& values, const Tensor& crow
         const int64_t target = blocks * part / parts;
         return part >= parts ? count : part ? std::lower_bound(s.start, s.start + count, target) - s.start : int64_t(0);
       },
-      by_pairs);
+      by_pairs, false);
 }
 
 struct Needs {

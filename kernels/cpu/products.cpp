@@ -394,6 +394,7 @@ void multiply_striped(const float* panel, int64_t vectors, const Striped& s, int
   switch (vectors) {
     case 1: return multiply_striped_panel<1>(panel, s, begin, end, epilogue, dst, first);
     case 2: return multiply_striped_panel<2>(panel, s, begin, end, epilogue, dst, first);
+    case 3: return multiply_striped_panel<3>(panel, s, begin, end, epilogue, dst, first);
     case 4: return multiply_striped_panel<4>(panel, s, begin, end, epilogue, dst, first);
     default: return multiply_striped_panel<8>(panel, s, begin, end, epilogue, dst, first);
   }

@@ -84,7 +84,7 @@ struct Epilogue {
 
 struct Table {
   int64_t lanes;         // floats in a vector
-  int64_t most_vectors;  // of a panel: 1, 2, 4 or 8
+  int64_t most_vectors;  // of a panel: 1, 2, 4 or 8, or 3 of multiply_striped
   // dst [features, vectors * lanes] = the tokens `first` onwards of src, transposed, in fp32, zeros past the last.
   void (*transpose)(const Matrix& src, int64_t first, int64_t vectors, float* dst);
   // dst[first + t, r] = activation(sum of values * panel rows + bias) for rows begin <= r < end.

@@ -36,13 +36,13 @@ def test_every_panel_width_and_chunk_is_right_on_every_instruction_set(shape, le
 
 
 @COMPILED
-@pytest.mark.parametrize("batch", [1, 300])
+@pytest.mark.parametrize("batch", [1, 65, 144, 197, 300])
 def test_threads_do_not_change_a_bit(batch):
     _, buffers = packed((1030, 300))
     x = torch.randn(batch, 300)
     before = torch.get_num_threads()
     results = []
-    for threads in (1, 2, 3):
+    for threads in (1, 2, 3, 5):
         torch.set_num_threads(threads)
         results.append(striped_linear(x, *buffers))
     torch.set_num_threads(before)
