@@ -1,6 +1,7 @@
 """The measured choice among the kernels that can run a call site, and the limit that the machine sets them."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -264,11 +265,13 @@ class _Exact:
     """The largest sum of magnitudes."""
 
     def error(self, output: Tensor) -> tuple[float, float]:
-        """Largest difference of a kernel's output from this one, and the largest entry of this one."""
+        """Largest difference of a kernel's output from this one, and the largest entry of this one, where finite."""
         if self.output.numel() == 0:
             return 0.0, 0.0
         difference = _ends(output.reshape(-1, *self.output.shape[1:]), self.few).double() - self.output
-        return difference.abs().max().item(), self.output.abs().max().item()
+        known = self.output.isfinite()  # what the inputs make inf or NaN says nothing of a kernel
+        difference = difference.where(known, 0.0).abs().nan_to_num(nan=math.inf)
+        return difference.max().item(), self.output.where(known, 0.0).abs().max().item()
 
     def relative_error(self, output: Tensor) -> float:
         """Largest difference relative to the largest sum of magnitudes."""

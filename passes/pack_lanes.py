@@ -192,9 +192,10 @@ class _Calls:
                 return self._pooling(found.inputs, found.given)
         if node.target is lanes("max_pool2d"):
             return self._pooling(node.args, dict(node.kwargs))
+        images = all(source.op != "get_attr" for source in node.all_input_nodes)
         adds = node.target in ADDS and len(node.all_input_nodes) == len(node.args) == 2 and not node.kwargs
         pointwise = node.op == "call_function" and node.target in POINTWISE and len(node.all_input_nodes) == 1
-        if adds and len({self.shapes[source] for source in node.all_input_nodes}) > 1:
+        if adds and (not images or len({self.shapes[source] for source in node.all_input_nodes}) > 1):
             return None
         module = node.op == "call_module" and type(fetch(self.gm, str(node.target))) in POINTWISE_MODULES
         return _Call(None, node.args, dict(node.kwargs)) if adds or pointwise or module else None

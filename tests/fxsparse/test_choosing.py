@@ -159,6 +159,20 @@ def test_narrow_values_have_to_be_clearly_faster_than_the_weight_as_it_is():
     assert choosing.taken_of({"dense": 5.0}, 0.95) == ("dense", "")
 
 
+def test_a_result_that_is_not_a_number_is_wrong_unless_the_inputs_make_it_so(registry):
+    x, weight, bias = call()
+    right = registered()["dense"]
+
+    def run(x, *weights, **given):
+        return right.run(x, *weights, **given).index_fill(0, torch.tensor(1), float("nan"))
+
+    register(replace(right, name="wrong", run=run))
+    assert "wrong" in choose(PROBLEM, x, weight, bias, rounds=3).refusals
+    choosing._CHOICES.clear()
+    x[1] = float("nan")
+    assert "dense" in choose(PROBLEM, x, weight, bias, "relu", rounds=3).times_us
+
+
 @pytest.mark.parametrize("wrong_at", [0, -1])
 @pytest.mark.parametrize("op", ["linear", "conv2d"])
 def test_a_wrong_result_is_found_where_the_ends_of_many_rows_or_samples_are_checked(

@@ -66,7 +66,7 @@ def lowered(model, monkeypatch):
         return replace(choice, kernel=kernel.registered()[known[0]]) if known else choice
 
     monkeypatch.setattr(choosing, "choose", choose)
-    monkeypatch.setattr(select_kernels, "ADVANTAGE", 1e9)
+    monkeypatch.setattr(select_kernels, "CONVOLUTION_ADVANTAGE", 1e9)
     monkeypatch.setattr(choose_layouts, "_costs", lambda *site: choose_layouts._Costs(1.0, 2.0, 1.0))
     return model
 
@@ -173,6 +173,29 @@ def test_an_op_that_lanes_do_not_know_ends_the_region(faster, monkeypatch):
     fast, row = compiled(model, x)
     assert row["rewrites"] >= 6
     assert "softmax" in fast.forward_graph.code
+    same(fast, model, x)
+
+
+class LearnedMap(nn.Module):
+    """Adds a parameter of the size of its images, of which lanes hold no form."""
+
+    def __init__(self, samples):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.map = nn.Parameter(torch.randn(samples, 8, 28, 28))
+
+    def forward(self, x):
+        return self.two(F.relu(self.one(x) + self.map))
+
+
+@pytest.mark.parametrize("samples", [1, 16])
+def test_a_sum_with_a_parameter_ends_the_region(faster, monkeypatch, samples):
+    model, x = lowered(LearnedMap(samples).eval(), monkeypatch), torch.randn(samples, 8, 28, 28)
+    with torch.no_grad():
+        for weight in (model.one.weight, model.two.weight):
+            weight *= torch.rand_like(weight) < 0.3
+    fast, row = compiled(model, x)
+    assert row["rewrites"] == 1
     same(fast, model, x)
 
 
