@@ -33,9 +33,6 @@ from fxsparse.verify import copied_inputs, frozen_state
 
 ADVANTAGE = 0.95
 """A sparse kernel is taken where it needs at most this share of the time of the best dense one."""
-CONVOLUTION_ADVANTAGE = 0.85
-"""The same for convolutions: one among dense ones, which hold channels last, costs copies that its own time has not.
-ResNet-50 of 50 % zeros ran at 0.85 of the dense model's speed under torch.compile where 9 of 53 had gained a little."""
 
 OPS = {"linear": "linear op", "conv1d": "convolution", "conv2d": "convolution"}
 """The ops that have sparse kernels, and what to call them."""
@@ -81,7 +78,7 @@ class SelectKernels:
                 for site, problem in zip(found, problems, strict=True)
             ]
             why_dense = self._why_dense(name, ctx)
-            taken = _decide(decision, choices, why_dense, _advantage(problems[0].op))
+            taken = _decide(decision, choices, why_dense)
             decision.reason += why_not if why_dense is None else ""
             decision.limit_us = sum(choosing.limit_us(taken, problem) for problem in problems)
             recalled += all(choice.recalled for choice in choices)
@@ -241,9 +238,7 @@ def site_problem(
 def choose_at(gm: GraphModule, site: Site, problem: Problem, weight: Tensor | Entries, x: Tensor) -> Choice:
     """Measure the kernels with the bias and the activation of the call site."""
     activation = fused_activation(gm, site.node)
-    return choosing.choose(
-        problem, x, weight, bias_of(gm, site), activation, advantage=_advantage(problem.op)
-    )
+    return choosing.choose(problem, x, weight, bias_of(gm, site), activation, advantage=ADVANTAGE)
 
 
 def matrix_of(gm: GraphModule, site: Site) -> Tensor:
@@ -252,19 +247,15 @@ def matrix_of(gm: GraphModule, site: Site) -> Tensor:
     return weight.t().contiguous() if site.transposed else weight
 
 
-def _advantage(op: str) -> float:
-    return ADVANTAGE if op == "linear" else CONVOLUTION_ADVANTAGE
-
-
-def _decide(decision: Decision, choices: list[Choice], why_dense: str | None, advantage: float) -> Kernel:
-    """Write and return the kernel that is fastest over all call sites; a sparse one must beat dense by `advantage`."""
+def _decide(decision: Decision, choices: list[Choice], why_dense: str | None) -> Kernel:
+    """Write and return the kernel that is fastest over all call sites; a sparse one must beat dense by `ADVANTAGE`."""
     entries, calls = kernel.registered(), f"its {len(choices)} call sites"
     names = set.intersection(*(set(choice.times_us) for choice in choices))
     total = {name: sum(choice.times_us[name] for choice in choices) for name in names}
     dense = {name: us for name, us in total.items() if entries[name].format == "dense"}
     exact = {name: us for name, us in total.items() if name not in dense and entries[name].values is None}
     best_dense = min(dense, key=dense.__getitem__, default="dense")
-    taken = best_dense if why_dense or not total else choosing.taken_of(total, advantage)[0]
+    taken = best_dense if why_dense or not total else choosing.taken_of(total, ADVANTAGE)[0]
     decision.dense_us = min(dense.values(), default=None)
     decision.sparse_us = total[taken] if entries[taken].values else min(exact.values(), default=None)
     is_dense = entries[taken].format == "dense"

@@ -66,7 +66,7 @@ def lowered(model, monkeypatch):
         return replace(choice, kernel=kernel.registered()[known[0]]) if known else choice
 
     monkeypatch.setattr(choosing, "choose", choose)
-    monkeypatch.setattr(select_kernels, "CONVOLUTION_ADVANTAGE", 1e9)
+    monkeypatch.setattr(select_kernels, "ADVANTAGE", 1e9)
     monkeypatch.setattr(choose_layouts, "_costs", lambda *site: choose_layouts._Costs(1.0, 2.0, 1.0))
     return model
 

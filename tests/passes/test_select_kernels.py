@@ -107,13 +107,6 @@ def test_stays_dense_where_the_gain_is_below_five_percent(times) -> None:
     assert (decision.dense_us, decision.sparse_us) == (10.0, 9.6)
 
 
-@pytest.mark.parametrize(("sparse_us", "taken"), [(8.4, "cpu-csr-conv"), (8.6, "dense")])
-def test_a_convolution_has_to_gain_fifteen_percent(times, sparse_us, taken) -> None:
-    times({"dense-conv": 10.0, "cpu-csr-conv": sparse_us})
-    model, x = halved(nn.Sequential(nn.Conv2d(2, 4, 3))), torch.randn(2, 2, 6, 6)
-    assert selected(model, x).decisions["0.weight"].kernel == taken
-
-
 def test_measures_on_the_real_input_with_the_activation_that_follows(times) -> None:
     calls = times({"dense": 10.0, "cpu-csr": 5.0})
     model, x = halved(nn.Sequential(nn.Linear(6, 4), nn.GELU(), nn.Linear(4, 2))), torch.randn(3, 5, 6)
