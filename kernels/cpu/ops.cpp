@@ -81,8 +81,8 @@ std::vector<Panel> panels_of(int64_t tokens, int64_t most, const Table& table) {
   return panels;
 }
 
-// Panels of up to 4 vectors, and of 1 where that is all: its sums are in another order, and the threads should not change
-// them.  For one thread as many as can have 4, which is fastest; for more of them as many for each thread, nearly alike.
+// Panels of 2 to 4 vectors, or one panel of 1: a panel of 1 adds in another order, and results must not depend on threads.
+// With one thread most have 4, which is fastest; with more every thread gets as many panels, of nearly as many tokens.
 std::vector<Panel> shared_panels(int64_t tokens, int64_t threads, const Table& table) {
   const int64_t vectors = (tokens + table.lanes - 1) / table.lanes, fewest = (vectors + 3) / 4;
   const int64_t count = fewest < threads ? fewest : (fewest + threads - 1) / threads * threads;
