@@ -48,6 +48,9 @@ _CHECKED_PRODUCTS = {True: 1 << 16, False: 1 << 28}
 MEASURED_SECONDS = 2.0
 """For one choice, all candidates together."""
 
+TIMED_SAMPLES = 4
+"""Of a batch that a convolution is timed on, or one for each thread; as many as `passes.SplitSamples` tries."""
+
 _CHOICES: dict[tuple, Choice] = {}
 
 
@@ -66,11 +69,13 @@ def choose(
     `weight` is dense with its zeros in place, or its `Entries`, which no dense kernel packs.  Candidates run in turns,
     `rounds` times each or fewer where they are slow, and their lower quartiles count: a sparse kernel is taken only
     where its own is at most `advantage` of the best dense one's.  Training problems time forward + backward with
-    gradients of x and the weight.  Times are remembered, in this process and on disk (`fxsparse.machine`), for the same
-    problem, processor, threads and kernels.  UnsupportedError, with the reasons of every kernel, if none can run.
+    gradients of x and the weight.  Convolutions of other problems see `some_samples`, and their times are scaled to all
+    of them.  Times are remembered, in this process and on disk (`fxsparse.machine`), for the same problem, processor,
+    threads and kernels.  UnsupportedError, with the reasons of every kernel, if none can run.
     """
     from fxsparse.kernels import gpu
 
+    problem, x, scale = some_samples(problem, x)
     is_gpu = problem.device.type == "cuda"
     device = f"{torch.cuda.get_device_name(problem.device)} {gpu.precision()}" if is_gpu else "cpu"
     by_entries = isinstance(weight, Entries)
@@ -83,16 +88,31 @@ def choose(
         torch.get_num_threads(),
         kernel_versions(),
     )
-    if (key, advantage) not in _CHOICES:
+    if (key, scale, advantage) not in _CHOICES:
         found = machine.recall(key)
+        recalled = found is not None
         if found is None:
             usable, refusals = candidates(problem, by_entries=by_entries)
             times, refusals = _measured(problem, usable, refusals, (x, weight, bias, activation), rounds)
-            machine.remember(key, {"times_us": times, "refusals": refusals})
-            _CHOICES[key, advantage] = _fastest(times, refusals, advantage)
-        else:
-            _CHOICES[key, advantage] = replace(_fastest(**found, advantage=advantage), recalled=True)
-    return _CHOICES[key, advantage]
+            found = {"times_us": times, "refusals": refusals}
+            machine.remember(key, found)
+        scaled = {name: scale * us for name, us in found["times_us"].items()}
+        _CHOICES[key, scale, advantage] = _fastest(scaled, found["refusals"], advantage, recalled)
+    return _CHOICES[key, scale, advantage]
+
+
+def some_samples(problem: Problem, x: Tensor) -> tuple[Problem, Tensor, float]:
+    """The part of a call that is timed, and how many times as much the whole is.
+
+    That is `TIMED_SAMPLES` of a convolution on the CPU, for inference: a network runs as many at a time as its
+    activations fit the caches with.  One convolution of them all would be timed with its images in memory, and its
+    result in new pages of the system.
+    """
+    samples = max(TIMED_SAMPLES, torch.get_num_threads())
+    is_batch = problem.op != "linear" and x.dim() == len(problem.shape) and len(x) > samples
+    if problem.training or not is_batch or not x.is_cpu:
+        return problem, x, 1.0
+    return replace(problem, batch=problem.batch * samples // len(x)), x[:samples], len(x) / samples
 
 
 def stored(kernel: Kernel, weight: Weight) -> Weight:
@@ -188,10 +208,12 @@ def _measured(
     return interleaved_quartiles(timers, rounds=rounds, seconds=MEASURED_SECONDS), refusals
 
 
-def _fastest(times_us: Mapping[str, float], refusals: Mapping[str, list[str]], advantage: float) -> Choice:
+def _fastest(
+    times_us: Mapping[str, float], refusals: Mapping[str, list[str]], advantage: float, recalled: bool
+) -> Choice:
     """The choice by these times."""
     taken, reason = taken_of(times_us, advantage)
-    return Choice(registered()[taken], times_us, refusals, reason or _alone(taken, refusals))
+    return Choice(registered()[taken], times_us, refusals, reason or _alone(taken, refusals), recalled)
 
 
 def taken_of(times_us: Mapping[str, float], advantage: float) -> tuple[str, str]:

@@ -90,7 +90,8 @@ def _costs(gm: GraphModule, site: Site, x: Tensor, decision: Decision) -> _Costs
     if x.dim() != 4 or entry.refuses(problem):
         return _Costs(first, math.inf, 0.0)
     bias, activation = bias_of(gm, site), fused_activation(gm, site.node)
-    key = (LAST, problem, tuple(x.shape), bias is None, activation, torch.get_num_threads())
+    part, x, scale = choosing.some_samples(problem, x)
+    key = (LAST, part, tuple(x.shape), bias is None, activation, torch.get_num_threads())
     times = machine.recall(key)
     if times is None:
         given, held = site_arguments(site, weight.shape), x.contiguous(memory_format=torch.channels_last)
@@ -101,7 +102,7 @@ def _costs(gm: GraphModule, site: Site, x: Tensor, decision: Decision) -> _Costs
         with torch.no_grad():
             times = interleaved_quartiles(calls, rounds=15, seconds=0.3)
         machine.remember(key, times)
-    return _Costs(first, times["last"], times["copy"], choosing.limit_us(entry, problem))
+    return _Costs(first, scale * times["last"], scale * times["copy"], choosing.limit_us(entry, problem))
 
 
 def _cut(gm: GraphModule, costs: Mapping[Node, _Costs]) -> set[Node]:

@@ -196,6 +196,53 @@ def test_a_wrong_result_is_found_where_the_ends_of_many_rows_or_samples_are_chec
     assert right.name in choice.times_us
 
 
+def timed_convolutions(registry, monkeypatch):
+    """[samples of each call of a kernel named "seen"]; all kernels are timed at 10 us."""
+    seen = []
+    right = registered()["dense-conv"]
+
+    def run(x, *weights, **given):
+        seen.append(len(x))
+        return right.run(x, *weights, **given)
+
+    register(replace(right, name="seen", run=run))
+    monkeypatch.setattr(choosing, "interleaved_quartiles", lambda calls, **_: dict.fromkeys(calls, 10.0))
+    return seen
+
+
+def test_convolutions_of_large_batches_are_timed_on_a_few_samples_and_scaled(registry, monkeypatch):
+    seen = timed_convolutions(registry, monkeypatch)
+    weight, x = sparse_weight((8, 4, 3, 3), 0.1).float(), torch.randn(12, 4, 6, 6)
+
+    def choice(samples, threads=1):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        problem = replace(PROBLEM, op="conv2d", shape=(8, 4, 3, 3), batch=samples * 36, arguments=CONVOLUTION)
+        return choose(problem, x[:samples], weight)
+
+    twelve = choice(12)
+    assert seen == [choosing.TIMED_SAMPLES]
+    assert twelve.times_us["seen"] == 30.0
+    assert choice(8).times_us["seen"] == 20.0
+    assert choice(4).times_us["seen"] == 10.0, "the same measurement"
+    assert seen == [4]
+    assert choice(3).times_us["seen"] == 10.0
+    assert choice(12, threads=6).times_us["seen"] == 20.0
+    assert seen == [4, 3, 6]
+
+
+def test_one_image_rows_and_training_are_timed_whole(registry):
+    conv = replace(PROBLEM, op="conv2d", shape=(8, 4, 3, 3), batch=9 * 36, arguments=CONVOLUTION)
+    images = torch.randn(9, 4, 6, 6)
+    for problem, x in [
+        (conv, images[0]),
+        (PROBLEM, torch.randn(9, 48)),
+        (replace(conv, training=True), images),
+    ]:
+        assert choosing.some_samples(problem, x) == (problem, x, 1.0)
+    part, x, scale = choosing.some_samples(conv, images)
+    assert (part.batch, len(x), scale) == (4 * 36, 4, 9 / 4)
+
+
 @COMPILED
 def test_narrow_kernels_are_measured_against_the_weight_that_they_store(registry):
     x, weight, bias = call()
