@@ -149,8 +149,9 @@ def _by_gram(graph: Bipartite, values: Tensor) -> tuple[float, float]:
     dense[graph.outputs, graph.inputs] = values
     wide = graph.shape[0] <= graph.shape[1]
     gram = dense @ dense.T if wide else dense.T @ dense  # counts are exact in float32 up to 2**24
-    eigenvalues = torch.linalg.eigvalsh(gram.double()).clamp(min=0)
-    squares = torch.nn.functional.pad(eigenvalues, (2, 0))[-2:]
+    eigenvalues = torch.linalg.eigvalsh(gram.double())
+    rounding = torch.finfo(torch.float64).eps * len(eigenvalues) * eigenvalues.max()
+    squares = torch.nn.functional.pad(eigenvalues.where(eigenvalues > rounding, 0), (2, 0))[-2:]
     second, first = squares.sqrt().tolist()
     return first, second
 

@@ -201,6 +201,13 @@ def test_without_a_class_of_inputs_the_means_are_unknown():
     assert found.iterative_ramanujan_gap is found.full_spectrum_distance is None
 
 
+@pytest.mark.parametrize("shape", [(40, 130), (130, 40), (30, 30), (3, 500)])
+def test_a_matrix_of_rank_one_has_no_second_singular_value(shape):
+    graph = bipartite.Bipartite.of(*torch.ones(shape).nonzero().unbind(1), None)
+    first, second = graph.two_largest()
+    assert (first, second) == (pytest.approx((shape[0] * shape[1]) ** 0.5), 0.0)
+
+
 @pytest.mark.parametrize("shape", [(40, 130), (130, 40), (30, 30)])
 @pytest.mark.parametrize("sparsity", [0.0, 0.7])
 def test_the_sparse_solver_agrees_with_all_eigenvalues(shape, sparsity, monkeypatch):
