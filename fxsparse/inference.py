@@ -4,7 +4,7 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from fxsparse.errors import InvariantError, PlanError
 from fxsparse.formats import narrow
 from fxsparse.graph import attribute_nodes
 from fxsparse.inputs import has_meta
+from fxsparse.kernel import FOR_ALL_ENTRIES
 from fxsparse.module import SparseModule
 from fxsparse.passes import RemoveDeadNeurons, SelectKernels, inference_pipeline
 from fxsparse.passes.select_entry_kernels import why_not_dense
@@ -34,6 +35,9 @@ NEVER_SLOWER = 0.95
 """Least allowed speed of the artefact relative to the dense model: the median over interleaved pairs."""
 PAIRS = 15
 LONG_SECONDS = 10.0
+CLEAR_GAIN = 0.5
+"""Of the artefact's time: gains by kernel that add up to more are not lost in a whole model."""
+WITHOUT = "the whole model is not slower with every weight dense"
 _SAMPLE_SECONDS = 0.0005
 
 
@@ -45,6 +49,14 @@ class Speed:
     sparse_us: float
     ratio: float
     """Median over pairs of dense time / artefact time."""
+
+
+@dataclass(frozen=True)
+class _Lowered:
+    """One run of the passes, and what it made."""
+
+    ctx: PassContext
+    sparse: SparseModule
 
 
 def compile_for_inference(
@@ -101,35 +113,31 @@ def infer_program(
     model: nn.Module, source: Program, plan: Plan | None, example_inputs: Any, values: str | None = None
 ) -> SparseModule:
     """The rest of `compile_for_inference`, for a `model` that was captured as `source`."""
-    measured = example_inputs is not None and not has_meta(example_inputs)
-    dense: nn.Module | None = None
-    keep_dense: dict[str, str] = {}
-    while True:
+
+    def lower(keep_dense: Mapping[str, str]) -> _Lowered:
         ctx = PassContext(plan, "infer", _copied(source), Report(), example_inputs)
         ctx.values_dtype = None if values is None else narrow.DTYPES[values]
         run_passes(_pipeline(keep_dense), ctx)
-        sparse = emit(model, ctx)
-        if not measured:
-            return sparse
-        if ctx.entries:
-            return _beside_training(_copied(source).graphs["eval"], sparse, ctx)
-        dense = dense or _dense_form(model)
-        _compare(dense, sparse, ctx)
-        if ctx.program.tier == "walk":
-            sparse.report.notes.append("the model's own forward runs, since no graph of it could be captured")
-            return sparse
-        speed = _speed(dense, sparse, example_inputs)
-        if speed.ratio >= NEVER_SLOWER:
-            sparse.report.notes.append(
-                f"dense {speed.dense_us:.1f} us, this {speed.sparse_us:.1f} us: {speed.ratio:.2f}x"
-            )
-            return sparse
-        given_up = _least_profitable(ctx, speed)
-        if not given_up:
-            if ctx.shrunk:
-                ctx = _unshrunk(source, ctx, example_inputs)
-            return _as_it_came(model, dense, ctx)
-        keep_dense |= given_up
+        return _Lowered(ctx, emit(model, ctx))
+
+    made = lower({})
+    if example_inputs is None or has_meta(example_inputs):
+        return made.sparse
+    if made.ctx.entries:
+        return _beside_training(_copied(source).graphs["eval"], made)
+    dense = _dense_form(model)
+    if made.ctx.program.tier == "walk":
+        _compare(dense, made)
+        made.sparse.report.notes.append(
+            "the model's own forward runs, since no graph of it could be captured"
+        )
+        return made.sparse
+    made, speed = _never_slower(dense, made, lower)
+    if speed.ratio < NEVER_SLOWER:
+        ctx = _unshrunk(source, made.ctx, example_inputs) if made.ctx.shrunk else made.ctx
+        return _as_it_came(model, dense, ctx)
+    made.sparse.report.notes.append(_told(speed))
+    return made.sparse
 
 
 def compile_again(sparse: SparseModule, example_inputs: Any, why: str) -> SparseModule:
@@ -138,23 +146,18 @@ def compile_again(sparse: SparseModule, example_inputs: Any, why: str) -> Sparse
     `why`: what a note says of it.
     """
     recipe: Any = sparse._emitted.recipe
-    source, keep_dense = raised(sparse), dict[str, str]()
+    source = raised(sparse)
     dense = source.graphs["eval"]
-    while True:
+
+    def lower(keep_dense: Mapping[str, str]) -> _Lowered:
         ctx = PassContext(None, "infer", _copied(source), Report(), example_inputs)
         ctx.values_dtype = recipe.source.values_dtype
         run_passes(_pipeline(keep_dense), ctx)
-        made = emit(dense, ctx, recipe.source)
-        _compare(dense, made, ctx)
-        speed = _speed(dense, made, example_inputs)
-        given_up = _least_profitable(ctx, speed) if speed.ratio < NEVER_SLOWER else {}
-        if not given_up:
-            made.report.notes.append(
-                f"kernels were measured again after loading: {why}; dense {speed.dense_us:.1f} us, this "
-                f"{speed.sparse_us:.1f} us: {speed.ratio:.2f}x"
-            )
-            return made.train(sparse.training)
-        keep_dense |= given_up
+        return _Lowered(ctx, emit(dense, ctx, recipe.source))
+
+    made, speed = _never_slower(dense, lower({}), lower)
+    made.sparse.report.notes.append(f"kernels were measured again after loading: {why}; {_told(speed)}")
+    return made.sparse.train(sparse.training)
 
 
 def speed_of(
@@ -185,9 +188,61 @@ def _is_decided(taken: Sequence[tuple[float, float]], pairs: int) -> bool:
     return 2 * max(fast, len(taken) - fast) > pairs
 
 
-def _pipeline(keep_dense: dict[str, str]) -> list[Pass]:
+def _never_slower(
+    dense: nn.Module, made: _Lowered, lower: Callable[[Mapping[str, str]], _Lowered]
+) -> tuple[_Lowered, Speed]:
+    """`made`, with the least profitable kernels given up until it is not slower than `dense`, and its speed.
+
+    Where all weights are dense and it is slower even so, `Speed.ratio` says it.
+    """
+    keep_dense: dict[str, str] = {}
+    while True:
+        _compare(dense, made)
+        speed = _speed(dense, made.sparse, made.ctx.example_inputs)
+        if speed.ratio >= NEVER_SLOWER:
+            return _unless_as_fast_without(dense, made, speed, lower)
+        given_up = _least_profitable(made.ctx, speed)
+        if not given_up:
+            return made, speed
+        keep_dense |= given_up
+        made = lower(keep_dense)
+
+
+def _unless_as_fast_without(
+    dense: nn.Module, made: _Lowered, speed: Speed, lower: Callable[[Mapping[str, str]], _Lowered]
+) -> tuple[_Lowered, Speed]:
+    """`made`, or the same graph without sparse kernels where that is not slower and gains by kernel are small.
+
+    What a kernel gains by itself, copies between layouts and the caches of a whole model may take again.
+    """
+    decisions = made.ctx.decisions
+    gains = {n: us for n, us in _gains(made.ctx).items() if decisions[n].format not in FOR_ALL_ENTRIES}
+    if not gains or sum(gains.values()) > CLEAR_GAIN * speed.sparse_us:
+        return made, speed
+    inputs = made.ctx.example_inputs
+    without = lower(dict.fromkeys(gains, WITHOUT))
+    beside = _speed(made.sparse, without.sparse, inputs)
+    if beside.ratio < NEVER_SLOWER:
+        return made, speed
+    _compare(dense, without)
+    again = _speed(dense, without.sparse, inputs)
+    if again.ratio < NEVER_SLOWER:
+        return made, speed
+    without.sparse.report.notes.append(
+        f"no weight is sparse, though {len(gains)} were faster by themselves: so the whole model runs at "
+        f"{beside.ratio:.2f}x of what it does with them"
+    )
+    return without, again
+
+
+def _told(speed: Speed) -> str:
+    return f"dense {speed.dense_us:.1f} us, this {speed.sparse_us:.1f} us: {speed.ratio:.2f}x"
+
+
+def _pipeline(keep_dense: Mapping[str, str]) -> list[Pass]:
     return [
-        replace(p, keep_dense=keep_dense) if isinstance(p, SelectKernels) else p for p in inference_pipeline
+        replace(p, keep_dense=dict(keep_dense)) if isinstance(p, SelectKernels) else p
+        for p in inference_pipeline
     ]
 
 
@@ -225,19 +280,20 @@ def _dense_form(model: nn.Module) -> nn.Module:
     return (model.to_dense() if isinstance(model, SparseModule) else copy_structure(model)).eval()
 
 
-def _beside_training(trained: nn.Module, sparse: SparseModule, ctx: PassContext) -> SparseModule:
+def _beside_training(trained: nn.Module, made: _Lowered) -> SparseModule:
     """Compare and time an artefact whose weights do not fit as dense ones with the training graph in evaluation."""
-    _compare(trained, sparse, ctx)
-    speed = _speed(trained, sparse, ctx.example_inputs)
-    sparse.report.notes.append(
+    _compare(trained, made)
+    speed = _speed(trained, made.sparse, made.ctx.example_inputs)
+    made.sparse.report.notes.append(
         f"the training module {speed.dense_us:.1f} us, this {speed.sparse_us:.1f} us: {speed.ratio:.2f}x; "
-        f"{why_not_dense(ctx)}"
+        f"{why_not_dense(made.ctx)}"
     )
-    return sparse
+    return made.sparse
 
 
-def _compare(dense: nn.Module, sparse: SparseModule, ctx: PassContext) -> None:
+def _compare(dense: nn.Module, made: _Lowered) -> None:
     """InvariantError where the two differ; where values were rounded their difference goes to the report instead."""
+    sparse, ctx = made.sparse, made.ctx
     want = observe(dense, dense, ctx.example_inputs, training=False)
     # A forward of the user's own may keep Python attributes, which a comparison should not move.
     root = copy_structure(ctx.program.skeleton) if ctx.program.tier == "walk" else sparse
@@ -266,14 +322,19 @@ def _speed(dense: nn.Module, sparse: SparseModule, example_inputs: Any) -> Speed
 
 def _least_profitable(ctx: PassContext, speed: Speed) -> dict[str, str]:
     """{weight: reason} of the half of the lowered weights that gain least; empty if none is lowered."""
-    gains = {
+    gains = _gains(ctx)
+    worst = sorted(gains, key=gains.__getitem__)[: math.ceil(len(gains) / 2)]
+    reason = f"given up: with it the whole model ran at {speed.ratio:.2f}x of dense"
+    return {name: f"{ctx.decisions[name].kernel} {reason}" for name in worst}
+
+
+def _gains(ctx: PassContext) -> dict[str, float]:
+    """{lowered weight: microseconds that its kernel gained by itself}."""
+    return {
         name: (decision.dense_us or 0.0) - (decision.sparse_us or 0.0)
         for name, decision in ctx.decisions.items()
         if decision.format != "dense"
     }
-    worst = sorted(gains, key=gains.__getitem__)[: math.ceil(len(gains) / 2)]
-    reason = f"given up: with it the whole model ran at {speed.ratio:.2f}x of dense"
-    return {name: f"{ctx.decisions[name].kernel} {reason}" for name in worst}
 
 
 def _unshrunk(source: Program, shrunk: PassContext, example_inputs: Any) -> PassContext:
