@@ -200,7 +200,7 @@ def _never_slower(
         _compare(dense, made)
         speed = _speed(dense, made.sparse, made.ctx.example_inputs)
         if speed.ratio >= NEVER_SLOWER:
-            return _unless_as_fast_without(dense, made, speed, lower)
+            return _unless_as_fast_without(dense, made, speed, keep_dense, lower)
         given_up = _least_profitable(made.ctx, speed)
         if not given_up:
             return made, speed
@@ -209,7 +209,11 @@ def _never_slower(
 
 
 def _unless_as_fast_without(
-    dense: nn.Module, made: _Lowered, speed: Speed, lower: Callable[[Mapping[str, str]], _Lowered]
+    dense: nn.Module,
+    made: _Lowered,
+    speed: Speed,
+    keep_dense: Mapping[str, str],
+    lower: Callable[[Mapping[str, str]], _Lowered],
 ) -> tuple[_Lowered, Speed]:
     """`made`, or the same graph without sparse kernels where that is not slower and gains by kernel are small.
 
@@ -220,7 +224,7 @@ def _unless_as_fast_without(
     if not gains or sum(gains.values()) > CLEAR_GAIN * speed.sparse_us:
         return made, speed
     inputs = made.ctx.example_inputs
-    without = lower(dict.fromkeys(gains, WITHOUT))
+    without = lower({**keep_dense, **dict.fromkeys(gains, WITHOUT)})
     beside = _speed(made.sparse, without.sparse, inputs)
     if beside.ratio < NEVER_SLOWER:
         return made, speed

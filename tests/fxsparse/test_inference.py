@@ -436,6 +436,23 @@ def test_kernels_that_gain_nothing_in_the_whole_model_are_dense(
     check_equal(fast, model)
 
 
+def test_what_was_given_up_stays_dense_beside_the_graph_without_sparse_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def measure(one: nn.Module, other: nn.Module, *call: Any) -> Speed:
+        packed = [sum(isinstance(m, PackedWeight) for m in model.modules()) for model in (one, other)]
+        ratio = {(0, 4): 0.5, (0, 2): 1.2, (2, 0): 1.0, (0, 0): 1.1}[packed[0], packed[1]]
+        return Speed(100.0, 100.0 / ratio, ratio)
+
+    monkeypatch.setattr(inference, "speed_of", measure)
+    monkeypatch.setattr(inference, "CLEAR_GAIN", 0.5)
+    fast = infer(pruned(Net()).eval())
+    reasons = {row["name"]: row["reason"] for row in fast.report.layers}
+    assert reasons["a.weight"] == reasons["b.weight"] == inference.WITHOUT
+    assert "given up: with it the whole model ran at 0.50x" in reasons["c.weight"]
+    assert set(kernels_of(fast).values()) == {"dense"}
+
+
 def test_without_the_graph_no_neuron_is_removed_and_the_report_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
