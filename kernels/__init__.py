@@ -17,6 +17,7 @@ from fxsparse.kernels.lanes.conv import conv_lanes, csr_conv_lanes
 from fxsparse.kernels.lanes.layout import from_lanes, join_lanes, to_lanes
 from fxsparse.kernels.lanes.max_pool import max_pool_lanes
 from fxsparse.kernels.lookup.linear import lookup_linear
+from fxsparse.kernels.mkl.linear import mkl_linear
 from fxsparse.kernels.narrow import NARROW
 from fxsparse.kernels.nm.linear import nm_linear
 from fxsparse.kernels.nm_lanes.linear import nm_lanes_linear
@@ -51,6 +52,7 @@ __all__ = [
     "lookup_linear",
     "max_pool2d",
     "max_pool_lanes",
+    "mkl_linear",
     "nm_lanes_linear",
     "nm_linear",
     "onednn_conv2d",

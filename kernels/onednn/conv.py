@@ -13,6 +13,7 @@ from fxsparse.kernel import Cost, Kernel, Problem, register
 from fxsparse.kernels.csr.conv import window
 from fxsparse.kernels.library import COMPILED, activate, activation_code, autocast, refuse_gradient
 from fxsparse.kernels.onednn.attributes import ATTRIBUTES, refusals
+from fxsparse.kernels.second_copy import second_copy
 
 _ORDERED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -71,13 +72,12 @@ def _is_channels_last(x: Tensor) -> bool:
 
 def _ordered(weight: Tensor, given: tuple[Any, ...], size: torch.Size) -> Tensor:
     """The weight as oneDNN reads it for images of this size; made once."""
-    version = 0 if weight.is_inference() else weight._version
-    known = _ORDERED.get(weight)
-    if known is None or known[0] != (version, given):
+
+    def make() -> Tensor:
         last = weight.detach().contiguous(memory_format=torch.channels_last)
-        made = torch.ops.mkldnn._reorder_convolution_weight(last, *given, list(size))
-        known = _ORDERED[weight] = (version, given), made
-    return known[1]
+        return torch.ops.mkldnn._reorder_convolution_weight(last, *given, list(size))
+
+    return second_copy(_ORDERED, weight, given, make)
 
 
 def _reference(

@@ -17,7 +17,7 @@ COMPILED += ("cpu-nm", "cpu-csr-conv", "cpu-csr-conv-train", "cpu-depthwise")
 
 
 @pytest.mark.parametrize(
-    "name", ["dense", "dense-masked", "dense-conv", "dense-conv-masked", "onednn", "onednn-conv"]
+    "name", ["dense", "dense-masked", "dense-conv", "dense-conv-masked", "mkl", "onednn", "onednn-conv"]
 )
 def test_dense_kernels_fulfil_the_contract(name):
     testing.check_kernel(registered()[name])

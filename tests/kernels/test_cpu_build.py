@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fxsparse.kernels import condensed_linear, cpu
+from fxsparse.kernels.mkl.linear import IS_AVAILABLE
 
 ROOT = Path(__file__).resolve().parents[2]
 LINEAR = """
@@ -42,7 +43,7 @@ def run(code: str, **environment: str) -> str:
 def test_without_kernels_the_reference_runs_and_the_reason_is_visible(environment, reason, tmp_path):
     lines = run(LINEAR, FXSPARSE_CACHE=str(tmp_path), **environment).splitlines()
     assert lines[0] == "[3.0, 6.0, 5.0]"
-    assert lines[1].startswith("reference ['dense', 'onednn']")
+    assert lines[1].startswith(f"reference {['dense', *['mkl'] * IS_AVAILABLE, 'onednn']}")
     assert reason in lines[1]
     assert not list(tmp_path.glob("*.so"))
 
