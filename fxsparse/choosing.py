@@ -49,7 +49,7 @@ MEASURED_SECONDS = 2.0
 """For one choice, all candidates together."""
 
 TIMED_SAMPLES = 4
-"""Of a batch that a convolution is timed on, or one for each thread; as many as `passes.SplitSamples` tries."""
+"""Of a batch, or one for each thread: what a convolution is timed on.  `passes.SplitSamples` tries up to so many."""
 
 _CHOICES: dict[tuple, Choice] = {}
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 Made = TypeVar("Made")
@@ -14,10 +14,18 @@ def second_copy(
 ) -> Made:
     """What `make` gave for the weight, in `kept` for as long as the weight is there.
 
-    Made anew when the weight changes, or `given`.
+    Made anew when `given` changes, or the weight: its memory, its shape, or its values as far as PyTorch counts that.
+    It does not for inference tensors, which have no second copy (`can_have_one`), nor for writes through ``.data`` or
+    NumPy.
     """
-    state = 0 if weight.is_inference() else weight._version, given
+    state = weight._version, weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, given
     known = kept.get(weight)
     if known is None or known[0] != state:
-        known = kept[weight] = state, make()
+        # With its memory, so that no other has that address.
+        known = kept[weight] = state, make(), weight.untyped_storage()
     return known[1]
+
+
+def can_have_one(weight: Tensor) -> bool:
+    """Whether this is a plain tensor whose changes are counted."""
+    return type(weight) in (Tensor, nn.Parameter) and not weight.is_inference()

@@ -13,11 +13,12 @@ from fxsparse.kernels.library import (
     activate,
     activation_code,
     autocast,
+    check_added,
     check_input,
     dense_product,
     refuse_gradient,
 )
-from fxsparse.kernels.second_copy import second_copy
+from fxsparse.kernels.second_copy import can_have_one, second_copy
 
 IS_AVAILABLE = torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
 _PACKED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -28,21 +29,28 @@ def mkl_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
 
     x [..., in], weight [out, in] and bias [out] are float32 on the CPU; other inputs, and those that torch.compile
     sees, which packs weights itself where it freezes them, go through ``F.linear``.  The first call keeps a second copy
-    of the weight, packed for as many rows as x has, for as long as the weight is there; a change of the weight makes
-    it anew.  Calls with another number of rows go through ``F.linear``, too.
+    of the weight, packed for as many rows as x has, for as long as the weight is there; a change of the weight that
+    PyTorch counts makes it anew.  Calls with another number of rows go through ``F.linear``, too.
 
     Raises:
         UnsupportedError: an input that requires a gradient.
-        RuntimeError: an x of another width or dtype than the weight's.
+        RuntimeError: an x of another width or dtype than the weight's, or a bias of another size.
+        ValueError: an unknown activation.
     """
     refuse_gradient(x)
     x, weight, bias = autocast(x, weight, bias)
+    activation_code(activation)
     check_input(x, weight, weight.shape[1])
-    is_plain = IS_AVAILABLE and x.is_cpu and x.dtype == torch.float32 and x.numel() > 0 and x.dim() > 1
-    if torch.compiler.is_compiling() or not is_plain:
+    check_added(x, weight.shape[0], bias, None)
+    if torch.compiler.is_compiling() or not _is_plain(x, weight):
         return activate(F.linear(x, weight, bias), activation)
     packed, rows = second_copy(_PACKED, weight, None, lambda: _packed(weight, x.shape[:-1].numel()))
     return activate(torch.ops.mkl._mkl_linear.default(x, packed, weight, bias, rows), activation)
+
+
+def _is_plain(x: Tensor, weight: Tensor) -> bool:
+    is_rows = x.is_cpu and x.dtype == torch.float32 and x.numel() > 0 and x.dim() > 1
+    return IS_AVAILABLE and is_rows and type(x) is Tensor and can_have_one(weight)
 
 
 def _packed(weight: Tensor, rows: int) -> tuple[Tensor, int]:

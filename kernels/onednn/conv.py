@@ -13,7 +13,7 @@ from fxsparse.kernel import Cost, Kernel, Problem, register
 from fxsparse.kernels.csr.conv import window
 from fxsparse.kernels.library import COMPILED, activate, activation_code, autocast, refuse_gradient
 from fxsparse.kernels.onednn.attributes import ATTRIBUTES, refusals
-from fxsparse.kernels.second_copy import second_copy
+from fxsparse.kernels.second_copy import can_have_one, second_copy
 
 _ORDERED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -33,7 +33,8 @@ def onednn_conv2d(
 
     x [samples, in, height, width], weight, bias and residual are of one dtype, float32 or bfloat16, on the CPU; other
     inputs, and those that torch.compile sees, go through ``F.conv2d``.  The first call keeps a second copy of the
-    weight, in oneDNN's order, for as long as the weight is there; a change of the weight makes it anew.
+    weight, in oneDNN's order, for as long as the weight is there; a change of the weight that PyTorch counts makes it
+    anew.
 
     Raises:
         UnsupportedError: an input that requires a gradient.
@@ -63,7 +64,8 @@ def onednn_conv2d(
 
 def _is_plain(x: Tensor, weight: Tensor, residual: Tensor | None) -> bool:
     alike = x.dtype == weight.dtype and (residual is None or residual.dtype == x.dtype)
-    return alike and x.is_cpu and x.dtype in COMPILED and x.dim() == 4 and x.numel() > 0
+    is_image = x.is_cpu and x.dtype in COMPILED and x.dim() == 4 and x.numel() > 0
+    return alike and is_image and can_have_one(weight)
 
 
 def _is_channels_last(x: Tensor) -> bool:

@@ -1,7 +1,10 @@
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import fxsparse
 from fxsparse import choosing
@@ -62,7 +65,48 @@ def test_a_weight_is_packed_once_and_anew_when_it_changes(monkeypatch):
     with torch.inference_mode():
         fixed = torch.randn(48, 33)
     torch.testing.assert_close(mkl_linear(x, fixed), F.linear(x, fixed), rtol=1e-4, atol=1e-4)
-    assert made == [7, 9, 9]
+    assert made == [7, 9], "nobody counts the changes of this one"
+
+
+@pytest.mark.parametrize("shape", [(48, 33), (20, 33), (60, 33)])
+def test_other_memory_under_the_same_weight_is_seen(shape):
+    weight, x = nn.Parameter(torch.randn(48, 33), requires_grad=False), torch.randn(7, 33)
+    mkl_linear(x, weight)
+    weight.data = torch.randn(shape)
+    torch.testing.assert_close(mkl_linear(x, weight), F.linear(x, weight), rtol=1e-4, atol=1e-4)
+
+
+def test_a_module_that_went_through_another_dtype_is_packed_anew():
+    layer, x = nn.Linear(33, 48).requires_grad_(False), torch.randn(7, 33)
+    mkl_linear(x, layer.weight, layer.bias)
+    layer.bfloat16().float()
+    torch.testing.assert_close(mkl_linear(x, layer.weight, layer.bias), layer(x), rtol=1e-5, atol=1e-5)
+
+
+@NEEDS_MKL
+def test_the_second_copy_goes_with_the_weight():
+    weight = torch.randn(48, 33)
+    before = len(linear._PACKED)
+    mkl_linear(torch.randn(7, 33), weight)
+    assert len(linear._PACKED) == before + 1
+    del weight
+    gc.collect()
+    assert len(linear._PACKED) == before
+
+
+def test_fake_tensors_get_the_shape():
+    with FakeTensorMode() as mode:
+        x, weight = (mode.from_tensor(torch.randn(size)) for size in ((7, 33), (48, 33)))
+        assert mkl_linear(x, weight).shape == (7, 48)
+
+
+def test_wrong_biases_and_activations_are_refused():
+    x, weight = torch.randn(7, 33), torch.randn(48, 33)
+    for bias in (torch.ones(10), torch.ones(300), torch.ones(1)):
+        with pytest.raises(RuntimeError, match=r"expected bias \[48\]"):
+            mkl_linear(x, weight, bias)
+    with pytest.raises(ValueError, match="expected an activation"):
+        mkl_linear(x, weight, None, "silu2")
 
 
 def test_torch_compile_sees_the_plain_op(monkeypatch):
@@ -104,6 +148,7 @@ def test_autocast_gives_the_autocast_dtype():
 
 @NEEDS_MKL
 def test_a_model_without_zeros_may_run_on_it_and_is_saved_without_the_second_copy(monkeypatch, tmp_path):
+    made = packs(monkeypatch)
     monkeypatch.setattr(
         choosing, "interleaved_quartiles", lambda timers, **_: {n: 1.0 + (n != "mkl") for n in timers}
     )
@@ -114,6 +159,7 @@ def test_a_model_without_zeros_may_run_on_it_and_is_saved_without_the_second_cop
     model, x = nn.Sequential(nn.Linear(33, 48), nn.GELU(), nn.Linear(48, 10)).eval(), torch.randn(64, 33)
     fast = fxsparse.compile(model, mode="infer", example_inputs=x)
     assert [row["kernel"] for row in fast.report.layers] == ["mkl", "mkl"]
+    assert set(made) == {64}
     torch.testing.assert_close(fast(x), model(x).detach(), rtol=1e-4, atol=1e-5)
     assert set(fast.state_dict()) == set(model.state_dict())
     file = tmp_path / "fast.safetensors"
