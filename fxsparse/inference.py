@@ -21,6 +21,7 @@ from fxsparse.kernel import FOR_ALL_ENTRIES
 from fxsparse.module import SparseModule
 from fxsparse.passes import RemoveDeadNeurons, SelectKernels, inference_pipeline
 from fxsparse.passes.select_entry_kernels import why_not_dense
+from fxsparse.passes.select_kernels import ADVANTAGE
 from fxsparse.pipeline import Pass, PassContext, Program, run_passes
 from fxsparse.plans import Plan
 from fxsparse.pruning_hooks import note_of, without_pruning_hooks
@@ -215,7 +216,7 @@ def _unless_as_fast_without(
     keep_dense: Mapping[str, str],
     lower: Callable[[Mapping[str, str]], _Lowered],
 ) -> tuple[_Lowered, Speed]:
-    """`made`, or the same graph without sparse kernels where that is not slower and gains by kernel are small.
+    """`made`, or the same graph without sparse kernels where those gain little, by themselves and altogether.
 
     What a kernel gains by itself, copies between layouts and the caches of a whole model may take again.  Where narrow
     values were asked for, they stay: they are smaller, too.
@@ -227,16 +228,16 @@ def _unless_as_fast_without(
         return made, speed
     inputs = made.ctx.example_inputs
     without = lower({**keep_dense, **dict.fromkeys(gains, WITHOUT)})
-    beside = _speed(made.sparse, without.sparse, inputs)
-    if beside.ratio < NEVER_SLOWER:
+    beside = _speed(without.sparse, made.sparse, inputs)
+    if ADVANTAGE * beside.ratio >= 1:
         return made, speed
     _compare(dense, without)
     again = _speed(dense, without.sparse, inputs)
     if again.ratio < NEVER_SLOWER:
         return made, speed
     without.sparse.report.notes.append(
-        f"no sparse kernel is taken, though {len(gains)} were faster by themselves: without them the whole model runs "
-        f"at {beside.ratio:.2f}x of what it does with them"
+        f"no sparse kernel is taken, though {len(gains)} were faster by themselves: with them the whole model runs "
+        f"at {beside.ratio:.2f}x of what it does without"
     )
     return without, again
 
