@@ -1,6 +1,7 @@
 """Networks whose first part runs in lanes."""
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -70,6 +71,7 @@ def lowered(model, monkeypatch):
 
     monkeypatch.setattr(choosing, "choose", choose)
     monkeypatch.setattr(select_kernels, "ADVANTAGE", 1e9)
+    monkeypatch.setattr(inference, "CLEAR_GAIN", -math.inf)
     monkeypatch.setattr(choose_layouts, "_costs", lambda *site: choose_layouts._Costs(1.0, 2.0, 1.0))
     return model
 
