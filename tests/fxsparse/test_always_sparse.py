@@ -132,7 +132,7 @@ def test_served_without_a_dense_weight(pattern, measured, monkeypatch, tmp_path)
 
 def test_a_dense_weight_that_fits_is_measured_against(monkeypatch) -> None:
     monkeypatch.setattr(module, "MAX_DENSE_BYTES", 2 * 4 * WIDTH * WIDTH)
-    with pytest.raises(AssertionError, match="aten|mkl"), never_dense():
+    with pytest.raises(AssertionError, match=r"aten|mkl"), never_dense():
         fxsparse.compile(always_sparse(static("random")), mode="infer", example_inputs=X)
 
 
