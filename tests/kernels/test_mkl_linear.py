@@ -7,7 +7,6 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 import fxsparse
-from fxsparse import choosing
 from fxsparse.errors import UnsupportedError
 from fxsparse.kernel import Problem, registered
 from fxsparse.kernels import mkl_linear
@@ -147,14 +146,11 @@ def test_autocast_gives_the_autocast_dtype():
 
 
 @NEEDS_MKL
-def test_a_model_without_zeros_may_run_on_it_and_is_saved_without_the_second_copy(monkeypatch, tmp_path):
+def test_a_model_without_zeros_may_run_on_it_and_is_saved_without_the_second_copy(
+    fastest, monkeypatch, tmp_path
+):
     made = packs(monkeypatch)
-    monkeypatch.setattr(
-        choosing, "interleaved_quartiles", lambda timers, **_: {n: 1.0 + (n != "mkl") for n in timers}
-    )
-    monkeypatch.setattr(choosing, "_CHOICES", {})
-    monkeypatch.setattr(choosing.machine, "recall", lambda key: None)
-    monkeypatch.setattr(choosing.machine, "remember", lambda key, value: None)
+    fastest("mkl")
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(33, 48), nn.GELU(), nn.Linear(48, 10)).eval(), torch.randn(64, 33)
     fast = fxsparse.compile(model, mode="infer", example_inputs=x)

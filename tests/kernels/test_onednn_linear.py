@@ -82,15 +82,8 @@ def test_autocast_gives_the_autocast_dtype():
         assert onednn_linear(torch.randn(2, 4), torch.randn(8, 4), torch.randn(8)).dtype == torch.bfloat16
 
 
-def test_a_model_without_zeros_may_run_on_it_and_says_why_no_sparse_kernel_is_looked_at(monkeypatch):
-    from fxsparse import choosing
-
-    monkeypatch.setattr(
-        choosing, "interleaved_quartiles", lambda timers, **_: {n: 1.0 + (n != "onednn") for n in timers}
-    )
-    monkeypatch.setattr(choosing, "_CHOICES", {})
-    monkeypatch.setattr(choosing.machine, "recall", lambda key: None)
-    monkeypatch.setattr(choosing.machine, "remember", lambda key, value: None)
+def test_a_model_without_zeros_may_run_on_it_and_says_why_no_sparse_kernel_is_looked_at(fastest):
+    fastest("onednn")
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(33, 48), nn.GELU(), nn.Linear(48, 10)).eval(), torch.randn(64, 33)
     fast = fxsparse.compile(model, mode="infer", example_inputs=x)
