@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import SymInt, Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
@@ -74,6 +73,9 @@ class _Symbols:
         if name not in self.names:
             return value
         if name not in self.sizes:
+            # Not with the package: PyTorch's compiler takes as long to import as the rest of both.
+            from torch._dynamo.source import ConstantSource
+
             # 0 and 1 would be taken for constants.
             hint, source = max(value, 2), ConstantSource(name)
             symbol = self.environment.create_symbol(hint, source, DimDynamic.DYNAMIC)

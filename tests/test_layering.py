@@ -136,6 +136,7 @@ for name in (*optional, "passes", "kernels"):
     sys.modules[name] = None
 import torch, fxsparse
 assert not torch.cuda.is_initialized()
+assert not {"torch._dynamo", "torch._inductor"} & set(sys.modules)
 """
     run = run_python(code, PATH="", CUDA_VISIBLE_DEVICES="", CXX="")
     said = [line for line in run.stderr.splitlines() if "triton not found" not in line]  # torch's own words

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -196,7 +197,7 @@ def compiler() -> list[str]:
 
 
 def _compile(compiler: list[str], folder: Path) -> None:
-    """Write ``out.so`` into `folder`; the objects are compiled side by side."""
+    """Write ``out.so`` into `folder`; as many objects at once as there are processors."""
     torch_folder = Path(torch.__file__).parent
     headers = [f"-I{torch_folder / 'include'}", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     headers.append(
@@ -218,13 +219,11 @@ def _compile(compiler: list[str], folder: Path) -> None:
         [*compiler, *_FLAGS, "-c", source, *flags, "-o", target]
         for (source, *flags), target in zip(units.values(), objects, strict=True)
     ]
-    running = [
-        subprocess.Popen(command, cwd=_FOLDER, stderr=subprocess.PIPE, text=True) for command in commands
-    ]
-    errors = [process.communicate()[1] for process in running]
-    for process, error in zip(running, errors, strict=True):
-        if process.returncode:
-            raise _NoKernelsError(f"{compiler[0]} failed on the kernels: {_first_error(error)}")
+    run = functools.partial(subprocess.run, cwd=_FOLDER, capture_output=True, text=True, check=False)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done in pool.map(run, commands):
+            if done.returncode:
+                raise _NoKernelsError(f"{compiler[0]} failed on the kernels: {_first_error(done.stderr)}")
     link = [*compiler, "-shared", *objects, f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", "-o"]
     linked = subprocess.run([*link, str(folder / "out.so")], capture_output=True, text=True, check=False)
     if linked.returncode:

@@ -259,6 +259,7 @@ METHODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", [Unstructured(), ConstantFanIn(), NM(1, 4), Block(2, 4)], ids=str)
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_nnz_is_exactly_feasible_after_a_thousand_updates(method, pattern):
