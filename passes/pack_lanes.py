@@ -33,6 +33,8 @@ SHORTEST = 7
 """Pixels of a row of a part at least, where there is more than one."""
 
 _DENSE = {F.conv2d, torch.conv2d}
+_NEW_MEMORY = ("to_lanes", "join_lanes", "csr_conv_lanes", "conv_lanes", "max_pool_lanes")
+"""Functions whose result is no other tensor's memory, and which only read what they are given."""
 
 
 @dataclass(frozen=True)
@@ -341,7 +343,20 @@ def _piece(
     if stage == len(spans) - 1:
         last = graph.call_function(kernel.glue("from_lanes"), (last, span.grid))
     graph.output(last)
+    _write_over_residuals(graph)
     return _module(gm, graph)
+
+
+def _write_over_residuals(graph: Graph) -> None:
+    """Let sparse convolutions write over a residual that nothing reads after them."""
+    known = {kernel.glue(name) for name in _NEW_MEMORY}
+    order = {node: k for k, node in enumerate(graph.nodes)}
+    for node in graph.find_nodes(op="call_function", target=kernel.glue("csr_conv_lanes")):
+        held = node.kwargs.get("residual")
+        if not isinstance(held, Node) or held.target not in known or held is node.args[0]:
+            continue
+        if all(user.target in known and order[user] <= order[node] for user in held.users):
+            node.update_kwarg("over_residual", True)
 
 
 def _module(gm: GraphModule, graph: Graph) -> GraphModule:

@@ -32,6 +32,7 @@ _OPS += (
     "attention",
     "depthwise_conv",
     "csr_conv_lanes",
+    "csr_conv_lanes_over",
     "conv_lanes",
     "max_pool_lanes",
     "to_lanes",

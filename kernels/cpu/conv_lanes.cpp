@@ -118,39 +118,42 @@ void plan_of(const Lanes& from, const Window& w, const Panel& panel, int64_t y, 
   }
 }
 
-// Tiles of up to rows x pixels of a part; the last ones of a row may cover pixels of those before them, too.
+// Tiles of up to rows x pixels of a part, none of which covers another's pixels.
 struct Tiles {
   Tiles(int64_t height, int64_t width, int64_t most_rows, int64_t most_pixels)
       : height(height), width(width), down((height + most_rows - 1) / most_rows), rows((height + down - 1) / down) {
     across = (width + most_pixels - 1) / most_pixels;
     pixels = (width + across - 1) / across;
-    across = (width + pixels - 1) / pixels;
   }
   int64_t count() const { return down * across; }
   int64_t y(int64_t tile) const { return tile / across * height / down; }
   int64_t rows_of(int64_t tile) const { return (tile / across + 1) * height / down - y(tile); }
-  int64_t x(int64_t tile) const { return std::min(tile % across * pixels, width - pixels); }
+  int64_t x(int64_t tile) const { return tile % across * width / across; }
+  int64_t pixels_of(int64_t tile) const { return (tile % across + 1) * width / across - x(tile); }
   int64_t at(int64_t tile) const { return (y(tile) * width + x(tile)) * kLine; }
   int64_t plane() const { return height * width * kLine; }
   int64_t height, width, down, rows, across, pixels;
 };
 
-// A convolution whose weight [rows, fan-in] is in blocks of columns.
+// A convolution whose weight [rows, fan-in] is in blocks of columns; `over_residual`: its results take the residual's place.
 struct Conv {
   Conv(const Tensor& x, int64_t rows, std::optional<Tensor> bias, std::optional<Tensor> residual, int64_t activation,
-       const std::vector<int64_t>& numbers, int64_t grid, int64_t most_rows)
+       const std::vector<int64_t>& numbers, int64_t grid, int64_t most_rows, bool over_residual)
       : from(lanes_of(x, grid)), w(window_of(numbers, from.channels, from.height * grid, from.width * grid)), rows(rows),
         group_rows(rows / w.groups), channels(from.channels / w.groups), taps(w.height.kernel * w.width.kernel),
         activation(activation),
         // Rows of a tile share the pixels that both read.
         tiles(part_of(w.height, grid), part_of(w.width, grid),
               w.height.stride == 1 && w.height.kernel > 1 && w.height.dilation == 1 ? most_rows : 1, table.most_pixels),
-        panel(w, tiles.rows, tiles.pixels), y(empty(x, {from.units, rows, tiles.height, tiles.width, kLine})) {
+        panel(w, tiles.rows, tiles.pixels), sizes{from.units, rows, tiles.height, tiles.width, kLine},
+        y(over_residual ? *residual : empty(x, sizes)) {
     STD_TORCH_CHECK(!bias || (bias->numel() == rows && bias->scalar_type() == ScalarType::Float && bias->is_contiguous()),
                     "fxsparse: expected bias [", rows, "] in float32");
     STD_TORCH_CHECK(!residual || (residual->dim() == 5 && residual->scalar_type() == ScalarType::Float &&
-                                  std::equal(y.sizes().begin(), y.sizes().end(), residual->sizes().begin())),
+                                  std::equal(sizes.begin(), sizes.end(), residual->sizes().begin())),
                     "fxsparse: expected a residual of the output's shape and dtype");
+    STD_TORCH_CHECK(!over_residual || (y.is_contiguous() && y.const_data_ptr() != from.data),
+                    "fxsparse: expected a contiguous residual other than x, to write over");
     if (bias) start = static_cast<const float*>(bias->const_data_ptr());
     if (residual) added = in_order(*residual);
     // The input itself is the panel where one tap reads every pixel where it lies.
@@ -196,7 +199,7 @@ struct Conv {
                                        : lines.data + (held == channels ? first * panel.channel * kLine : 0);
             if (!direct && held < channels)
               table.fill(planes + first * from.plane(), from.plane(), last - first, plan, lines.data);
-            LineTile here{read, tiles.rows_of(tile), tiles.pixels, panel.pitch * kLineBytes, nullptr, spans, from.plane()};
+            LineTile here{read, tiles.rows_of(tile), tiles.pixels_of(tile), panel.pitch * kLineBytes, nullptr, spans, from.plane()};
             if (direct && b + 1 < blocks)
               here.ahead = planes + (b + 1) * width * from.plane() + tiles.at(tile);
             else if (direct && tile + 1 < tiles.count() && end == rows)
@@ -228,7 +231,7 @@ struct Conv {
           const int64_t end = std::min(rows, r + some);
           table.fill(from.data + (unit * rows + r) * from.plane(), from.plane(), end - r,
                      {sources.data(), panel.channel, permutations_of(from.grid), 0.0f}, lines.data);
-          table.filter({lines.data, 1, tiles.pixels, 0, nullptr, 0, 0}, panel.channel,
+          table.filter({lines.data, 1, tiles.pixels_of(tile), 0, nullptr, 0, 0}, panel.channel,
                        {values, taps, panel.taps.data(), taps}, r, end, start, results);
         }
       }
@@ -242,19 +245,20 @@ struct Conv {
   int64_t rows, group_rows, channels, taps, activation;
   Tiles tiles;
   Panel panel;
+  std::vector<int64_t> sizes;
   Tensor y;
   std::optional<Tensor> added;
   const float* start = nullptr;
   bool direct;
 };
 
-Tensor csr_conv_lanes(const Tensor& x, const Tensor& values, const Tensor& start, const Tensor& columns,
-                      std::optional<Tensor> bias, std::optional<Tensor> residual, int64_t activation,
-                      std::vector<int64_t> numbers, int64_t grid) {
+Tensor sparse_conv(const Tensor& x, const Tensor& values, const Tensor& start, const Tensor& columns,
+                   std::optional<Tensor> bias, std::optional<Tensor> residual, int64_t activation,
+                   const std::vector<int64_t>& numbers, int64_t grid, bool over_residual) {
   const int64_t rows = start.dim() == 2 ? start.size(1) - 1 : -1;
   STD_TORCH_CHECK(values.scalar_type() == ScalarType::Float && rows >= 0 && numbers.size() == 12 && numbers[10] > 0,
                   "fxsparse: expected values in float32, start [blocks, rows + 1] and a window of 12 numbers");
-  const Conv conv(x, rows, bias, residual, activation, numbers, grid, table_of().most_rows);
+  const Conv conv(x, rows, bias, residual, activation, numbers, grid, table_of().most_rows, over_residual);
   const Weight weight = weight_of(values, start, columns, conv.channels * conv.taps, conv.w.groups);
   check(weight, values.numel());
   std::vector<uint32_t> places(values.numel()), reads(weight.width);
@@ -270,6 +274,18 @@ Tensor csr_conv_lanes(const Tensor& x, const Tensor& values, const Tensor& start
                   });
 }
 
+Tensor csr_conv_lanes(const Tensor& x, const Tensor& values, const Tensor& start, const Tensor& columns,
+                      std::optional<Tensor> bias, std::optional<Tensor> residual, int64_t activation,
+                      std::vector<int64_t> numbers, int64_t grid) {
+  return sparse_conv(x, values, start, columns, bias, residual, activation, numbers, grid, false);
+}
+
+void csr_conv_lanes_over(const Tensor& x, const Tensor& values, const Tensor& start, const Tensor& columns,
+                         std::optional<Tensor> bias, Tensor residual, int64_t activation, std::vector<int64_t> numbers,
+                         int64_t grid) {
+  sparse_conv(x, values, start, columns, bias, residual, activation, numbers, grid, true);
+}
+
 // weight [rows, channels of a group, kernel height, kernel width].
 Tensor conv_lanes(const Tensor& x, const Tensor& weight_any, std::optional<Tensor> bias, std::optional<Tensor> residual,
                   int64_t activation, std::vector<int64_t> numbers, int64_t grid) {
@@ -279,7 +295,7 @@ Tensor conv_lanes(const Tensor& x, const Tensor& weight_any, std::optional<Tenso
                   "fxsparse: expected a weight [out, in, height, width] in float32 and a window of 12 numbers, got ",
                   described(weight));
   const int64_t rows = weight.size(0);
-  const Conv conv(x, rows, bias, residual, activation, numbers, grid, 1);
+  const Conv conv(x, rows, bias, residual, activation, numbers, grid, 1, false);
   const int64_t fan_in = conv.channels * conv.taps;
   STD_TORCH_CHECK(weight.numel() == rows * fan_in, "fxsparse: expected a weight of ", fan_in, " columns, got ",
                   described(weight));
@@ -320,7 +336,7 @@ Tensor max_pool_lanes(const Tensor& x, std::vector<int64_t> numbers, int64_t gri
       for (int64_t tile = 0; tile < tiles.count(); tile++) {  // inside: a plane is read from its begin to its end
         const LinePlan plan{sources[tile].data(), panel.channel, permutations_of(grid), -std::numeric_limits<float>::infinity()};
         table.fill(from.data + i * from.plane(), from.plane(), 1, plan, lines.data);
-        table.largest(lines.data, panel.taps.data(), panel.taps.size(), tiles.pixels,
+        table.largest(lines.data, panel.taps.data(), panel.taps.size(), tiles.pixels_of(tile),
                       to + i * tiles.plane() + tiles.at(tile));
       }
   });
@@ -424,6 +440,7 @@ Tensor join_lanes(std::vector<Tensor> given, int64_t fine, int64_t coarse) {
 
 STABLE_TORCH_LIBRARY_IMPL(fxsparse, CPU, m) {
   m.impl("csr_conv_lanes", TORCH_BOX(&csr_conv_lanes));
+  m.impl("csr_conv_lanes_over", TORCH_BOX(&csr_conv_lanes_over));
   m.impl("conv_lanes", TORCH_BOX(&conv_lanes));
   m.impl("max_pool_lanes", TORCH_BOX(&max_pool_lanes));
   m.impl("to_lanes", TORCH_BOX(&to_lanes));

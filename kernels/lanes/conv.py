@@ -35,11 +35,13 @@ def csr_conv_lanes(
     residual: Tensor | None = None,
     *,
     grid: int,
+    over_residual: bool = False,
     **arguments: Any,
 ) -> Tensor:
     """`csr_conv_infer` of the images that x has in lanes (`lanes.layout`), with the result in lanes, too; fp32.
 
-    With a `grid` above 1 the output has to be as large as the input divided by the stride, in whole parts.
+    With a `grid` above 1 the output has to be as large as the input divided by the stride, in whole parts.  With
+    `over_residual` the result is written into `residual`, which is returned: a third less goes to memory and back.
 
     Raises:
         UnsupportedError: an input that requires a gradient.
@@ -47,6 +49,12 @@ def csr_conv_lanes(
     """
     refuse_gradient(x)
     code = activation_code(activation)
+    if over_residual:
+        assert residual is not None
+        torch.ops.fxsparse.csr_conv_lanes_over.default(
+            x, values, start, columns, bias, residual, code, window(**arguments), grid
+        )
+        return residual
     return torch.ops.fxsparse.csr_conv_lanes.default(
         x, values, start, columns, bias, residual, code, window(**arguments), grid
     )
@@ -104,6 +112,21 @@ def reference(
     return reference_to_lanes(y, grid)
 
 
+def reference_over(
+    x: Tensor,
+    values: Tensor,
+    start: Tensor,
+    columns: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    activation: int,
+    window: Sequence[int],
+    grid: int,
+) -> None:
+    """`csr_conv_lanes` into its residual, in plain PyTorch."""
+    residual.copy_(reference(x, values, start, columns, bias, residual, activation, window, grid))
+
+
 def reference_dense(
     x: Tensor,
     weight: Tensor,
@@ -152,6 +175,14 @@ define(
 
 
 define(
+    "csr_conv_lanes_over(Tensor x, Tensor values, Tensor start, Tensor columns, Tensor? bias, Tensor(a!) residual, "
+    "int activation, int[] window, int grid) -> ()",
+    reference_over,
+    lambda *_: None,
+)
+
+
+define(
     "conv_lanes(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int activation, int[] window, int grid) "
     "-> Tensor",
     reference_dense,
@@ -159,7 +190,13 @@ define(
 )
 
 
-@register_flop_formula([torch.ops.fxsparse.csr_conv_lanes, torch.ops.fxsparse.conv_lanes])
+@register_flop_formula(
+    [
+        torch.ops.fxsparse.csr_conv_lanes,
+        torch.ops.fxsparse.csr_conv_lanes_over,
+        torch.ops.fxsparse.conv_lanes,
+    ]
+)
 def _flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
     grid = args[-1]
     size = patches.output_size([grid * x_shape[2], grid * x_shape[3]], args[-2])

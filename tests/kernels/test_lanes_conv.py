@@ -44,6 +44,11 @@ def check(x, weight, arguments, grid, activation="relu", with_residual=True, wid
         with testing.poisoned_memory():
             y = run(to_lanes(x, grid), bias, *buffers, activation, added, grid=grid, **given)
         testing.assert_close(from_lanes(y, grid), exact, tolerance(x.dtype, weight[0].numel() + 2), scale)
+        if run is csr_conv_lanes and added is not None:
+            over = added.clone()
+            options = {"grid": grid, "over_residual": True, **given}
+            assert run(to_lanes(x, grid), bias, *buffers, activation, over, **options) is over
+            assert torch.equal(over, y)
 
 
 @pytest.mark.parametrize(
@@ -117,10 +122,33 @@ def test_the_references_are_the_same_and_fakes_and_flops_fit():
     torch.testing.assert_close(conv.reference_dense(*dense), torch.ops.fxsparse.conv_lanes(*dense))
     opcheck(torch.ops.fxsparse.csr_conv_lanes.default, sparse)
     opcheck(torch.ops.fxsparse.conv_lanes.default, dense)
+    over = (*sparse[:5], torch.ones_like(torch.ops.fxsparse.csr_conv_lanes(*sparse)), *sparse[6:])
+    opcheck(torch.ops.fxsparse.csr_conv_lanes_over.default, over)
+    written = over[5].clone()
+    conv.reference_over(*over[:5], written, *over[6:])
     with FlopCounterMode(display=False) as counter:
         torch.ops.fxsparse.csr_conv_lanes(*sparse)
+        torch.ops.fxsparse.csr_conv_lanes_over(*over)
         torch.ops.fxsparse.conv_lanes(*dense)
-    assert counter.get_total_flops() == 2 * (len(packed[0]) + weight.numel()) * 4 * 8 * 6
+    assert counter.get_total_flops() == 2 * (2 * len(packed[0]) + weight.numel()) * 4 * 8 * 6
+    torch.testing.assert_close(over[5], written)
+
+
+def test_a_result_is_written_over_nothing_but_a_residual_of_its_own():
+    weight, x = torch.ones(4, 4, 1, 1), to_lanes(torch.randn(16, 4, 5, 5), 1)
+    packed = conv.pack_lanes(weight.flatten(1), kernel_size=(1, 1), in_channels=4).values()
+    for wrong in (x, x.transpose(2, 3)):
+        with pytest.raises(RuntimeError, match="expected a contiguous residual other than x, to write over"):
+            csr_conv_lanes(
+                x,
+                None,
+                *packed,
+                residual=wrong,
+                grid=1,
+                over_residual=True,
+                kernel_size=(1, 1),
+                in_channels=4,
+            )
 
 
 def test_an_output_that_is_no_whole_parts_is_refused():

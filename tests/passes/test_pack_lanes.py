@@ -94,6 +94,41 @@ def test_stages_take_the_finest_grid_that_fits(faster, monkeypatch):
     same(fast, model, x)
 
 
+class Residuals(nn.Module):
+    """Sums of planes that are read later, that the convolution itself reads, or neither."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.stem, self.three, self.four = (
+            nn.Conv2d(3, 8, 1),
+            nn.Conv2d(8, 8, 1),
+            nn.Conv2d(8, 8, 3, padding=1),
+        )
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = F.relu(x + self.two(self.one(x)))
+        z = F.relu(y + self.three(y))
+        w = F.relu(z + self.four(F.relu(self.one(z))))
+        return (w + z).mean((2, 3))
+
+
+def test_a_residual_that_nothing_reads_afterwards_is_written_over(faster, monkeypatch):
+    model, x = lowered(thinned(Residuals().eval()), monkeypatch), torch.randn(16, 3, 56, 56)
+    with torch.no_grad():
+        model.three.weight[:, ::2], model.four.weight[:, ::2] = 0, 0
+    fast, _ = compiled(model, x)
+    (region,) = [m for m in fast.modules() if isinstance(m, LaneRegion)]
+    over = [
+        [node.args[2].name for node in piece.graph.nodes if node.kwargs.get("over_residual")]
+        for piece in region.pieces
+    ]
+    assert over == [["two_weight_values"]]
+    same(fast, model, x)
+    same(fast, model, x)
+
+
 def test_dense_convolutions_that_hold_channels_last_go_into_lanes(faster, monkeypatch):
     from fxsparse.passes import choose_layouts
 
