@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx import Graph, GraphModule
 
 import fxsparse
 from fxsparse import choosing, inference, kernel
@@ -94,39 +95,32 @@ def test_stages_take_the_finest_grid_that_fits(faster, monkeypatch):
     same(fast, model, x)
 
 
-class Residuals(nn.Module):
-    """Sums of planes that are read later, that the convolution itself reads, or neither."""
+def test_a_residual_that_nothing_reads_afterwards_is_written_over():
+    graph = Graph()
+    x, *weight = (graph.placeholder(name) for name in ("x", "values", "start", "columns"))
 
-    def __init__(self):
-        super().__init__()
-        self.one, self.two = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
-        self.stem, self.three, self.four = (
-            nn.Conv2d(3, 8, 1),
-            nn.Conv2d(8, 8, 1),
-            nn.Conv2d(8, 8, 3, padding=1),
-        )
+    def conv(x, residual=None):
+        given = {"residual": residual, "kernel_size": (3, 3), "in_channels": 4, "padding": 1, "grid": 1}
+        return graph.call_function(kernel.glue("csr_conv_lanes"), (x, None, *weight), given)
 
-    def forward(self, x):
-        x = self.stem(x)
-        y = F.relu(x + self.two(self.one(x)))
-        z = F.relu(y + self.three(y))
-        w = F.relu(z + self.four(F.relu(self.one(z))))
-        return (w + z).mean((2, 3))
+    def add(x, y):
+        return graph.call_function(torch.add, (x, y))
 
-
-def test_a_residual_that_nothing_reads_afterwards_is_written_over(faster, monkeypatch):
-    model, x = lowered(thinned(Residuals().eval()), monkeypatch), torch.randn(16, 3, 56, 56)
-    with torch.no_grad():
-        model.three.weight[:, ::2], model.four.weight[:, ::2] = 0, 0
-    fast, _ = compiled(model, x)
-    (region,) = [m for m in fast.modules() if isinstance(m, LaneRegion)]
-    over = [
-        [node.args[2].name for node in piece.graph.nodes if node.kwargs.get("over_residual")]
-        for piece in region.pieces
-    ]
-    assert over == [["two_weight_values"]]
-    same(fast, model, x)
-    same(fast, model, x)
+    held = conv(x)
+    kept = conv(conv(held), held)
+    over = conv(conv(kept), kept)
+    itself = conv(over, over)
+    of_an_input = conv(itself, x)
+    read_later = conv(conv(of_an_input), of_an_input)
+    of_an_op = conv(add(read_later, of_an_input), add(read_later, x))
+    by_an_op = conv(of_an_op, given := conv(of_an_op))
+    graph.output(add(by_an_op, add(given, held)))
+    packed = kernel.glue("pack_lanes")(torch.randn(4, 36) / 6, kernel_size=(3, 3), in_channels=4)
+    inputs = torch.randn(2, 4, 5, 5, 16), *packed.values()
+    before = GraphModule({}, copy.deepcopy(graph))(*inputs)
+    pack_lanes._write_over_residuals(graph)
+    assert [node for node in graph.nodes if node.kwargs.get("over_residual")] == [over]
+    assert torch.equal(GraphModule({}, graph)(*inputs), before)
 
 
 def test_dense_convolutions_that_hold_channels_last_go_into_lanes(faster, monkeypatch):
