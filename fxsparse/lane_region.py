@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
 from torch.fx import Graph, GraphModule
 
 from fxsparse.graph_pickle import picklable, restored
@@ -73,7 +74,8 @@ class LaneRegion(nn.Module):
             if torch.compiler._is_exporting_flag or not tensors or not self._suits(x):
                 return self.plain(x, *weights)
             return in_lanes(x, list(weights), self.what)
-        if not self._suits(x):
+        # Transforms of torch.func do not know ops that write over an argument, as those of the pieces may.
+        if peek_interpreter_stack() is not None or not self._suits(x):
             return _some_at_once(self.plain, self.at_once or max(1, len(x)), x, weights)
         return self.in_stages(x, weights)
 

@@ -34,7 +34,8 @@ SHORTEST = 7
 
 _DENSE = {F.conv2d, torch.conv2d}
 _NEW_MEMORY = ("to_lanes", "join_lanes", "csr_conv_lanes", "conv_lanes", "max_pool_lanes")
-"""Functions whose result is no other tensor's memory, and which only read what they are given."""
+"""Functions whose result is no other tensor's memory, and which only read what they are given, but for a residual that
+nothing reads after them."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class PackLanes:
     """What a network does first becomes one call of a `LaneRegion`, where that measured faster; every op by itself.
 
     Convolutions with their epilogues, max pooling, sums of two tensors and pointwise ops are known.  Sparse weights are
-    packed again, in blocks of few channels.
+    packed again, in blocks of few channels, and their convolutions write over a residual that nothing reads afterwards.
     """
 
     name: ClassVar[str] = "pack-lanes"

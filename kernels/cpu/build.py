@@ -198,7 +198,7 @@ def compiler() -> list[str]:
 
 
 def _compile(compiler: list[str], folder: Path) -> None:
-    """Write ``out.so`` into `folder`; as many objects at once as there are processors."""
+    """Write ``out.so`` into `folder`; as many objects at once as this process has processors."""
     torch_folder = Path(torch.__file__).parent
     headers = [f"-I{torch_folder / 'include'}", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     headers.append(
@@ -221,7 +221,8 @@ def _compile(compiler: list[str], folder: Path) -> None:
         for (source, *flags), target in zip(units.values(), objects, strict=True)
     ]
     run = functools.partial(subprocess.run, cwd=_FOLDER, capture_output=True, text=True, check=False)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with ThreadPoolExecutor(usable) as pool:
         for done in pool.map(run, commands):
             if done.returncode:
                 raise _NoKernelsError(f"{compiler[0]} failed on the kernels: {_first_error(done.stderr)}")

@@ -152,8 +152,12 @@ struct Conv {
     STD_TORCH_CHECK(!residual || (residual->dim() == 5 && residual->scalar_type() == ScalarType::Float &&
                                   std::equal(sizes.begin(), sizes.end(), residual->sizes().begin())),
                     "fxsparse: expected a residual of the output's shape and dtype");
-    STD_TORCH_CHECK(!over_residual || (y.is_contiguous() && y.const_data_ptr() != from.data),
-                    "fxsparse: expected a contiguous residual other than x, to write over");
+    if (over_residual) {
+      const auto* to = static_cast<const float*>(y.const_data_ptr());
+      const bool apart = to + y.numel() <= from.data || from.data + x.numel() <= to;
+      STD_TORCH_CHECK(y.is_contiguous() && apart,
+                      "fxsparse: expected a contiguous residual to write over that shares no memory with x");
+    }
     if (bias) start = static_cast<const float*>(bias->const_data_ptr());
     if (residual) added = in_order(*residual);
     // The input itself is the panel where one tap reads every pixel where it lies.

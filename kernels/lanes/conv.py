@@ -41,16 +41,20 @@ def csr_conv_lanes(
     """`csr_conv_infer` of the images that x has in lanes (`lanes.layout`), with the result in lanes, too; fp32.
 
     With a `grid` above 1 the output has to be as large as the input divided by the stride, in whole parts.  With
-    `over_residual` the result is written into `residual`, which is returned: a third less goes to memory and back.
+    `over_residual` the result is written into `residual`, which is returned: a third less goes through the caches.
+    Autograd does not see that it changed.
 
     Raises:
-        UnsupportedError: an input that requires a gradient.
-        RuntimeError: an x of other channels or dtype than the weight's, or an output that does not fit the grid.
+        UnsupportedError: an input, or a residual to write over, that requires a gradient.
+        RuntimeError: an x of other channels or dtype than the weight's, an output that does not fit the grid, or a
+            residual to write over that has not the output's shape, in order, or shares memory with x.
     """
     refuse_gradient(x)
     code = activation_code(activation)
     if over_residual:
-        assert residual is not None
+        if residual is None:
+            raise RuntimeError("fxsparse: expected a residual to write over, got None")
+        refuse_gradient(residual)
         torch.ops.fxsparse.csr_conv_lanes_over.default(
             x, values, start, columns, bias, residual, code, window(**arguments), grid
         )
@@ -124,7 +128,20 @@ def reference_over(
     grid: int,
 ) -> None:
     """`csr_conv_lanes` into its residual, in plain PyTorch."""
+    _check_over(residual, _fake(x, values, start, columns, bias, None, activation, window, grid))
     residual.copy_(reference(x, values, start, columns, bias, residual, activation, window, grid))
+
+
+def _fake_over(x, values, start, columns, bias, residual, activation, window, grid) -> None:
+    _check_over(residual, _fake(x, values, start, columns, bias, None, activation, window, grid))
+
+
+def _check_over(residual: Tensor, y: Tensor) -> None:
+    if residual.shape != y.shape or residual.dtype != torch.float32 or not residual.is_contiguous():
+        raise RuntimeError(
+            f"fxsparse: expected a contiguous residual {list(y.shape)} in float32 to write over, got "
+            f"{list(residual.shape)} in {residual.dtype}"
+        )
 
 
 def reference_dense(
@@ -178,7 +195,7 @@ define(
     "csr_conv_lanes_over(Tensor x, Tensor values, Tensor start, Tensor columns, Tensor? bias, Tensor(a!) residual, "
     "int activation, int[] window, int grid) -> ()",
     reference_over,
-    lambda *_: None,
+    _fake_over,
 )
 
 

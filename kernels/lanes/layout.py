@@ -55,7 +55,7 @@ def reference_to_lanes(x: Tensor, grid: int) -> Tensor:
     parts = x.reshape(
         samples // samples_of(grid), samples_of(grid), channels, grid, height // grid, grid, width // grid
     )
-    return parts.permute(0, 2, 4, 6, 1, 3, 5).flatten(4).contiguous()
+    return parts.permute(0, 2, 4, 6, 1, 3, 5).flatten(4).clone(memory_format=torch.contiguous_format)
 
 
 def reference_from_lanes(x: Tensor, grid: int) -> Tensor:

@@ -137,18 +137,28 @@ def test_the_references_are_the_same_and_fakes_and_flops_fit():
 def test_a_result_is_written_over_nothing_but_a_residual_of_its_own():
     weight, x = torch.ones(4, 4, 1, 1), to_lanes(torch.randn(16, 4, 5, 5), 1)
     packed = conv.pack_lanes(weight.flatten(1), kernel_size=(1, 1), in_channels=4).values()
-    for wrong in (x, x.transpose(2, 3)):
-        with pytest.raises(RuntimeError, match="expected a contiguous residual other than x, to write over"):
-            csr_conv_lanes(
-                x,
-                None,
-                *packed,
-                residual=wrong,
-                grid=1,
-                over_residual=True,
-                kernel_size=(1, 1),
-                in_channels=4,
-            )
+    given = {"grid": 1, "over_residual": True, "kernel_size": (1, 1), "in_channels": 4}
+    for wrong in (x, x.clone().transpose(2, 3)):
+        with pytest.raises(
+            RuntimeError, match="contiguous residual to write over that shares no memory with x"
+        ):
+            csr_conv_lanes(x, None, *packed, residual=wrong, **given)
+    both = torch.randn(x.numel() + 64)
+    with pytest.raises(RuntimeError, match="residual to write over that shares no memory with x"):
+        csr_conv_lanes(both[:-64].view_as(x), None, *packed, residual=both[64:].view_as(x), **given)
+    with pytest.raises(RuntimeError, match="expected a residual of the output's shape"):
+        csr_conv_lanes(x, None, *packed, residual=x[:, :3].clone(), **given)
+    with pytest.raises(RuntimeError, match="expected a residual to write over, got None"):
+        csr_conv_lanes(x, None, *packed, **given)
+    with pytest.raises(UnsupportedError, match="requires a gradient"):
+        csr_conv_lanes(x, None, *packed, residual=x.clone().requires_grad_().exp(), **given)
+    for run in (conv.reference_over, conv._fake_over):
+        with pytest.raises(
+            RuntimeError, match=r"contiguous residual \[1, 4, 5, 5, 16\] in float32 to write over"
+        ):
+            run(x, *packed, None, x.double(), 0, window((1, 1), 4), 1)
+    nothing = csr_conv_lanes(x[:0], None, *packed, residual=x[:0].clone(), **given)
+    assert nothing.shape == (0, *x.shape[1:])
 
 
 def test_an_output_that_is_no_whole_parts_is_refused():
