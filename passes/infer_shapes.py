@@ -73,7 +73,7 @@ class _Symbols:
         if name not in self.names:
             return value
         if name not in self.sizes:
-            # Not with the package: PyTorch's compiler takes as long to import as PyTorch without it.
+            # Not with the package: this imports PyTorch's compiler, which takes seconds.
             from torch._dynamo.source import ConstantSource
 
             # 0 and 1 would be taken for constants.

@@ -41,8 +41,8 @@ def csr_conv_lanes(
     """`csr_conv_infer` of the images that x has in lanes (`lanes.layout`), with the result in lanes, too; fp32.
 
     With a `grid` above 1 the output has to be as large as the input divided by the stride, in whole parts.  With
-    `over_residual` the result is written into `residual`, which is returned: a third less goes through the caches.
-    Autograd does not see that it changed.
+    `over_residual` the result is written into `residual`, which is returned: no memory is fetched only to be written
+    over.  Autograd does not see that it changed.
 
     Raises:
         UnsupportedError: an input, or a residual to write over, that requires a gradient.

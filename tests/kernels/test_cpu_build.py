@@ -107,7 +107,7 @@ def test_importing_builds_nothing(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(cpu.availability() is not None, reason=str(cpu.availability()))
 def test_builds_into_the_asked_for_cache_once(tmp_path):
-    # The last of these options counts; optimised, the build takes four times as long.
+    # The last of these options counts; optimised, the build takes much longer.
     (compiler := tmp_path / "compiler").write_text(
         f'#!/bin/sh\nexec {shlex.join(build.compiler())} "$@" -O0\n'
     )

@@ -194,9 +194,8 @@ def test_inductor_runs_it(faster, monkeypatch):
     same(torch.compile(fast), model, x)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:There is a performance drop"
-)  # vmap's own words of ops without a batching rule
+# What vmap says of ops without a rule of their own.
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_transforms_of_torch_func_run_the_ops_as_they_were(faster, monkeypatch):
     model, x = lowered(pruned(), monkeypatch), torch.randn(16, 3, 224, 224)
     fast, _ = compiled(model, x)
