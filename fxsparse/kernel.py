@@ -97,7 +97,10 @@ TRAINING = {
 TRAINING_ON_GPU = {"linear": "cuda-csr-train"}
 """Those on CUDA devices; for another op the one of TRAINING, which refuses and runs as its reference."""
 
-ALL_TRAINING = frozenset((*TRAINING.values(), *TRAINING_ON_GPU.values()))
+TRAINING_IN_BLOCKS = {"linear": "cuda-bsr-train"}
+"""Those on CUDA devices for weights in blocks that tensor cores multiply."""
+
+ALL_TRAINING = frozenset((*TRAINING.values(), *TRAINING_ON_GPU.values(), *TRAINING_IN_BLOCKS.values()))
 """Their names."""
 
 PLAIN = ("dense", "dense-conv")
@@ -189,9 +192,11 @@ def capabilities() -> list[dict[str, object]]:
     return rows
 
 
-def trained_by(op: str, device: torch.device) -> Kernel:
-    """The kernel that compact storage trains with on `device`."""
+def trained_by(op: str, device: torch.device, is_blocked: bool = False) -> Kernel:
+    """The kernel that compact storage trains with on `device`, where nothing is measured."""
     names = TRAINING | TRAINING_ON_GPU if device.type == "cuda" else TRAINING
+    if is_blocked and device.type == "cuda":
+        names = names | TRAINING_IN_BLOCKS
     return registered()[names[op]]
 
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from fxsparse.blocks import Grid
 from fxsparse.errors import PatternError
 from fxsparse.selection import to_positions
 from fxsparse.topk import top_mask, top_of_tiles
@@ -30,8 +31,7 @@ class Pattern(Protocol):
     """Rows choose on their own, so that a score may be projected row tile by row tile."""
 
     streams: ClassVar[bool]
-    """`project_tiles` never holds a whole weight, and `prune` also takes the scores of the active entries alone (1-D,
-    ascending flat positions).  A pattern that does not stream needs masked storage."""
+    """`project_tiles` never holds a whole weight.  A pattern that does not stream needs masked storage."""
 
     def feasible(self, shape: Sequence[int], nnz: int) -> int:
         """The allowed count nearest to and not above `nnz`; PatternError where the shape does not fit."""
@@ -48,10 +48,11 @@ class Pattern(Protocol):
         """Flat positions (int64, ascending) of `project` of the joined tiles, ties included."""
         ...
 
-    def prune(self, score: Tensor, keep: int) -> Tensor:
-        """Bool mask of at most `keep` ones at the largest scores, in whole units (entries or blocks).
+    def prune(self, score: Tensor, active: Tensor, shape: Sequence[int], keep: int) -> Tensor:
+        """Bool [nnz]: at most `keep` of the entries at the largest scores [nnz], in whole units (entries or blocks).
 
-        Quotas of rows and groups are ignored.  Entries with score -inf are never kept.
+        `active` are the flat positions (int64 [nnz], ascending) of the entries in a weight of `shape`.  Quotas of rows
+        and groups are ignored.
         """
         ...
 
@@ -79,7 +80,7 @@ class Unstructured:
         _exact(positions, self.feasible(shape, nnz), self)
         return positions
 
-    def prune(self, score: Tensor, keep: int) -> Tensor:
+    def prune(self, score: Tensor, active: Tensor, shape: Sequence[int], keep: int) -> Tensor:
         return top_mask(score, keep)
 
     def check(self, mask: Tensor) -> None:
@@ -118,7 +119,7 @@ class ConstantFanIn:
     def project_tiles(self, tiles: Tiles, shape: Sequence[int], nnz: int) -> Tensor:
         return _project_row_tiles(self, tiles, shape, nnz)
 
-    def prune(self, score: Tensor, keep: int) -> Tensor:
+    def prune(self, score: Tensor, active: Tensor, shape: Sequence[int], keep: int) -> Tensor:
         return top_mask(score, keep)
 
     def check(self, mask: Tensor) -> None:
@@ -165,7 +166,7 @@ class NM:
     def project_tiles(self, tiles: Tiles, shape: Sequence[int], nnz: int) -> Tensor:
         return _project_row_tiles(self, tiles, shape, nnz)
 
-    def prune(self, score: Tensor, keep: int) -> Tensor:
+    def prune(self, score: Tensor, active: Tensor, shape: Sequence[int], keep: int) -> Tensor:
         return top_mask(score, keep)
 
     def check(self, mask: Tensor) -> None:
@@ -217,7 +218,7 @@ class Strided:
     def project_tiles(self, tiles: Tiles, shape: Sequence[int], nnz: int) -> Tensor:
         return _project_row_tiles(self, tiles, shape, nnz)
 
-    def prune(self, score: Tensor, keep: int) -> Tensor:
+    def prune(self, score: Tensor, active: Tensor, shape: Sequence[int], keep: int) -> Tensor:
         return top_mask(score, keep)
 
     def check(self, mask: Tensor) -> None:
@@ -245,32 +246,33 @@ class Block:
     rows: int
     cols: int
     row_local: ClassVar[bool] = False
-    streams: ClassVar[bool] = False
+    streams: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _positive("Block", rows=self.rows, cols=self.cols)
 
     def feasible(self, shape: Sequence[int], nnz: int) -> int:
-        self._blocks(shape)
-        size = self.rows * self.cols
+        size = self._grid(shape).entries
         return min(_count(nnz), prod(shape)) // size * size
 
     def project(self, score: Tensor, nnz: int) -> Tensor:
-        return _exact(self.prune(score, nnz), self.feasible(score.shape, nnz), self)
+        total, grid = self.feasible(score.shape, nnz), self._grid(score.shape)
+        chosen = top_mask(grid.sums([score.flatten(1)]), total // grid.entries).view(grid.size)
+        mask = chosen[:, None, :, None].expand(grid.tiled(score).shape).reshape(score.shape)
+        return _exact(mask, total, self)
 
     def project_tiles(self, tiles: Tiles, shape: Sequence[int], nnz: int) -> Tensor:
-        whole = torch.cat([scores for _, scores in tiles]).reshape(tuple(shape))
-        return to_positions(self.project(whole, nnz))
+        total, grid = self.feasible(shape, nnz), self._grid(shape)
+        chosen = top_mask(grid.sums(scores for _, scores in tiles), total // grid.entries)
+        return _exact(grid.positions(to_positions(chosen)), total, self)
 
-    def prune(self, score: Tensor, keep: int) -> Tensor:
-        blocks = score.reshape(self._blocks(score.shape))
-        # float64: a sum of finite float32 scores stays finite, below the +inf that forces a block in.
-        chosen = top_mask(blocks.double().sum((1, 3)), keep // (self.rows * self.cols))
-        return chosen[:, None, :, None].expand(blocks.shape).reshape(score.shape)
+    def prune(self, score: Tensor, active: Tensor, shape: Sequence[int], keep: int) -> Tensor:
+        """Blocks that are not active as a whole are not kept."""
+        grid = self._grid(shape)
+        return top_mask(grid.sums_at(score, active), keep // grid.entries)[grid.numbers(active)]
 
     def check(self, mask: Tensor) -> None:
-        counts = mask.reshape(self._blocks(mask.shape)).sum((1, 3))
-        size = self.rows * self.cols
+        counts, size = self._grid(mask.shape).tiled(mask).sum((1, 3)), self.rows * self.cols
         place = _first((counts > 0) & (counts < size))
         if place is not None:
             row, column, kernel = torch.unravel_index(torch.tensor(place), counts.shape)
@@ -282,12 +284,11 @@ class Block:
                 + f"Project the mask with Block({self.rows}, {self.cols}).project."
             )
 
-    def _blocks(self, shape: Sequence[int]) -> tuple[int, int, int, int, int]:
-        """[row blocks, rows, channel blocks, cols, kernel positions]."""
+    def _grid(self, shape: Sequence[int]) -> Grid:
         _matrix(shape)
         _divides("out_features", shape[0], self.rows, f"Block({self.rows}, {self.cols})")
         _divides("in_features", shape[1], self.cols, f"Block({self.rows}, {self.cols})")
-        return shape[0] // self.rows, self.rows, shape[1] // self.cols, self.cols, prod(shape[2:])
+        return Grid(shape, self.rows, self.cols)
 
 
 def _project_row_tiles(pattern: Pattern, tiles: Tiles, shape: Sequence[int], nnz: int) -> Tensor:

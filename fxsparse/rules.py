@@ -135,9 +135,7 @@ def magnitudes(view: WeightView, elsewhere: float) -> Tensor:
 
 def _largest_active(view: WeightView, keep: int) -> Tensor:
     score = view.values.detach().abs()
-    if view.pattern.streams:
-        return view.active[view.pattern.prune(score, keep)]
-    return to_positions(view.pattern.prune(magnitudes(view, -torch.inf).view(view.shape), keep))
+    return view.active[view.pattern.prune(score, view.active, view.shape, keep)]
 
 
 def filled(view: WeightView, kept: Tensor, tiles: Tiles) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxsparse import optimizer_state, sharding
-from fxsparse.formats import csr
+from fxsparse.formats import block_index, csr
 from fxsparse.graph import fetch, owner
 from fxsparse.kernel import Entries
 from fxsparse.method import Extra, Reparam, extras_of
@@ -138,13 +138,15 @@ class CompactWeight(nn.Module):
 
     That of a convolution is indexed as the matrix [out, in / groups * kernel], which has the same flat positions.
     There is room for `capacity` entries, and a move may use less of it.  Unused slots follow the last entry: 0 in
-    `values` and in its gradient, -1 in the indices.
+    `values` and in its gradient, -1 in the indices.  A weight that trains in blocks of `side` x `side` has no unused
+    slot, and what block kernels read beside its index.
 
     Attributes:
         values: nn.Parameter [capacity], row-major order.
         indices: int32 [2, capacity], rows and columns; with `values` all that a checkpoint holds.
         crow, ccol, rows_t, perm: the row pointers and the transposed index, derived and not saved.  The last two have
-            no elements for a convolution, whose kernels go by rows alone.
+            no elements for a convolution, whose kernels go by rows alone, and for a weight in blocks.
+        block_to_blocks, block_to_entries and so on: `formats.block_index.PARTS`, of a weight in blocks only; derived.
     """
 
     values: nn.Parameter
@@ -156,18 +158,28 @@ class CompactWeight(nn.Module):
 
     shape: tuple[int, ...]
     """[out, in] or [out, in / groups, *kernel]."""
+    side: int | None
 
     def __init__(
-        self, shape: tuple[int, ...], positions: Tensor, values: Tensor, capacity: int | None = None
+        self,
+        shape: tuple[int, ...],
+        positions: Tensor,
+        values: Tensor,
+        capacity: int | None = None,
+        side: int | None = None,
     ) -> None:
         """The entries `values` [nnz] at flat `positions` [nnz], with room for `capacity`, by default for no more."""
         super().__init__()
-        self.shape = shape
-        index = csr.from_flat(positions, self.matrix_shape, capacity, transposed=len(shape) == 2)
+        self.shape, self.side = shape, side
+        by_columns = len(shape) == 2 and side is None
+        index = csr.from_flat(positions, self.matrix_shape, capacity, transposed=by_columns)
         self.values = nn.Parameter(F.pad(values, (0, index.capacity - len(values))))
         self.register_buffer("indices", index.indices)
         for name in ("crow", "ccol", "rows_t", "perm"):
             self.register_buffer(name, getattr(index, name), persistent=False)
+        if side is not None:
+            for name, part in block_index.of_csr(index, side).items():
+                self.register_buffer(f"block_{name}", part, persistent=False)
 
     @property
     def index(self) -> csr.CsrIndex:
@@ -196,7 +208,7 @@ class CompactWeight(nn.Module):
     def move(self, change: MaskChange, optimizer: torch.optim.Optimizer | None) -> None:
         """Apply the change in place within the capacity; values and optimizer state travel with their coordinates."""
         states = () if optimizer is None else tuple(optimizer_state.per_element(optimizer, self.values))
-        csr.move_(self.index, change.new)
+        self._index_by(change.new)
         for tensor in (self.values, *states):
             carried = change.carry(sharding.whole(tensor))
             padded = F.pad(carried, (0, tensor.numel() - len(carried)))
@@ -205,7 +217,13 @@ class CompactWeight(nn.Module):
     @torch.no_grad()
     def reindex(self) -> None:
         """Rebuild in place what is derived from `indices`, after something else was loaded into them."""
-        csr.move_(self.index, csr.positions_in(self.indices, self.matrix_shape))
+        self._index_by(csr.positions_in(self.indices, self.matrix_shape))
+
+    def _index_by(self, positions: Tensor) -> None:
+        csr.move_(self.index, positions)
+        if self.side is not None:
+            for name, part in block_index.of_csr(self.index, self.side).items():
+                self.get_buffer(f"block_{name}").copy_(part)
 
     @torch.no_grad()
     def zero_unused(self) -> None:
@@ -223,7 +241,10 @@ class CompactWeight(nn.Module):
         return csr.to_dense(sharding.whole(self.values), self.index).view(self.shape)
 
     def extra_repr(self) -> str:
-        return f"{'x'.join(map(str, self.shape))}, nnz={self.index.nnz}, capacity={self.index.capacity}"
+        blocks = "" if self.side is None else f", blocks of {self.side} x {self.side}"
+        return (
+            f"{'x'.join(map(str, self.shape))}, nnz={self.index.nnz}, capacity={self.index.capacity}{blocks}"
+        )
 
 
 def read_weights(

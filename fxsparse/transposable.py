@@ -62,7 +62,7 @@ class Transposable:
         whole = torch.cat([scores for _, scores in tiles]).reshape(tuple(shape))
         return to_positions(self.project(whole, nnz))
 
-    def prune(self, score: Tensor, keep: int) -> Tensor:
+    def prune(self, score: Tensor, active: Tensor, shape: Sequence[int], keep: int) -> Tensor:
         return top_mask(score, keep)
 
     def check(self, mask: Tensor) -> None:

@@ -8,6 +8,7 @@ from torch.fx import GraphModule, Node
 
 from fxsparse import choosing, kernel
 from fxsparse.errors import UnsupportedError
+from fxsparse.formats import bsr
 from fxsparse.graph import (
     CONVOLUTION,
     Site,
@@ -21,6 +22,7 @@ from fxsparse.graph import (
     sites,
 )
 from fxsparse.kernel import Problem
+from fxsparse.pattern import Block
 from fxsparse.pipeline import Decision, PassContext, WeightSpec
 
 _FALLBACK = "WARNING: the plan asks for compact storage, and these weights are dense under a mask"
@@ -88,6 +90,7 @@ def _decide(gm: GraphModule, name: str, decision: Decision, ctx: PassContext) ->
         decision.reason = _why(reasons or slow, choice)
         if choice is None or choice.kernel.format == "dense":
             return
+        trained = choice.kernel
     elif reasons:
         decision.reason = _why(reasons, None)
         if ctx.strict:
@@ -100,8 +103,8 @@ def _decide(gm: GraphModule, name: str, decision: Decision, ctx: PassContext) ->
         if ctx.plan.storage == "auto":
             asked = "created compact: on meta there is no dense weight to measure against"
         decision.reason = asked + (f"; in plain PyTorch: {slow[0]}" if slow else "")
-    trained = kernel.trained_by(ctx.weights[name].op, _device(gm, name, ctx))
-    decision.storage, decision.format, decision.kernel = "compact", "csr", trained.name
+        trained = kernel.trained_by(ctx.weights[name].op, _device(gm, name, ctx), _is_blocked(decision))
+    decision.storage, decision.format, decision.kernel = "compact", trained.format, trained.name
 
 
 def _why(refusals: list[str], choice: choosing.Choice | None) -> str:
@@ -141,10 +144,16 @@ def _refusals(gm: GraphModule, spec: WeightSpec, decision: Decision, ctx: PassCo
 
 def _kernel_refusals(gm: GraphModule, spec: WeightSpec, decision: Decision, ctx: PassContext) -> list[str]:
     """Why only the kernel's PyTorch reference could run."""
-    device = _device(gm, spec.name, ctx)
+    device, blocked = _device(gm, spec.name, ctx), _is_blocked(decision)
     op = "linear" if spec.op == "linear" else "conv2d"
-    problem = Problem(op, spec.shape, 1, decision.nnz, spec.dtype, device, training=True)
-    return kernel.trained_by(spec.op, device).refuses(problem)
+    problem = Problem(op, spec.shape, 1, decision.nnz, spec.dtype, device, True, is_blocked=blocked)
+    return kernel.trained_by(spec.op, device, blocked).refuses(problem)
+
+
+def _is_blocked(decision: Decision) -> bool:
+    """Whether nonzeros lie in blocks that tensor cores multiply."""
+    pattern = decision.pattern
+    return isinstance(pattern, Block) and bsr.side_for_tensor_cores(pattern.rows, pattern.cols) is not None
 
 
 def _device(gm: GraphModule, name: str, ctx: PassContext) -> torch.device:
@@ -179,6 +188,7 @@ def _measure(gm: GraphModule, name: str, decision: Decision, ctx: PassContext) -
         weight.device,
         training=True,
         arguments=tuple(arguments.items()),
+        is_blocked=_is_blocked(decision),
     )
     generator = torch.Generator(weight.device).manual_seed(0)
     score = torch.rand(weight.shape, generator=generator, device=weight.device)

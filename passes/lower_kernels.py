@@ -1,14 +1,14 @@
 """Replace dense ops on compact weights by sparse kernel calls."""
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from fxsparse import kernel
+from fxsparse.formats import block_index, bsr
 from fxsparse.graph import (
     argument,
     attribute_nodes,
@@ -19,17 +19,20 @@ from fxsparse.graph import (
     replace,
 )
 from fxsparse.initial import capacity, initial_positions, note_drawn, stored_values
+from fxsparse.kernel import Kernel
+from fxsparse.pattern import Block
 from fxsparse.pipeline import PassContext, WeightSpec
 from fxsparse.storage import CompactWeight
 
 LINEAR = ("crow", "cols", "ccol", "rows_t", "perm")
 CONVOLUTION = ("crow", "cols")
+BLOCKS = tuple(f"block_{part}" for part in block_index.PARTS)
 """What the kernels read of the index, in order."""
 
 
 @dataclass(frozen=True)
 class LowerKernels:
-    """A linear or convolution of (x, w, b) becomes the CSR training kernel on ``w.values``.
+    """A linear or convolution of (x, w, b) becomes the training kernel that was chosen, on ``w.values``.
 
     The dense Parameter leaves the tree.  The user's own module keeps its Parameter: only the skeleton changes.
     """
@@ -48,8 +51,8 @@ class LowerKernels:
                 compact_in_tree(ctx, name)
                 # Storage was only chosen where linear ops are the only readers, in every graph of the program.
                 readers = [user for node in attribute_nodes(gm.graph, name) for user in node.users]
-                run = kernel.registered()[decision.kernel].run
-                rewrites += sum(_lower(gm, node, name, ctx.weights[name], run) for node in readers)
+                trained = kernel.registered()[decision.kernel]
+                rewrites += sum(_lower(gm, node, name, ctx.weights[name], trained) for node in readers)
         return rewrites
 
 
@@ -62,27 +65,36 @@ def compact_in_tree(ctx: PassContext, name: str) -> None:
     parameter = module._parameters[leaf]
     assert isinstance(parameter, nn.Parameter)
     values = stored_values(ctx, name, positions)
-    compact = CompactWeight(tuple(parameter.shape), positions, values, capacity(ctx, name))
+    pattern, side = ctx.decisions[name].pattern, None
+    if ctx.decisions[name].kernel in kernel.TRAINING_IN_BLOCKS.values():
+        assert isinstance(pattern, Block)
+        side = bsr.side_for_tensor_cores(pattern.rows, pattern.cols)
+    compact = CompactWeight(tuple(parameter.shape), positions, values, capacity(ctx, name), side)
     compact.values.requires_grad_(parameter.requires_grad)
     del module._parameters[leaf]
     module.add_module(leaf, compact.train(module.training))
 
 
-def _lower(gm: GraphModule, node, name: str, spec: WeightSpec, run: Callable[..., Any]) -> int:
+def _lower(gm: GraphModule, node, name: str, spec: WeightSpec, trained: Kernel) -> int:
     graph = gm.graph
     bias = argument(node, 2, "bias")
     values = insert_get_attr(graph, f"{name}.values", node)
-    indices = insert_get_attr(graph, f"{name}.indices", node)
-    with graph.inserting_before(node):
-        cols = graph.call_function(operator.getitem, (indices, 1))
-    parts, arguments = LINEAR, {}
+    parts, arguments = BLOCKS if trained.format == "bsr" else LINEAR, {}
     if spec.op != "linear":
         parts, arguments = CONVOLUTION, convolution_arguments(node, spec.shape)
-    rest = {part: insert_get_attr(graph, f"{name}.{part}", node) for part in parts if part != "cols"}
-    index = [cols if part == "cols" else rest[part] for part in parts]
+    index = [_part(graph, name, part, node) for part in parts]
     old = attribute_nodes(graph, name)
-    replace(node, run, (argument(node, 0, "input"), bias, values, *index), **arguments)
+    replace(node, trained.run, (argument(node, 0, "input"), bias, values, *index), **arguments)
     for weight in old:
         if not weight.users:
             graph.erase_node(weight)
     return 1
+
+
+def _part(graph: Graph, name: str, part: str, node: Node) -> Node:
+    """A part of the index; the columns are one of two rows of what a checkpoint holds."""
+    if part != "cols":
+        return insert_get_attr(graph, f"{name}.{part}", node)
+    indices = insert_get_attr(graph, f"{name}.indices", node)
+    with graph.inserting_before(node):
+        return graph.call_function(operator.getitem, (indices, 1))

@@ -89,7 +89,8 @@ def _training(x: Tensor, weight: Tensor, mask: Tensor, upstream: Tensor) -> list
 
     def see(grads: Sequence[Tensor]) -> Sequence[Tensor]:
         packed = entry.pack(weight)
-        return grads[0], bsr.to_dense(grads[1], packed["crow"], packed["columns"], packed["dense"])
+        in_blocks = grads[1][packed["to_blocks"].long()]
+        return grads[0], bsr.to_dense(in_blocks, packed["crow"], packed["columns"], packed["dense"])
 
     def linear(masked: bool) -> list[Call]:
         def run() -> Sequence[Tensor]:

@@ -22,6 +22,11 @@ def block_of(mask: Tensor, blocks: Sequence[tuple[int, int]] = BLOCKS) -> tuple[
     )
 
 
+def side_for_tensor_cores(rows: int, columns: int) -> int | None:
+    """The largest of TENSOR_BLOCKS that blocks of `rows` x `columns` are made of; None where none is."""
+    return next((side for side, _ in TENSOR_BLOCKS if rows % side == columns % side == 0), None)
+
+
 def pack(
     weight: Tensor, blocks: Sequence[tuple[int, int]] = BLOCKS, paired: bool = True
 ) -> Mapping[str, Tensor]:
@@ -69,13 +74,12 @@ def by_column(packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
     ``ccol`` [block columns + 1], ``rows_t`` [blocks], the block row of each, ``perm`` [blocks], its place in
     ``values``, and ``order_t`` [block columns], by falling length; all int32.
     """
-    crow, columns, dense = packed["crow"], packed["columns"].long(), packed["dense"]
-    counts = torch.bincount(columns, minlength=dense.shape[2] // packed["values"].shape[1])
-    ccol = torch.zeros(len(counts) + 1, dtype=torch.int32, device=crow.device)
-    ccol[1:] = counts.cumsum(0)
-    perm = columns.argsort(stable=True)
-    order_t = by_falling_length(ccol)
-    return {"ccol": ccol, "rows_t": rows_of(crow)[perm].int(), "perm": perm.int(), "order_t": order_t}
+    columns, perm = packed["columns"].sort(stable=True)
+    across = packed["dense"].shape[2] // packed["values"].shape[1]
+    ends = torch.arange(across + 1, dtype=torch.int32, device=columns.device)
+    ccol = torch.searchsorted(columns, ends, out_int32=True)
+    rows = rows_of(packed["crow"], len(columns))
+    return {"ccol": ccol, "rows_t": rows[perm].int(), "perm": perm.int(), "order_t": by_falling_length(ccol)}
 
 
 def joined(parts: Sequence[Mapping[str, Tensor]], share_input: bool = True) -> dict[str, Tensor]:
@@ -116,9 +120,10 @@ def by_falling_length(pointers: Tensor) -> Tensor:
     return pointers.diff().argsort(stable=True, descending=True).int()
 
 
-def rows_of(crow: Tensor) -> Tensor:
-    """The block row of every block, int64."""
-    return torch.repeat_interleave(torch.arange(len(crow) - 1, device=crow.device), crow.diff().long())
+def rows_of(crow: Tensor, count: int) -> Tensor:
+    """The block row of each of `count` blocks, int64; a GPU is not waited for."""
+    blocks = torch.arange(count, dtype=torch.int32, device=crow.device)
+    return torch.searchsorted(crow, blocks, right=True) - 1
 
 
 def to_dense(values: Tensor, crow: Tensor, columns: Tensor, dense: Tensor) -> Tensor:
@@ -127,7 +132,7 @@ def to_dense(values: Tensor, crow: Tensor, columns: Tensor, dense: Tensor) -> Te
         values = values.transpose(2, 3).flatten(1, 2)
     _, width, height = values.shape
     tiles = values.new_zeros(dense.shape[1] // height, dense.shape[2] // width, width, height)
-    tiles = tiles.index_put((rows_of(crow), columns.long()), values)
+    tiles = tiles.index_put((rows_of(crow, len(columns)), columns.long()), values)
     return tiles.permute(0, 3, 1, 2).reshape(dense.shape[1:])
 
 

@@ -51,7 +51,7 @@ def linear_backward(
     if need_values:
         _, width, height = values.shape
         tiles = (inputs.T @ upstream).unflatten(1, (-1, height)).unflatten(0, (-1, width))
-        grad_values = tiles[columns.long(), :, bsr.rows_of(crow)].to(values.dtype)
+        grad_values = tiles[columns.long(), :, bsr.rows_of(crow, len(columns))].to(values.dtype)
     if need_bias:
         grad_bias = upstream.sum(0).to(grad.dtype)
     return grad_x, grad_values, grad_bias

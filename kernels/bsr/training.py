@@ -1,14 +1,15 @@
 """Training of linear layers whose zeros lie in blocks: gradients of input, stored blocks and bias, and no others."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fxsparse.formats import bsr
-from fxsparse.kernel import Cost, Kernel, Problem, register
-from fxsparse.kernels import gpu
+from fxsparse.formats import block_index, bsr, csr
+from fxsparse.kernel import TRAINING_IN_BLOCKS, Cost, Kernel, Problem, register
+from fxsparse.kernels import gpu, probe
 from fxsparse.kernels.bsr import reference
 from fxsparse.kernels.library import autocast, define, on_gpu
 
@@ -94,28 +95,62 @@ def _flops(grad_shape, x_shape, values_shape, *args, out_shape=None, **kwargs) -
     return (need_x + need_values) * 2 * torch.Size(values_shape).numel() * torch.Size(grad_shape[:-1]).numel()
 
 
-def _run(
-    x,
-    bias,
-    values,
-    crow,
-    columns,
-    dense,
-    order,
-    ccol,
-    rows_t,
-    perm,
-    order_t,
+class _InBlocks(torch.autograd.Function):
+    """Values in row-major order as blocks; every place is read once, so that the gradient is a gather, too."""
+
+    @staticmethod
+    def forward(ctx, values, to_blocks, to_entries):
+        ctx.save_for_backward(to_entries)
+        return values.index_select(0, to_blocks.flatten()).view(to_blocks.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (to_entries,) = ctx.saved_tensors
+        return grad.flatten().index_select(0, to_entries), None, None
+
+
+def bsr_train(
+    x: Tensor,
+    bias: Tensor | None,
+    values: Tensor,
+    to_blocks: Tensor,
+    to_entries: Tensor,
+    *index: Tensor,
     activation: str = "none",
+    probe_key: int = -1,
     in_features: int | None = None,
 ) -> Tensor:
-    return trainable_bsr_linear(x, values, crow, columns, dense, order, ccol, rows_t, perm, order_t, bias)
+    """`trainable_bsr_linear` of values [nnz] in row-major order, in the argument order of ``Kernel.run``.
+
+    `to_blocks`, `to_entries` and `index` are ``formats.block_index.of_csr``.  With ``probe_key >= 0`` backward leaves
+    copies of x and the output gradient in ``probe.PROBES[probe_key]``.
+    """
+    x, values, bias = autocast(x, values, bias)
+    y = trainable_bsr_linear(x, _InBlocks.apply(values, to_blocks, to_entries), *index, bias)
+    return y if probe_key < 0 else probe.watch(y, x, probe_key)
 
 
 def _reference(
-    x, bias, values, crow, columns, dense, *index, activation: str = "none", in_features: int | None = None
+    x,
+    bias,
+    values,
+    to_blocks,
+    to_entries,
+    crow,
+    columns,
+    dense,
+    *index,
+    activation: str = "none",
+    in_features=None,
 ) -> Tensor:
-    return reference.linear(x, values, crow, columns, dense, bias, 0)
+    return reference.linear(x, values[to_blocks.long()], crow, columns, dense, bias, 0)
+
+
+def _pack(weight: Tensor) -> Mapping[str, Tensor]:
+    index = csr.from_mask(weight != 0)
+    side, _ = bsr.block_of(weight != 0, bsr.TENSOR_BLOCKS)
+    return {"values": csr.values_of(weight, index), **block_index.of_csr(index, side)}
 
 
 def _refuses(problem: Problem) -> list[str]:
@@ -129,5 +164,5 @@ def _cost(problem: Problem) -> Cost:
 
 
 BSR_TRAIN = register(
-    Kernel("cuda-bsr-train", "linear", "bsr", bsr.pack_for_training, _run, _reference, _refuses, _cost)
+    Kernel(TRAINING_IN_BLOCKS["linear"], "linear", "bsr", _pack, bsr_train, _reference, _refuses, _cost)
 )

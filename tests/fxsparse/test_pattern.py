@@ -5,9 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fxsparse.blocks import Grid
 from fxsparse.errors import NumericsError, PatternError
 from fxsparse.pattern import NM, Block, ConstantFanIn, Strided, Unstructured, from_dict, row_tiles, to_dict
 from fxsparse.testing import check_pattern
+from fxsparse.transposable import Transposable
 
 ALL = [
     Unstructured(),
@@ -131,10 +133,39 @@ def test_the_largest_finite_scores_do_not_displace_a_forced_block():
     assert Block(1, 2).project(score, 2).tolist() == [[False] * 4, [False, False, True, True]]
 
 
+def test_blocks_are_pruned_whole_and_those_with_holes_first():
+    mask = torch.zeros(4, 4, 2, dtype=torch.bool)  # blocks of 2 x 2 at each of two kernel positions
+    mask[:2, :2, 0], mask[2:, 2:, 0], mask[:2, 2:, 1], mask[0, 0, 1] = True, True, True, True
+    active = mask.flatten().nonzero().flatten()
+    score = torch.zeros(mask.shape)
+    score[:2, :2, 0], score[2:, 2:, 0], score[:2, 2:, 1], score[0, 0, 1] = 2.0, 3.0, 1.0, 100.0
+    for keep, blocks in ((13, 3), (12, 3), (11, 2), (8, 2), (7, 1), (3, 0)):
+        kept = torch.zeros(mask.numel(), dtype=torch.bool)
+        kept[active[Block(2, 2).prune(score[mask], active, mask.shape, keep)]] = True
+        expected = (score >= 4 - blocks) & mask
+        expected[0, 0, 1] = False
+        assert torch.equal(kept.view(mask.shape), expected)
+
+
+def test_sums_of_blocks_are_the_same_however_rows_are_cut():
+    score, grid = torch.rand(12, 6, 3), Grid((12, 6, 3), 4, 2)
+    whole = grid.sums([score.flatten(1)])
+    assert torch.equal(grid.sums(score.flatten(1).split(5)), whole)
+    torch.testing.assert_close(whole.view(grid.size), score.double().view(3, 4, 3, 2, 3).sum((1, 3)))
+    numbers = grid.numbers(torch.arange(score.numel()))
+    assert numbers.bincount().tolist() == [grid.entries] * 27
+    for block in range(27):
+        assert (
+            grid.positions(torch.tensor([block])).tolist() == (numbers == block).nonzero().flatten().tolist()
+        )
+    assert grid.positions(torch.tensor([3, 20])).diff().min() > 0
+
+
 def test_prune_ignores_row_quotas():
     score = torch.tensor([[9.0, 8.0, 7.0], [1.0, 3.0, 2.0]])
     for pattern in (ConstantFanIn(), NM(1, 3)):
-        assert pattern.prune(score, 3).tolist() == [[True, True, True], [False, False, False]]
+        kept = pattern.prune(score.flatten(), torch.arange(6), score.shape, 3)
+        assert kept.tolist() == [True, True, True, False, False, False]
 
 
 @pytest.mark.parametrize(
@@ -228,12 +259,8 @@ def test_check_names_the_first_bad_block():
 
 
 def test_patterns_that_need_the_whole_weight_say_so():
-    assert [p.streams for p in (Unstructured(), ConstantFanIn(), NM(2, 4), Block(2, 2))] == [
-        True,
-        True,
-        True,
-        False,
-    ]
+    assert all(p.streams for p in (Unstructured(), ConstantFanIn(), NM(2, 4), Strided(2), Block(2, 2)))
+    assert not Transposable().streams
     assert [p.row_local for p in (Unstructured(), ConstantFanIn(), NM(2, 4), Block(2, 2))] == [
         False,
         True,

@@ -99,7 +99,7 @@ class _Wrong:
     def project_tiles(self, tiles, shape, nnz):
         return ConstantFanIn().project_tiles(tiles, shape, nnz)
 
-    def prune(self, score, keep):
+    def prune(self, score, active, shape, keep):
         return top_mask(score, keep)
 
     def check(self, mask):

@@ -190,7 +190,7 @@ def test_a_gpu_gives_the_gradients_and_the_same_ones_again(
 ) -> None:
     mask = mask_of(512, 256, block, 0.4).cuda()
     weight = torch.randn(512, 256, device="cuda", dtype=dtype) * mask
-    packed = dict(registered()["cuda-bsr-train"].pack(weight))
+    packed = bsr.pack_for_training(weight)
     values = packed.pop("values").requires_grad_()
     x = torch.randn(tokens, 256, device="cuda", dtype=dtype, requires_grad=True)
     bias = torch.randn(512, device="cuda", dtype=dtype, requires_grad=True)

@@ -11,8 +11,9 @@ from fxsparse import Plan, compile, module
 from fxsparse.errors import PlanError
 from fxsparse.methods import gmp, gse, rigl, sr_ste
 from fxsparse.passes import choose_storage
-from fxsparse.pattern import NM, Block
+from fxsparse.pattern import NM, Block, Unstructured
 from fxsparse.reparam import HardMask
+from fxsparse.transposable import Transposable
 
 
 class Net(nn.Module):
@@ -51,8 +52,8 @@ def test_compact_where_nothing_refuses_and_a_reason_everywhere_else():
         (Plan(sparsity=0.5, storage="compact", method=gmp()), "gmp keeps weights behind its zeros"),
         (Plan(pattern=NM(2, 4), storage="compact", method=sr_ste()), "sr_ste keeps weights behind its zeros"),
         (
-            Plan(sparsity=0.5, storage="compact", pattern=Block(4, 4), method=rigl()),
-            "Block(rows=4, cols=4) chooses over the whole weight",
+            Plan(storage="compact", pattern=Transposable(), method=rigl()),
+            "Transposable() chooses over the whole weight",
         ),
         (Plan(sparsity=0.5, storage="masked"), "the plan asks for masked storage"),
         (Plan(sparsity=0.5), "not measured: no example inputs"),
@@ -72,6 +73,26 @@ def test_on_cuda_linear_layers_train_with_the_kernel_for_it(monkeypatch):
     [row] = sparse.report.to_dict()["layers"]
     assert (row["kernel"], row["reason"]) == ("cuda-csr-train", "the plan asks for compact storage")
     assert sparse(torch.ones(2, 16)).shape == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name"),
+    [
+        (Block(32, 16), "cuda-bsr-train"),
+        (Block(64, 64), "cuda-bsr-train"),
+        (Block(8, 32), "cuda-csr-train"),
+        (Unstructured(), "cuda-csr-train"),
+    ],
+)
+def test_on_cuda_blocks_that_tensor_cores_multiply_train_as_such(pattern, name, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(choose_storage, "_device", lambda *_: torch.device("cuda"))
+    model = nn.Linear(128, 64)
+    sparse = compile(model, Plan(sparsity=0.5, pattern=pattern, storage="compact"))
+    [row] = sparse.report.to_dict()["layers"]
+    assert (row["kernel"], row["reason"]) == (name, "the plan asks for compact storage")
+    x = torch.randn(3, 128)
+    torch.testing.assert_close(sparse(x), sparse.to_dense()(x))
 
 
 def test_auto_takes_what_measured_faster_and_says_by_how_much():
