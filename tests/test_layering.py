@@ -13,7 +13,19 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fxsparse"
 
 LAYERS = (
-    {"errors", "options", "report", "selection", "topk", "timing", "topology", "machine", "figure", "rng"},
+    {
+        "errors",
+        "options",
+        "report",
+        "selection",
+        "blocks",
+        "topk",
+        "timing",
+        "topology",
+        "machine",
+        "figure",
+        "rng",
+    },
     {"pattern", "graph", "method", "reparam", "schedule", "kernel"},
     {"kernels", "everything that is not named here"},
     {"passes"},
