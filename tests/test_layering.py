@@ -13,20 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fxsparse"
 
 LAYERS = (
-    {
-        "errors",
-        "options",
-        "report",
-        "selection",
-        "blocks",
-        "topk",
-        "timing",
-        "topology",
-        "machine",
-        "figure",
-        "rng",
-    },
-    {"pattern", "graph", "method", "reparam", "schedule", "kernel"},
+    {"errors", "options", "report", "selection", "topk", "timing", "topology", "machine", "figure", "rng"},
+    {"pattern", "blocks", "graph", "method", "reparam", "schedule", "kernel"},
     {"kernels", "everything that is not named here"},
     {"passes"},
     {"transformation", "compiler", "inference", "backend", "saving", "scoring", "pretrained"},
