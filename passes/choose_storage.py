@@ -90,7 +90,7 @@ def _decide(gm: GraphModule, name: str, decision: Decision, ctx: PassContext) ->
         decision.reason = _why(reasons or slow, choice)
         if choice is None or choice.kernel.format == "dense":
             return
-        trained = choice.kernel
+        in_blocks = choice.kernel.format == "bsr"
     elif reasons:
         decision.reason = _why(reasons, None)
         if ctx.strict:
@@ -103,7 +103,8 @@ def _decide(gm: GraphModule, name: str, decision: Decision, ctx: PassContext) ->
         if ctx.plan.storage == "auto":
             asked = "created compact: on meta there is no dense weight to measure against"
         decision.reason = asked + (f"; in plain PyTorch: {slow[0]}" if slow else "")
-        trained = kernel.trained_by(ctx.weights[name].op, _device(gm, name, ctx), _is_blocked(decision))
+        in_blocks = _is_blocked(decision)
+    trained = kernel.trained_by(ctx.weights[name].op, _device(gm, name, ctx), in_blocks)
     decision.storage, decision.format, decision.kernel = "compact", trained.format, trained.name
 
 
