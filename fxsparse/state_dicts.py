@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxsparse import sharding
 from fxsparse.errors import CheckpointError, PatternError
-from fxsparse.formats import csr
+from fxsparse.formats import block_index, csr
 from fxsparse.skeleton import without_values
 from fxsparse.storage import CompactWeight, MaskedWeight
 from fxsparse.updates import MaskUpdates
@@ -126,11 +126,14 @@ def _check_indices(
     if indices.dtype != torch.int32:
         raise CheckpointError(f"{name}.indices: expected int32, got {indices.dtype}.")
     try:
-        got = len(csr.positions_in(indices, weight.matrix_shape))
+        positions = csr.positions_in(indices, weight.matrix_shape)
+        if weight.side is not None:
+            index = csr.from_flat(positions, weight.matrix_shape, weight.index.capacity, transposed=False)
+            block_index.of_csr(index, weight.side)
     except PatternError as error:
         raise CheckpointError(f"{name}.indices are broken: {error}. {_ADVICE}") from error
     if weight.values.requires_grad:
-        _check_count(updates, name, f"{name}.indices", got, step)
+        _check_count(updates, name, f"{name}.indices", len(positions), step)
 
 
 def _check_mask(updates: MaskUpdates, name: str, weight: MaskedWeight, mask: Tensor, step: int) -> None:

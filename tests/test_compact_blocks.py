@@ -11,7 +11,7 @@ from torch import nn
 
 import fxsparse
 from fxsparse import Plan
-from fxsparse.errors import PatternError
+from fxsparse.errors import CheckpointError, PatternError
 from fxsparse.methods import rigl, set_, static
 from fxsparse.module import SparseModule
 from fxsparse.pattern import Block
@@ -139,6 +139,23 @@ def test_an_update_writes_into_the_same_memory_and_a_checkpoint_is_that_of_entri
     again = in_blocks(compiled("compact", rigl(every=2, stop=1000), Block(16, 16)))
     again.load_state_dict(torch.load(file))
     torch.testing.assert_close(again(x), entries(x))
+
+
+def test_a_state_dict_with_entries_outside_of_blocks_changes_nothing():
+    blocks = in_blocks(compiled("compact", static(), Block(16, 16)))
+    before = {
+        name: tensor.clone() for name, tensor in (*blocks.state_dict().items(), *blocks.named_buffers())
+    }
+    state = {name: tensor.clone() for name, tensor in blocks.state_dict().items()}
+    mask = blocks.masks()["first.weight"].flatten()
+    mask[mask.nonzero()[0]], mask[(~mask).nonzero()[0]] = False, True
+    state["first.weight.indices"] = torch.stack(mask.view(64, 32).nonzero().int().unbind(1))
+    with pytest.raises(
+        CheckpointError, match=r"first.weight.indices are broken: expected entries that fill blocks"
+    ):
+        blocks.load_state_dict(state)
+    after = dict((*blocks.state_dict().items(), *blocks.named_buffers()))
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
 def test_copies_and_compiled_graphs_compute_the_same():
