@@ -42,9 +42,15 @@ class Grid:
         They are the same however rows are cut into tiles.  In float64 sums of finite float32 scores stay finite, below
         the +inf that forces a block in.
         """
-        down, across, kernel = self.size
-        of_rows = [tile.double().reshape(-1, across, self.cols, kernel).sum(2) for tile in tiles]
-        return torch.cat(of_rows).view(down, self.rows, across * kernel).sum(1).flatten()
+        _, across, kernel = self.size
+        sums, rest = [], None
+        for tile in tiles:
+            of_rows = tile.double().reshape(-1, across, self.cols, kernel).sum(2).flatten(1)
+            of_rows = of_rows if rest is None else torch.cat([rest, of_rows])
+            whole = len(of_rows) // self.rows * self.rows
+            sums.append(of_rows[:whole].view(-1, self.rows, across * kernel).sum(1))
+            rest = of_rows[whole:]
+        return torch.cat(sums).flatten()
 
     def sums_at(self, scores: Tensor, positions: Tensor) -> Tensor:
         """Sums of the `scores` at flat positions (ascending), float64 [blocks]; -inf where a block has holes."""

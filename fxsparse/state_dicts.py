@@ -128,8 +128,7 @@ def _check_indices(
     try:
         positions = csr.positions_in(indices, weight.matrix_shape)
         if weight.side is not None:
-            index = csr.from_flat(positions, weight.matrix_shape, weight.index.capacity, transposed=False)
-            block_index.of_csr(index, weight.side)
+            block_index.of_flat(positions, weight.matrix_shape, weight.index.capacity, weight.side)
     except PatternError as error:
         raise CheckpointError(f"{name}.indices are broken: {error}. {_ADVICE}") from error
     if weight.values.requires_grad:

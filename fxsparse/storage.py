@@ -220,10 +220,12 @@ class CompactWeight(nn.Module):
         self._index_by(csr.positions_in(self.indices, self.matrix_shape))
 
     def _index_by(self, positions: Tensor) -> None:
+        blocks = {}
+        if self.side is not None:  # first, since it refuses entries that fill no blocks
+            blocks = block_index.of_flat(positions, self.matrix_shape, self.index.capacity, self.side)
         csr.move_(self.index, positions)
-        if self.side is not None:
-            for name, part in block_index.of_csr(self.index, self.side).items():
-                self.get_buffer(f"block_{name}").copy_(part)
+        for name, part in blocks.items():
+            self.get_buffer(f"block_{name}").copy_(part)
 
     @torch.no_grad()
     def zero_unused(self) -> None:

@@ -22,7 +22,6 @@ from fxsparse.graph import (
     sites,
 )
 from fxsparse.kernel import Problem
-from fxsparse.pattern import Block
 from fxsparse.pipeline import Decision, PassContext, WeightSpec
 
 _FALLBACK = "WARNING: the plan asks for compact storage, and these weights are dense under a mask"
@@ -103,7 +102,7 @@ def _decide(gm: GraphModule, name: str, decision: Decision, ctx: PassContext) ->
         if ctx.plan.storage == "auto":
             asked = "created compact: on meta there is no dense weight to measure against"
         decision.reason = asked + (f"; in plain PyTorch: {slow[0]}" if slow else "")
-        in_blocks = _is_blocked(decision)
+        in_blocks = bsr.side_of(decision.pattern) is not None
     trained = kernel.trained_by(ctx.weights[name].op, _device(gm, name, ctx), in_blocks)
     decision.storage, decision.format, decision.kernel = "compact", trained.format, trained.name
 
@@ -145,16 +144,10 @@ def _refusals(gm: GraphModule, spec: WeightSpec, decision: Decision, ctx: PassCo
 
 def _kernel_refusals(gm: GraphModule, spec: WeightSpec, decision: Decision, ctx: PassContext) -> list[str]:
     """Why only the kernel's PyTorch reference could run."""
-    device, blocked = _device(gm, spec.name, ctx), _is_blocked(decision)
+    device, in_blocks = _device(gm, spec.name, ctx), bsr.side_of(decision.pattern) is not None
     op = "linear" if spec.op == "linear" else "conv2d"
-    problem = Problem(op, spec.shape, 1, decision.nnz, spec.dtype, device, True, is_blocked=blocked)
-    return kernel.trained_by(spec.op, device, blocked).refuses(problem)
-
-
-def _is_blocked(decision: Decision) -> bool:
-    """Whether nonzeros lie in blocks that tensor cores multiply."""
-    pattern = decision.pattern
-    return isinstance(pattern, Block) and bsr.side_for_tensor_cores(pattern.rows, pattern.cols) is not None
+    problem = Problem(op, spec.shape, 1, decision.nnz, spec.dtype, device, True, is_blocked=in_blocks)
+    return kernel.trained_by(spec.op, device, in_blocks).refuses(problem)
 
 
 def _device(gm: GraphModule, name: str, ctx: PassContext) -> torch.device:
@@ -180,6 +173,7 @@ def _measure(gm: GraphModule, name: str, decision: Decision, ctx: PassContext) -
     shape, batch = [example_size(size) for size in value.shape], [example_size(size) for size in result.shape]
     arguments = site_arguments(found[0], weight.shape)
     del batch[-1 if found[0].op == "linear" else 1 - weight.dim()]  # what is left counts outputs of one row
+    side = bsr.side_of(decision.pattern)
     problem = Problem(
         "linear" if found[0].op == "linear" else "conv2d",
         tuple(weight.shape),
@@ -189,13 +183,15 @@ def _measure(gm: GraphModule, name: str, decision: Decision, ctx: PassContext) -
         weight.device,
         training=True,
         arguments=tuple(arguments.items()),
-        is_blocked=_is_blocked(decision),
+        is_blocked=side is not None,
+        side=side,
     )
     generator = torch.Generator(weight.device).manual_seed(0)
     score = torch.rand(weight.shape, generator=generator, device=weight.device)
-    sample = torch.where(decision.pattern.project(score, decision.nnz), torch.randn_like(score), 0).to(
-        weight.dtype
-    )
+    # No value is 0, which would be a hole for a kernel that looks for blocks.
+    values = torch.randn(weight.shape, generator=generator, device=weight.device).to(weight.dtype)
+    values.masked_fill_(values == 0, 1)
+    sample = torch.where(decision.pattern.project(score, decision.nnz), values, 0)
     if found[0].op == "linear":
         shape = [problem.batch, shape[-1]]
     x = torch.randn(shape, generator=generator, device=weight.device).to(weight.dtype)

@@ -20,7 +20,6 @@ from fxsparse.graph import (
 )
 from fxsparse.initial import capacity, initial_positions, note_drawn, stored_values
 from fxsparse.kernel import Kernel
-from fxsparse.pattern import Block
 from fxsparse.pipeline import PassContext, WeightSpec
 from fxsparse.storage import CompactWeight
 
@@ -65,10 +64,8 @@ def compact_in_tree(ctx: PassContext, name: str) -> None:
     parameter = module._parameters[leaf]
     assert isinstance(parameter, nn.Parameter)
     values = stored_values(ctx, name, positions)
-    pattern, side = ctx.decisions[name].pattern, None
-    if ctx.decisions[name].kernel in kernel.TRAINING_IN_BLOCKS.values():
-        assert isinstance(pattern, Block)
-        side = bsr.side_for_tensor_cores(pattern.rows, pattern.cols)
+    decision = ctx.decisions[name]
+    side = bsr.side_of(decision.pattern) if decision.format == "bsr" else None
     compact = CompactWeight(tuple(parameter.shape), positions, values, capacity(ctx, name), side)
     compact.values.requires_grad_(parameter.requires_grad)
     del module._parameters[leaf]

@@ -4,14 +4,18 @@ import torch
 from torch import Tensor
 
 from fxsparse.errors import PatternError
-from fxsparse.formats import bsr
-from fxsparse.formats.csr import CsrIndex
+from fxsparse.formats import bsr, csr
 
 PARTS = ("to_blocks", "to_entries", "crow", "columns", "dense", "order", "ccol", "rows_t", "perm", "order_t")
 """What `of_csr` gives, in the order in which kernels take it."""
 
 
-def of_csr(index: CsrIndex, side: int) -> dict[str, Tensor]:
+def of_flat(flat: Tensor, shape: tuple[int, int], capacity: int, side: int) -> dict[str, Tensor]:
+    """`of_csr` of the entries at flat positions (int64 [nnz], ascending) of a weight of `shape`."""
+    return of_csr(csr.from_flat(flat, shape, capacity, transposed=False), side)
+
+
+def of_csr(index: csr.CsrIndex, side: int) -> dict[str, Tensor]:
     """The blocks of `side` x `side` that the entries of `index` fill, as `bsr.pack_for_training` has them.
 
     ``to_blocks`` int32 [blocks, columns of a block, rows of a block] is the slot of each of their entries in the values
@@ -36,8 +40,8 @@ def of_csr(index: CsrIndex, side: int) -> dict[str, Tensor]:
     right &= index.cols[places] == (column * side)[:, None, None] + steps[:, None]
     if count * area != index.capacity or rows % side or columns % side or not bool(right.all()):
         raise PatternError(
-            f"expected entries that fill blocks of {side} x {side} in the {rows} x {columns} weight, "
-            f"{index.capacity} of them; got others. Give the mask of a Block pattern."
+            f"expected {index.capacity} entries that fill blocks of {side} x {side} in the {rows} x {columns} weight, "
+            f"which trains in such blocks; got others. Keep whole blocks, as Block({side}, {side}).project does."
         )
     to_blocks = places.int()
     to_entries = torch.empty(index.capacity, dtype=torch.int32, device=crow.device)

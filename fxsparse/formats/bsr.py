@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fxsparse.errors import PatternError
+from fxsparse.pattern import Block, Pattern
 
 BLOCKS = ((32, 32), (16, 16), (8, 8), (4, 4), (2, 2), (1, 16), (1, 8), (1, 4), (16, 1), (8, 1), (4, 1))
 """Rows and columns of the blocks that are looked for, the largest first."""
@@ -22,9 +23,11 @@ def block_of(mask: Tensor, blocks: Sequence[tuple[int, int]] = BLOCKS) -> tuple[
     )
 
 
-def side_for_tensor_cores(rows: int, columns: int) -> int | None:
-    """The largest of TENSOR_BLOCKS that blocks of `rows` x `columns` are made of; None where none is."""
-    return next((side for side, _ in TENSOR_BLOCKS if rows % side == columns % side == 0), None)
+def side_of(pattern: Pattern) -> int | None:
+    """The largest of TENSOR_BLOCKS that the blocks of `pattern` are made of; None where it has none."""
+    if not isinstance(pattern, Block):
+        return None
+    return next((side for side, _ in TENSOR_BLOCKS if pattern.rows % side == pattern.cols % side == 0), None)
 
 
 def pack(

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from fxsparse import Plan, compile, module
+from fxsparse import Plan, choosing, compile, module
 from fxsparse.errors import PlanError
+from fxsparse.kernel import registered
 from fxsparse.methods import gmp, gse, rigl, sr_ste
 from fxsparse.passes import choose_storage
 from fxsparse.pattern import NM, Block, Unstructured
@@ -93,6 +94,25 @@ def test_on_cuda_blocks_that_tensor_cores_multiply_train_as_such(pattern, name, 
     assert (row["kernel"], row["reason"]) == (name, "the plan asks for compact storage")
     x = torch.randn(3, 128)
     torch.testing.assert_close(sparse(x), sparse.to_dense()(x))
+
+
+def test_blocks_of_different_sides_are_measured_each_for_themselves(monkeypatch):
+    seen = []
+
+    def choose(problem, x, weight, bias=None, activation="none"):
+        seen.append((problem, weight))
+        return choosing.Choice(registered()["dense"], {}, {}, "not measured here")
+
+    monkeypatch.setattr(choosing, "choose", choose)
+    for pattern in (Block(16, 16), Block(64, 32), Block(4, 4)):
+        plan = Plan(sparsity=0.5, pattern=pattern)
+        compile(nn.Sequential(nn.Linear(64, 64)), plan, example_inputs=torch.randn(8, 64))
+    assert [(problem.is_blocked, problem.side) for problem, _ in seen] == [
+        (True, 16),
+        (True, 32),
+        (False, None),
+    ]
+    assert all(int(weight.count_nonzero()) == problem.nnz for problem, weight in seen)
 
 
 def test_auto_takes_what_measured_faster_and_says_by_how_much():
