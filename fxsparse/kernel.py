@@ -29,14 +29,14 @@ class Problem:
     """What a kernel's `run` takes by name: in_features; of a convolution kernel_size, in_channels, stride and so on."""
     is_blocked: bool = False
     """The zeros lie in blocks of at least four."""
-    side: int | None = None
-    """Training on tensor cores: of the square blocks that they lie in; times of one side say nothing of another."""
     values: torch.dtype | None = None
     """What the values may be stored in, too, narrower than `dtype`; inference only."""
     group: tuple[int, int] | None = None
     """(N, M) where every aligned group of M inputs has at most N nonzeros (``formats.nm.group_of``)."""
     strides: int | None = None
     """M where no two of M inputs that lie a stride apart have nonzeros (``formats.strided.strides_of``)."""
+    side: int | None = None
+    """Of the square blocks that training multiplies on tensor cores; times of one say nothing of another."""
 
     @property
     def is_full(self) -> bool:
