@@ -112,5 +112,8 @@ def test_an_nm_model_is_offered_it(monkeypatch):
     pruned = fxsparse.prune(model.eval(), Plan(sparsity=0.5, pattern=NM(2, 4), allocation="uniform"), x)
     fast = fxsparse.compile(pruned, mode="infer", example_inputs=x)
     torch.testing.assert_close(fast(x), pruned(x), rtol=1e-4, atol=1e-5)
-    assert [problem.group for problem in seen] == [(2, 4), (2, 4)]
+    assert (
+        len(seen) >= 2
+    )  # more where the sparse model as a whole measured slower than dense, and is chosen again
+    assert {problem.group for problem in seen} == {(2, 4)}
     assert all("cpu-nm" in [kernel.name for kernel in candidates(problem)[0]] for problem in seen)

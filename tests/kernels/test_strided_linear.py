@@ -122,5 +122,8 @@ def test_a_strided_model_is_offered_it(monkeypatch):
     pruned = fxsparse.prune(model.eval(), Plan(pattern=Strided(8), allocation="uniform"), x)
     fast = fxsparse.compile(pruned, mode="infer", example_inputs=x)
     torch.testing.assert_close(fast(x), pruned(x), rtol=1e-4, atol=1e-5)
-    assert [problem.strides for problem in seen] == [8, 8]
+    assert (
+        len(seen) >= 2
+    )  # more where the sparse model as a whole measured slower than dense, and is chosen again
+    assert {problem.strides for problem in seen} == {8}
     assert all("cpu-strided" in [kernel.name for kernel in candidates(problem)[0]] for problem in seen)
