@@ -1,7 +1,6 @@
 """Training of linear layers whose zeros lie in blocks: gradients of input, stored blocks and bias, and no others."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,23 +43,16 @@ class _BsrLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, values, crow, columns, dense, order, ccol, rows_t, perm, order_t, bias):
         ctx.save_for_backward(x, values, crow, columns, dense, ccol, rows_t, perm, order_t)
-        run: Any = _known(x, torch.ops.fxsparse.bsr_product.default, reference.linear)
-        return run(x, values, crow, columns, dense, bias, 0, None, order)
+        return torch.ops.fxsparse.bsr_product.default(x, values, crow, columns, dense, bias, 0, None, order)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, *weight = ctx.saved_tensors
         needed = [ctx.needs_input_grad[i] for i in (0, 1, 10)]
-        run: Any = _known(x, torch.ops.fxsparse.bsr_backward.default, reference.linear_backward)
-        made = run(grad, x, *weight, *needed)
+        made = torch.ops.fxsparse.bsr_backward.default(grad, x, *weight, *needed)
         grad_x, grad_values, grad_bias = (t if need else None for t, need in zip(made, needed, strict=True))
         return grad_x, grad_values, *(None,) * 8, grad_bias
-
-
-def _known(x: Tensor, op: Any, otherwise: Any) -> Any:
-    """The op, or for other dtypes its reference: kernels sum in fp32."""
-    return op if x.dtype in gpu.DTYPES else otherwise
 
 
 def _fake(grad, x, values, crow, columns, dense, ccol, rows_t, perm, order_t, need_x, need_values, need_bias):
@@ -81,6 +73,8 @@ define(
 
 
 def _on_gpu(*args):
+    if args[0].dtype not in gpu.DTYPES:  # kernels sum in fp32
+        return reference.linear_backward(*args)
     from fxsparse.kernels.bsr import _triton
 
     return _triton.backward(*args)
