@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxsparse.blocks import Grid
 from fxsparse.errors import NumericsError, PatternError
 from fxsparse.pattern import NM, Block, ConstantFanIn, Strided, Unstructured, from_dict, row_tiles, to_dict
 from fxsparse.testing import check_pattern
@@ -145,20 +144,6 @@ def test_blocks_are_pruned_whole_and_those_with_holes_first():
         expected = (score >= 4 - blocks) & mask
         expected[0, 0, 1] = False
         assert torch.equal(kept.view(mask.shape), expected)
-
-
-def test_sums_of_blocks_are_the_same_however_rows_are_cut():
-    score, grid = torch.rand(12, 6, 3), Grid((12, 6, 3), 4, 2)
-    whole = grid.sums([score.flatten(1)])
-    assert torch.equal(grid.sums(score.flatten(1).split(5)), whole)
-    torch.testing.assert_close(whole.view(grid.size), score.double().view(3, 4, 3, 2, 3).sum((1, 3)))
-    numbers = grid.numbers(torch.arange(score.numel()))
-    assert numbers.bincount().tolist() == [grid.entries] * 27
-    for block in range(27):
-        assert (
-            grid.positions(torch.tensor([block])).tolist() == (numbers == block).nonzero().flatten().tolist()
-        )
-    assert grid.positions(torch.tensor([3, 20])).diff().min() > 0
 
 
 def test_prune_ignores_row_quotas():
