@@ -12,6 +12,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.fx import Graph, GraphModule
 
 from fxsparse.graph_pickle import picklable, restored
+from fxsparse.kernels.library import wants_gradient
 
 _REGIONS: dict[str, "LaneRegion"] = {}
 """What `in_lanes` calls, as an op of PyTorch takes no module: one region of all that do the same, by what they do.
@@ -97,7 +98,7 @@ class LaneRegion(nn.Module):
             return False
         if x.dtype != torch.float32 or not x.is_cpu or torch.is_autocast_enabled("cpu"):
             return False
-        return not (torch.is_grad_enabled() and x.requires_grad)
+        return not wants_gradient(x)
 
     def extra_repr(self) -> str:
         """The stages."""

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
 from torch.utils.weak import WeakTensorKeyDictionary
 
 Made = TypeVar("Made")
@@ -27,5 +28,6 @@ def second_copy(
 
 
 def can_have_one(weight: Tensor) -> bool:
-    """Whether this is a plain tensor whose changes are counted."""
-    return type(weight) in (Tensor, nn.Parameter) and not weight.is_inference()
+    """Whether this is a plain tensor whose changes are counted, and no transform of torch.func is at work."""
+    is_plain = type(weight) in (Tensor, nn.Parameter) and not weight.is_inference()
+    return is_plain and peek_interpreter_stack() is None

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from fxsparse import testing
 from fxsparse.errors import UnsupportedError
@@ -85,6 +86,27 @@ def test_a_residual_of_another_dtype_is_added_after_and_of_another_shape_is_refu
             entry.run(x, None, *buffers, residual=torch.ones(4), in_features=4)
     with pytest.raises(UnsupportedError, match="requires a gradient"):
         entry.run(x, None, *buffers, residual=torch.ones(1, 4, requires_grad=True), in_features=4)
+
+
+INFERENCE = ("cpu-csr", "cpu-condensed", "cpu-lookup", "cpu-striped", "cpu-bsr", "cpu-nm", "onednn", "mkl")
+
+
+# What PyTorch says of itself at the first such derivative.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("name", INFERENCE)
+def test_a_derivative_in_forward_mode_is_refused_instead_of_lost(name):
+    entry = registered()[name]
+    buffers, x = list(entry.pack(torch.eye(4)).values()), torch.ones(2, 4)
+
+    def run(x):
+        return entry.run(x, None, *buffers, in_features=4)
+
+    with pytest.raises(UnsupportedError, match="forward-mode"):
+        torch.func.jvp(run, (x,), (x,))
+    with torch.no_grad(), forward_ad.dual_level():
+        with pytest.raises(UnsupportedError, match="forward-mode"):
+            run(forward_ad.make_dual(x, x))
+        assert torch.equal(run(x), x)
 
 
 LINEAR = ("cpu-csr", "cpu-csr-train", "cpu-condensed", "cpu-lookup", "cpu-striped", "cpu-bsr", "cpu-nm")

@@ -48,6 +48,14 @@ def test_strided_inputs_and_transposed_weights_are_read_as_they_are():
     torch.testing.assert_close(mkl_linear(x, weight), F.linear(x, weight), rtol=1e-4, atol=1e-4)
 
 
+def test_vmap_goes_over_inputs_and_weights():
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 7, 33), torch.randn(3, 48, 33)
+    found = torch.vmap(lambda x: mkl_linear(x, weight[0]))(x), torch.vmap(mkl_linear)(x, weight)
+    torch.testing.assert_close(found[0], F.linear(x, weight[0]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[1], x @ weight.mT, rtol=1e-4, atol=1e-4)
+
+
 @NEEDS_MKL
 def test_a_weight_is_packed_once_and_anew_when_it_changes(monkeypatch):
     made = packs(monkeypatch)

@@ -49,6 +49,15 @@ def test_images_of_one_pixel(memory_format):
     torch.testing.assert_close(onednn_conv2d(x, None, weight, "relu", residual=residual, stride=2), want)
 
 
+def test_vmap_goes_over_inputs_and_weights():
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 2, 4, 5, 5), torch.randn(3, 8, 4, 3, 3)
+    found = torch.vmap(lambda x: onednn_conv2d(x, None, weight[0]))(x)
+    torch.testing.assert_close(found, torch.vmap(lambda x: F.conv2d(x, weight[0]))(x))
+    found = torch.vmap(lambda x, w: onednn_conv2d(x, None, w, "relu"))(x, weight)
+    torch.testing.assert_close(found, torch.vmap(lambda x, w: F.conv2d(x, w).relu())(x, weight))
+
+
 def test_a_weight_that_changes_is_put_in_order_again_and_forgotten_with_the_weight():
     weight, x = torch.randn(8, 4, 3, 3), torch.randn(1, 4, 5, 5)
     before = onednn_conv2d(x, None, weight)

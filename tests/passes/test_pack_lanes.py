@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 from torch.fx import Graph, GraphModule
 
 import fxsparse
@@ -61,19 +62,20 @@ def compiled(model, x):
     return fast, row
 
 
-def lowered(model, monkeypatch):
-    """Every sparse weight gets the sparse kernel, and a dense one what lanes know, whatever is fastest here."""
+def lowered(model, monkeypatch, dense="dense"):
+    """Every sparse weight gets the sparse kernel, one of single channels its own, others `dense`: whatever is fast."""
     from fxsparse.passes import choose_layouts, select_kernels
 
     measured = choosing.choose
 
     def choose(*call, **options):
         choice = measured(*call, **options)
-        known = [name for name in ("cpu-csr-conv", "cpu-depthwise", "onednn-conv") if name in choice.times_us]
-        return replace(choice, kernel=kernel.registered()[known[0]]) if known else choice
+        known = next((n for n in ("cpu-csr-conv", "cpu-depthwise", dense) if n in choice.times_us), None)
+        times = {name: 1.0 if name == known else 2.0 for name in choice.times_us}
+        return replace(choice, times_us=times) if known else choice
 
     monkeypatch.setattr(choosing, "choose", choose)
-    monkeypatch.setattr(select_kernels, "ADVANTAGE", 1e9)
+    monkeypatch.setattr(select_kernels, "ADVANTAGE", 1.0)
     monkeypatch.setattr(inference, "CLEAR_GAIN", -math.inf)
     monkeypatch.setattr(choose_layouts, "_costs", lambda *site: choose_layouts._Costs(1.0, 2.0, 1.0))
     return model
@@ -84,12 +86,15 @@ def same(fast, model, x):
         torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-def test_stages_take_the_finest_grid_that_fits(faster, monkeypatch):
-    model, x = lowered(pruned(), monkeypatch), torch.randn(16, 3, 224, 224)
+@pytest.mark.parametrize(
+    ("stem", "ops"), [("dense", 7), ("onednn-conv", 6)]
+)  # oneDNN's has its activation in it
+def test_stages_take_the_finest_grid_that_fits(faster, monkeypatch, stem, ops):
+    model, x = lowered(pruned(), monkeypatch, stem), torch.randn(16, 3, 224, 224)
     fast, row = compiled(model, x)
     (note,) = row["notes"]
-    assert "7 in 4 x 4 parts of 1" in note
-    assert row["rewrites"] >= 7
+    assert f"{ops} in 4 x 4 parts of 1" in note
+    assert row["rewrites"] >= ops
     regions = [m for m in fast.modules() if isinstance(m, LaneRegion)]
     assert len(regions) == 1
     assert "over_residual = True" in regions[0].pieces[0].code
@@ -196,11 +201,25 @@ def test_inductor_runs_it(faster, monkeypatch):
 
 # What vmap says of ops without a rule of their own.
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_transforms_of_torch_func_run_the_ops_as_they_were(faster, monkeypatch):
-    model, x = lowered(pruned(), monkeypatch), torch.randn(16, 3, 224, 224)
+@pytest.mark.parametrize("stem", ["dense", "onednn-conv"])
+def test_transforms_of_torch_func_run_the_ops_as_they_were(faster, monkeypatch, stem):
+    model, x = lowered(pruned(), monkeypatch, stem), torch.randn(16, 3, 224, 224)
     fast, _ = compiled(model, x)
     same(lambda x: torch.vmap(fast)(x[None])[0], model, x)
     same(torch.func.functionalize(fast), model, x)
+
+
+# What PyTorch says of itself at the first such derivative.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_a_derivative_in_forward_mode_is_refused_instead_of_lost(faster, monkeypatch):
+    model, x = lowered(pruned(), monkeypatch), torch.randn(1, 3, 224, 224)
+    fast, _ = compiled(model, x)
+    with (
+        torch.no_grad(),
+        forward_ad.dual_level(),
+        pytest.raises(fxsparse.FxSparseError, match="forward-mode"),
+    ):
+        fast(forward_ad.make_dual(x, x))
 
 
 def test_an_exported_program_has_the_ops_as_they_were(faster, monkeypatch):
