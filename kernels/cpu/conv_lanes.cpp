@@ -167,9 +167,11 @@ struct Conv {
 
   // Where the column at `first` + i of the fan-in reads, from the first channel of a block that begins there, i < count.
   void places(int64_t first, int64_t count, uint32_t* to) const {
-    for (int64_t i = first; i < first + count; i++) {
-      const int64_t channel = i / taps - first / taps;
-      *to++ = direct ? channel * from.plane() * sizeof(float) : channel * panel.channel * kLineBytes + panel.taps[i % taps];
+    const auto apart = uint32_t(direct ? from.plane() * sizeof(float) : panel.channel * kLineBytes);
+    uint32_t channel = 0;
+    for (int64_t i = 0, tap = first % taps; i < count; i++) {
+      to[i] = channel + (direct ? 0 : panel.taps[tap]);
+      if (++tap == taps) tap = 0, channel += apart;
     }
   }
 
@@ -265,15 +267,17 @@ Tensor sparse_conv(const Tensor& x, const Tensor& values, const Tensor& start, c
   const Conv conv(x, rows, bias, residual, activation, numbers, grid, table_of().most_rows, over_residual);
   const Weight weight = weight_of(values, start, columns, conv.channels * conv.taps, conv.w.groups);
   check(weight, values.numel());
-  std::vector<uint32_t> places(values.numel()), reads(weight.width);
+  Buffer held(values.numel());
+  std::vector<uint32_t> reads(weight.width);
+  auto* places = reinterpret_cast<uint32_t*>(held.data);
   for (int64_t b = 0; b < weight.blocks; b++) {
     conv.places(b * weight.width, weight.width, reads.data());
     const int32_t* of_row = weight.start + b * (rows + 1);
-    for (int64_t e = of_row[0]; e < of_row[rows]; e++) places[e] = reads[weight.columns[e]];
+    conv.table.places(weight.columns + of_row[0], of_row[rows] - of_row[0], reads.data(), places + of_row[0]);
   }
   return conv.run(weight.blocks, weight.width, values.numel() + rows,
                   [&](const LineTile& tile, int64_t b, int64_t begin, int64_t end, float* sums, const LineResults* results) {
-                    const LineRows of_block{weight.values, places.data(), weight.start + b * (rows + 1)};
+                    const LineRows of_block{weight.values, places, weight.start + b * (rows + 1)};
                     conv.table.multiply(tile, of_block, begin, end, sums, b == 0, conv.start, results);
                   });
 }

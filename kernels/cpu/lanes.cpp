@@ -341,10 +341,21 @@ void scatter(const float* from, int64_t count, float* const* rows) {
     }
 }
 
+void places(const uint16_t* columns, int64_t count, const uint32_t* reads, uint32_t* to) {
+  int64_t e = 0;
+#if defined(__AVX512F__)
+  for (; e + W <= count; e += W) {
+    const __m512i index = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(columns + e)));
+    _mm512_storeu_si512(to + e, _mm512_i32gather_epi32(index, reads, 4));
+  }
+#endif
+  for (; e < count; e++) to[e] = reads[columns[e]];
+}
+
 }  // namespace
 
 const LaneTable& FXSPARSE_LANES() {
-  static const LaneTable table = {kMostPixels, kMostRows, fill, multiply, product, filter, largest, join, gather, scatter};
+  static const LaneTable table = {kMostPixels, kMostRows, places, fill, multiply, product, filter, largest, join, gather, scatter};
   return table;
 }
 

@@ -61,6 +61,8 @@ struct LineResults {
 
 struct LaneTable {
   int64_t most_pixels, most_rows;  // of a tile: their sums stay in registers
+  // to[e] = reads[columns[e]] for e < count.
+  void (*places)(const uint16_t* columns, int64_t count, const uint32_t* reads, uint32_t* to);
   // panel[c, line] for c < channels of planes `plane` floats apart.
   void (*fill)(const float* planes, int64_t plane, int64_t channels, const LinePlan&, float* panel);
   // sums[r - begin, pixel] += the entries of rows begin <= r < end; they begin as the bias, or 0, where `first`.  Results
