@@ -13,6 +13,7 @@ constexpr int kParts = kLine / W;                           // vectors of a line
 constexpr int kMostPixels = W == 16 ? 8 : W == 8 ? 6 : 3;  // of a row of a tile
 constexpr int kMostRows = W == 16 ? 2 : 1;                 // with one vector for the value and one to spare
 constexpr int kAhead = 3;                                  // rows that results are fetched ahead
+constexpr int kIntoL2 = 2;                                 // a hint: what is read after a tile finds no room in L1
 constexpr int kDenseRows = W == 16 ? 3 : 1;                // of a dense weight that share every pixel
 
 using Pixels = std::make_integer_sequence<int, kMostPixels>;
@@ -130,7 +131,7 @@ void multiply_tile(const LineTile& tile, const LineRows& w, int64_t begin, int64
     V sum[ROWS * RUN];
     for (int64_t c = 0; c < each && channel < tile.channels; c++, channel++)
 #pragma GCC unroll 16
-      for (int j = 0; j < RUN; j += kParts) __builtin_prefetch(tile.ahead + channel * tile.plane + j * W);
+      for (int j = 0; j < RUN; j += kParts) __builtin_prefetch(tile.ahead + channel * tile.plane + j * W, 0, kIntoL2);
     if (results.y && r + kAhead < end) {
 #pragma GCC unroll 2
       for (int i = 0; i < ROWS; i++)
@@ -355,7 +356,8 @@ void places(const uint16_t* columns, int64_t count, const uint32_t* reads, uint3
 }  // namespace
 
 const LaneTable& FXSPARSE_LANES() {
-  static const LaneTable table = {kMostPixels, kMostRows, places, fill, multiply, product, filter, largest, join, gather, scatter};
+  static const LaneTable table = {kMostPixels, kMostRows, places,  fill, multiply, product,
+                                  filter,      largest,   join,    gather, scatter};
   return table;
 }
 
