@@ -290,7 +290,9 @@ class _Exact:
         """Largest difference of a kernel's output from this one, and the largest entry of this one, where finite."""
         if self.output.numel() == 0:
             return 0.0, 0.0
-        difference = _ends(output.reshape(-1, *self.output.shape[1:]), self.few).double() - self.output
+        difference = (
+            _ends(output.reshape(-1, *self.output.shape[1:]), self.few).to(self.output.dtype) - self.output
+        )
         known = self.output.isfinite()  # what the inputs make inf or NaN says nothing of a kernel
         difference = difference.where(known, 0.0).abs().nan_to_num(nan=math.inf)
         return difference.max().item(), self.output.where(known, 0.0).abs().max().item()
@@ -313,8 +315,9 @@ def _exact(
 
     op, values = _exact_op(problem, weight)
     x = _ends(x.reshape(-1, x.shape[-1]) if problem.op == "linear" else x, few)
+    wide = torch.promote_types(problem.dtype, torch.float64)
     with torch.no_grad():
-        inputs = [None if t is None else t.double() for t in (x, values, bias)]
+        inputs = [None if t is None else t.to(wide) for t in (x, values, bias)]
         output = activate(op(*inputs), activation)
         magnitudes = op(*(None if t is None else t.abs() for t in inputs))
     return _Exact(few, output, magnitudes.max().item() if magnitudes.numel() else 0.0)

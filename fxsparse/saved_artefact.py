@@ -99,7 +99,7 @@ def restore(header: Mapping[str, Any], tensors: Mapping[str, Tensor], shell: nn.
     for packed, names in weights.values():
         for name in names:
             module, leaf = owner(shell, name)
-            del module._parameters[leaf]
+            module._parameters.pop(leaf, None)  # a module may have two names
             module.add_module(leaf, packed)
     saved_modules.put_regions(header["regions"], shell)
     report = Report(**{part: header["report"][part] for part in _REPORT})

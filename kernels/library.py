@@ -1,12 +1,14 @@
 """The op library "fxsparse" and the activations that every sparse linear can fuse."""
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _functorch
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
 from fxsparse.errors import UnsupportedError
@@ -55,19 +57,21 @@ def activation_code(activation: str) -> int:
 def with_epilogue(
     run: Callable[..., Tensor],
     x: Tensor,
-    weight: tuple[Tensor | int | None, ...],
+    weight: tuple[Any, ...],
     bias: Tensor | None,
     activation: str,
     residual: Tensor | None,
     scales: Tensor | None = None,
 ) -> Tensor:
-    """``run(x, *weight, bias, code, residual, scales)``; a residual of another dtype (autocast) is added after."""
+    """``run(x, *weight, bias, code, residual, scales)``; a residual of another dtype (autocast) is added after.
+
+    The weight is its values, of which there may be a gradient, and their places.
+    """
     code = activation_code(activation)
-    refuse_gradient(x)
+    refuse_gradient(x, bias, residual, weight[0])
     narrow = () if scales is None else (scales,)
     if residual is None:
         return run(x, *weight, bias, code, None, *narrow) if narrow else run(x, *weight, bias, code)
-    refuse_gradient(residual)
     if residual.dtype == x.dtype:
         return run(x, *weight, bias, code, residual, *narrow)
     return activate(run(x, *weight, bias, 0, None, *narrow) + residual, activation)
@@ -82,20 +86,38 @@ def dense_product(
     return activate(y, ACTIVATIONS[activation]).to(x.dtype)
 
 
-def wants_gradient(x: Tensor) -> bool:
-    """Whether somebody wants a gradient through x, in reverse or in forward mode."""
-    if x.requires_grad and torch.is_grad_enabled():
+def wants_gradient(*given: Tensor | None) -> bool:
+    """Whether somebody wants a gradient through one of these, in reverse or in forward mode."""
+    reverse, forward = torch.is_grad_enabled(), forward_ad._current_level >= 0
+    if not reverse and not forward:
+        return False
+    levels: Sequence[Tensor | None] = given
+    if peek_interpreter_stack() is not None and not torch.compiler.is_compiling():
+        levels = [level for x in given if x is not None for level in _levels(x)]
+    if reverse and any(x is not None and x.requires_grad for x in levels):
         return True
-    # The level first: unpacking takes half a microsecond.
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+    return forward and any(x is not None and _has_tangent(x) for x in levels)
 
 
-def refuse_gradient(x: Tensor) -> None:
+def _levels(x: Tensor) -> Iterator[Tensor]:
+    """What x is for every transform of torch.func that is at work: vmap hides those around it."""
+    while _functorch.is_functorch_wrapped_tensor(x):
+        yield x
+        x = _functorch.get_unwrapped(x)
+    yield x
+
+
+def _has_tangent(x: Tensor) -> bool:
+    return not _functorch.is_batchedtensor(x) and forward_ad.unpack_dual(x).tangent is not None
+
+
+def refuse_gradient(*given: Tensor | None) -> None:
     """Raise UnsupportedError where somebody wants a gradient through an inference kernel, which has none."""
-    if wants_gradient(x):
+    if wants_gradient(*given):
         raise UnsupportedError(
-            "an inference kernel got an input that requires a gradient: expected none, as it has no backward and no "
-            "forward-mode derivative. Run it under torch.no_grad(), or differentiate the training module or to_dense()."
+            "an inference kernel got an input, or a weight or bias, that requires a gradient: expected none, as it has "
+            "no backward and no forward-mode derivative. Run it under torch.no_grad() and outside of forward-mode "
+            "differentiation, or differentiate the training module or to_dense()."
         )
 
 

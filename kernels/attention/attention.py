@@ -28,8 +28,7 @@ def scaled_dot_product_attention(
         UnsupportedError: an input requires a gradient.
     """
     given = [t for t in (query, key, value, attn_mask) if t is not None]
-    for tensor in given:
-        refuse_gradient(tensor)
+    refuse_gradient(*given)
     if not _serves(given):
         return F.scaled_dot_product_attention(query, key, value, attn_mask, is_causal=is_causal, scale=scale)
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale

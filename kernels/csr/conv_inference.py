@@ -57,7 +57,7 @@ def csr_conv_infer(
         RuntimeError: an x of other channels or another dtype than the weight's.
         ValueError: an x of too few or too many dimensions, or smaller with its padding than the kernel.
     """
-    refuse_gradient(x)
+    refuse_gradient(x, bias, values, residual)
     x, values, bias = autocast(x, values, bias)
     numbers = window(**arguments)
     check_size(x, arguments["kernel_size"], numbers)

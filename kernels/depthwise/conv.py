@@ -40,7 +40,7 @@ def depthwise_conv(
         RuntimeError: an x of other channels or another dtype than the weight's.
         ValueError: an x of too few or too many dimensions, or smaller with its padding than the kernel.
     """
-    refuse_gradient(x)
+    refuse_gradient(x, weight, bias)
     x, weight, bias = autocast(x, weight, bias)
     numbers, dimensions = window(**arguments), len(arguments["kernel_size"])
     check_size(x, arguments["kernel_size"], numbers)

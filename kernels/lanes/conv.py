@@ -49,12 +49,11 @@ def csr_conv_lanes(
         RuntimeError: an x of other channels or dtype than the weight's, an output that does not fit the grid, or a
             residual to write over that has not the output's shape, in order, or shares memory with x.
     """
-    refuse_gradient(x)
+    refuse_gradient(x, bias, values, residual)
     code = activation_code(activation)
     if over_residual:
         if residual is None:
             raise RuntimeError("fxsparse: expected a residual to write over, got None")
-        refuse_gradient(residual)
         torch.ops.fxsparse.csr_conv_lanes_over.default(
             x, values, start, columns, bias, residual, code, window(**arguments), grid
         )
@@ -76,7 +75,7 @@ def conv_lanes(
     **arguments: Any,
 ) -> Tensor:
     """`csr_conv_lanes` with a dense weight [out, in / groups, height, width], as of a stem or of single channels."""
-    refuse_gradient(x)
+    refuse_gradient(x, bias, weight, residual)
     code = activation_code(activation)
     return torch.ops.fxsparse.conv_lanes.default(x, weight, bias, residual, code, window(**arguments), grid)
 

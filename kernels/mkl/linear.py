@@ -37,7 +37,7 @@ def mkl_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
         RuntimeError: an x of another width or dtype than the weight's, or a bias of another size.
         ValueError: an unknown activation.
     """
-    refuse_gradient(x)
+    refuse_gradient(x, weight, bias)
     x, weight, bias = autocast(x, weight, bias)
     activation_code(activation)
     check_input(x, weight, weight.shape[1])

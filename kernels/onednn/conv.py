@@ -39,7 +39,7 @@ def onednn_conv2d(
     Raises:
         UnsupportedError: an input that requires a gradient.
     """
-    refuse_gradient(x)
+    refuse_gradient(x, weight, bias, residual)
     x, weight, bias = autocast(x, weight, bias)
     if torch.compiler.is_compiling() or not _is_plain(x, weight, residual):
         y = F.conv2d(x, weight, bias, **arguments)

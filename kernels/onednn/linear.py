@@ -28,7 +28,7 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activat
         UnsupportedError: an input that requires a gradient.
         RuntimeError: an x of another width or dtype than the weight's.
     """
-    refuse_gradient(x)
+    refuse_gradient(x, weight, bias)
     x, weight, bias = autocast(x, weight, bias)
     code = activation_code(activation)
     if torch.compiler.is_compiling():  # inductor takes packed weights only in the place of this op

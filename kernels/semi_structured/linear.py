@@ -37,7 +37,7 @@ def semi_structured_linear(
         RuntimeError: an x of another width or dtype than the weight's.
     """
     activation_code(activation)
-    refuse_gradient(x)
+    refuse_gradient(x, bias, residual)
     if torch.is_autocast_enabled(packed.device.type) and x.is_floating_point():
         x, bias, residual = x.to(packed.dtype), _cast(bias, packed), _cast(residual, packed)
     check_input(x, packed, dense.shape[2])

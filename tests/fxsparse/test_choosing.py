@@ -3,7 +3,9 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+import fxsparse
 from fxsparse import choosing, machine
 from fxsparse import kernel as kernels
 from fxsparse.choosing import choose
@@ -119,6 +121,13 @@ def entries_of(weight):
 
 
 @COMPILED
+def test_complex_layers_stay_dense():
+    model, x = nn.Linear(8, 8, dtype=torch.complex64).eval(), torch.randn(3, 8, dtype=torch.complex64)
+    fast = fxsparse.compile(model, mode="infer", example_inputs=x)
+    assert [row["kernel"] for row in fast.report.layers] == ["dense"]
+    assert torch.equal(fast(x), model(x))
+
+
 def test_given_entries_no_dense_kernel_takes_part_and_a_wrong_one_is_found(registry):
     def wrong(x, bias, values, *rest, **arguments):
         return registered()["cpu-csr"].run(x, bias, values * 1.01, *rest, **arguments)

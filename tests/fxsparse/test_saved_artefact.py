@@ -70,7 +70,17 @@ class Own(nn.Module):
         return self.layer(x) if float(x.sum()) > 0 else -self.layer(x)
 
 
-MODELS = {"images": (Images, IMAGES), "tied": (Tied, ({"x": X}, {})), "own": (Own, X)}
+def two_names():
+    linear = nn.Linear(16, 16)
+    return nn.Sequential(linear, nn.ReLU(), linear)
+
+
+MODELS = {
+    "images": (Images, IMAGES),
+    "tied": (Tied, ({"x": X}, {})),
+    "own": (Own, X),
+    "two names": (two_names, X),
+}
 
 
 @pytest.fixture(autouse=True)

@@ -91,22 +91,34 @@ def test_a_residual_of_another_dtype_is_added_after_and_of_another_shape_is_refu
 INFERENCE = ("cpu-csr", "cpu-condensed", "cpu-lookup", "cpu-striped", "cpu-bsr", "cpu-nm", "onednn", "mkl")
 
 
-# What PyTorch says of itself at the first such derivative.
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+# What PyTorch says of itself at the first such derivative, and of vmap over oneDNN's product.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated", "ignore:There is a performance drop")
 @pytest.mark.parametrize("name", INFERENCE)
-def test_a_derivative_in_forward_mode_is_refused_instead_of_lost(name):
+def test_a_derivative_in_either_mode_is_refused_instead_of_lost(name):
     entry = registered()[name]
-    buffers, x = list(entry.pack(torch.eye(4)).values()), torch.ones(2, 4)
+    buffers, x, bias = list(entry.pack(torch.eye(4)).values()), torch.ones(2, 4), torch.zeros(4)
 
-    def run(x):
-        return entry.run(x, None, *buffers, in_features=4)
+    def run(x, bias=bias):
+        return entry.run(x, bias, *buffers, in_features=4)
 
-    with pytest.raises(UnsupportedError, match="forward-mode"):
-        torch.func.jvp(run, (x,), (x,))
+    def total(x):
+        return torch.vmap(run)(x[:, None]).sum()
+
+    lost = (
+        lambda: torch.func.jvp(run, (x,), (x,)),
+        lambda: torch.func.jvp(total, (x,), (x,)),
+        lambda: torch.func.grad(total)(x),
+        lambda: torch.func.jvp(lambda bias: run(x, bias), (bias,), (bias,)),
+        lambda: run(x, bias.clone().requires_grad_()),
+    )
+    for call in lost:
+        with pytest.raises(UnsupportedError, match="no backward and no forward-mode"):
+            call()
     with torch.no_grad(), forward_ad.dual_level():
-        with pytest.raises(UnsupportedError, match="forward-mode"):
+        with pytest.raises(UnsupportedError, match="no backward and no forward-mode"):
             run(forward_ad.make_dual(x, x))
         assert torch.equal(run(x), x)
+        assert torch.equal(torch.vmap(run)(x), x)
 
 
 LINEAR = ("cpu-csr", "cpu-csr-train", "cpu-condensed", "cpu-lookup", "cpu-striped", "cpu-bsr", "cpu-nm")

@@ -210,6 +210,8 @@ def test_what_does_not_fit_is_refused():
         infer(torch.randn(1, 4, 2, 2), weight)
     with pytest.raises(UnsupportedError, match="requires a gradient"):
         infer(torch.randn(1, 4, 5, 5, requires_grad=True), weight)
+    with pytest.raises(UnsupportedError, match="requires a gradient"):
+        infer(torch.randn(1, 4, 5, 5), weight, residual=torch.randn(1, 6, 3, 3, requires_grad=True))
     if cpu.availability() is not None:
         pytest.skip("the reference checks by indexing")
     with pytest.raises(RuntimeError, match="the weight has an entry in column"):

@@ -83,6 +83,8 @@ def test_what_onednn_does_not_take_goes_through_pytorch():
         onednn_conv2d(x, None, weight)
     with pytest.raises(UnsupportedError, match="requires a gradient"):
         onednn_conv2d(torch.randn(1, 4, 5, 5, requires_grad=True), None, weight)
+    with pytest.raises(UnsupportedError, match="requires a gradient"):
+        onednn_conv2d(torch.randn(1, 4, 5, 5), torch.zeros(8, requires_grad=True), weight)
     with torch.autocast("cpu", torch.bfloat16):
         assert onednn_conv2d(torch.randn(1, 4, 5, 5), None, weight).dtype == torch.bfloat16
 
