@@ -8,6 +8,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Mapping
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ from fxsparse.trace.attention import attention_mask
 
 _OWN = {function.__name__: function for function in (channels_first, channels_last, attention_mask)}
 _NAMESPACES = ("aten", "prims", "torchvision")
-_WRITES_FILES = {"filename", "file", "path"}
-"""Arguments of ops that no graph of a model needs."""
+_NAMES_A_FILE = {"filename", "file", "path"}
+"""Texts that an op takes which no graph of a model needs."""
 _FACTORIES = (
     *(
         "rand",
@@ -152,7 +153,7 @@ def name_of(target: Any) -> dict[str, str] | None:
     """The name of a function or op as JSON values; None where it has none."""
     if isinstance(target, OpOverload):
         row = {"op": target._schema.name, "overload": target._overloadname}
-        return row if _overload(row) is target else None
+        return row if _overload(**row) is target else None
     if isinstance(target, HigherOrderOperator):
         return {"region": target.name()} if target.name() in _REGIONS else None
     for name, entry in kernel.registered().items():
@@ -170,7 +171,10 @@ def name_of(target: Any) -> dict[str, str] | None:
 def function_of(row: Mapping[str, str]) -> Callable[..., Any]:
     """The function of a name; ValueError or LookupError where it is none that a graph may call."""
     if "op" in row:
-        return _overload(row)
+        found = _overload(row["op"], row["overload"])
+        if found is None:
+            raise ValueError(f"a graph calls the op {row['op']!r}")
+        return found
     if "region" in row:
         if row["region"] not in _REGIONS:
             raise ValueError(f"a graph calls {row['region']!r}")
@@ -193,17 +197,15 @@ def is_attribute(name: object) -> bool:
     return name in _ATTRIBUTES
 
 
-def _overload(row: Mapping[str, str]) -> OpOverload:
-    """An op that the dispatcher has, and no function that TorchScript alone knows."""
-    namespace, _, name = row["op"].partition("::")
-    qualified = f"{namespace}::{name}" + (f".{row['overload']}" if row["overload"] != "default" else "")
+def _overload(op: str, overload: str) -> OpOverload | None:
+    """An op that a graph may call and the dispatcher has: no function that TorchScript alone knows."""
+    namespace, _, name = op.partition("::")
+    qualified = f"{namespace}::{name}" + (f".{overload}" if overload != "default" else "")
     if namespace not in _NAMESPACES or not torch._C._dispatch_has_kernel(qualified):
-        raise ValueError(f"a graph calls the op {row['op']!r}")
-    found = getattr(getattr(getattr(torch.ops, namespace), name), row["overload"])
-    given = {argument.name for argument in found._schema.arguments}
-    if given & _WRITES_FILES or name in _METHODS_LEFT_OUT:
-        raise ValueError(f"a graph calls the op {row['op']!r}")
-    return found
+        return None
+    found = getattr(getattr(getattr(torch.ops, namespace), name), overload)
+    texts = {argument.name for argument in found._schema.arguments if str(argument.type) == "str"}
+    return None if texts & _NAMES_A_FILE or name in _METHODS_LEFT_OUT else found
 
 
 @functools.cache
@@ -220,11 +222,12 @@ def _functions() -> dict[str, Any]:
                 found[f"{module.__name__}.{name}"] = function
     found |= {f"torch.{name}": getattr(torch, name) for name in _FACTORIES if hasattr(torch, name)}
     found |= {f"{F.__name__}.{name}": getattr(F, name) for name in _ACTIVATIONS if hasattr(F, name)}
-    # Those such as max_pool2d choose one of two by an argument, and are not listed.
+    # Those such as max_pool2d and unique choose one of two by an argument, and are not listed.
     found |= {
-        f"{F.__name__}.{name}": value
-        for name, value in vars(F).items()
-        if "boolean_dispatch.<locals>" in getattr(value, "__qualname__", "")
+        f"{module.__name__}.{name}": value
+        for module in (torch, F)
+        for name, value in vars(module).items()
+        if isinstance(value, FunctionType) and "boolean_dispatch.<locals>" in value.__qualname__
     }
     return found
 

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils import _pytree as pytree
 
 SITE_OPS: dict[Callable[..., Any], str] = {
     F.linear: "linear",
@@ -134,9 +136,22 @@ def bias_of(gm: GraphModule, site: Site) -> Tensor | None:
     return fetch(gm, str(bias.target)).detach() if isinstance(bias, Node) and bias.op == "get_attr" else None
 
 
-def example_size(size: int | torch.SymInt) -> int:
-    """What a size that may be symbolic is at the example inputs."""
-    return size if isinstance(size, int) else int(size.node.hint)  # type: ignore[arg-type]
+def example_size(size: int | torch.SymInt, gm: GraphModule) -> int | None:
+    """What a size in this graph is at the example inputs; None where it depends on values that no run has seen."""
+    if isinstance(size, int):
+        return size
+    if size.node.hint is not None:
+        return int(size.node.hint)
+    environment: Any = size.node.shape_env
+    found: Any = size.node.expr.xreplace(gm.meta.get("by_data", {}))
+    found = found.xreplace(environment.backed_var_to_val)
+    return int(found) if found.is_number else None
+
+
+def sizes_by_data(value: Any) -> set[Any]:
+    """Symbols in the sizes of tensors, and in sizes, which depend on the values of others: they have no example."""
+    leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor | torch.SymInt)]
+    return set[Any]().union(*map(free_unbacked_symbols, leaves))
 
 
 def site_arguments(site: Site, shape: Sequence[int]) -> dict[str, Any]:

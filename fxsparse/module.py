@@ -83,6 +83,7 @@ class SparseModule(nn.Module):
         for name in SHARED_DICTS:
             self.__dict__[name] = getattr(emitted.program.skeleton, name)
         self.training = emitted.program.skeleton.training
+        self._version = emitted.program.skeleton._version  # of the state dict's form, for models that ask
         self._emitted = emitted
         self.register_state_dict_pre_hook(before_reading)
         self.register_load_state_dict_pre_hook(before_loading)

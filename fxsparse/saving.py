@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from fxsparse import checkpoint, saved_artefact, saved_optimizer, saved_training
 from fxsparse.compiler import rebuild
+from fxsparse.dense_copies import versioned
 from fxsparse.errors import CheckpointError, InvariantError, PatternError, PlanError, TraceError
 from fxsparse.graph_model import GraphModel
 from fxsparse.inference import compile_again
@@ -138,7 +139,7 @@ def _trained(
         )
     recipe = saved_training.recipe(run, _as_saved(run.made_by, run.example_inputs, shell), state)
     history = {**header["topology"], "tensors": moved}
-    sparse = rebuild(recipe, state, run.training, history, more)
+    sparse = rebuild(recipe, versioned(state, recipe.shell), run.training, history, more)
     saved_training.check_same(header, sparse)
     return sparse
 

@@ -94,8 +94,9 @@ def wants_gradient(*given: Tensor | None) -> bool:
     levels: Sequence[Tensor | None] = given
     if peek_interpreter_stack() is not None and not torch.compiler.is_compiling():
         levels = [level for x in given if x is not None for level in _levels(x)]
-    if reverse and any(x is not None and x.requires_grad for x in levels):
-        return True
+    for x in levels if reverse else ():  # any() takes twice as long
+        if x is not None and x.requires_grad:
+            return True
     return forward and any(x is not None and _has_tangent(x) for x in levels)
 
 

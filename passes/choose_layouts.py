@@ -107,7 +107,7 @@ def _costs(gm: GraphModule, site: Site, x: Tensor, decision: Decision) -> _Costs
 
 def _cut(gm: GraphModule, costs: Mapping[Node, _Costs]) -> set[Node]:
     """The nodes whose images hold channels last."""
-    per_number = sum(c.copy for c in costs.values()) / max(1, sum(_size(n.args[0]) for n in costs))
+    per_number = sum(c.copy for c in costs.values()) / max(1, sum(_size(gm, n.args[0]) for n in costs))
     images = {node.name: node for node in gm.graph.nodes if _is_images(node)}
     flow = nx.DiGraph()
     flow.add_nodes_from((FIRST, LAST))
@@ -118,8 +118,8 @@ def _cut(gm: GraphModule, costs: Mapping[Node, _Costs]) -> set[Node]:
         elif not _takes_either(gm, node):
             flow.add_edge(FIRST, name)  # an edge without a capacity can't be cut
         # One copy serves all readers that hold the other format.
-        flow.add_edge(name, f"{name} {LAST}", capacity=per_number * _size(node))
-        flow.add_edge(f"{name} {FIRST}", name, capacity=per_number * _size(node))
+        flow.add_edge(name, f"{name} {LAST}", capacity=per_number * _size(gm, node))
+        flow.add_edge(f"{name} {FIRST}", name, capacity=per_number * _size(gm, node))
         for reader in filter(_reads_memory, node.users):
             there = reader.name if reader.name in images else FIRST
             flow.add_edge(f"{name} {LAST}", there)
@@ -148,10 +148,10 @@ def _takes_either(gm: GraphModule, node: Node) -> bool:
     return node.op in ("call_function", "call_method") and node.target in _EITHER
 
 
-def _size(node: object) -> int:
+def _size(gm: GraphModule, node: object) -> int:
     """Numbers of an image at the example inputs."""
     assert isinstance(node, Node)
-    return example_size(node.meta["val"].numel())
+    return example_size(node.meta["val"].numel(), gm) or 0
 
 
 def _hold_last(decision: Decision, costs: _Costs) -> None:

@@ -170,7 +170,10 @@ def _measure(gm: GraphModule, name: str, decision: Decision, ctx: PassContext) -
     weight = fetch(gm, name).detach()
     if value is None or result is None or weight.is_meta or ctx.example_inputs is None:
         return None
-    shape, batch = [example_size(size) for size in value.shape], [example_size(size) for size in result.shape]
+    shape = [example_size(size, gm) for size in value.shape]
+    batch = [example_size(size, gm) for size in result.shape]
+    if None in shape or None in batch:
+        return None
     arguments = site_arguments(found[0], weight.shape)
     del batch[-1 if found[0].op == "linear" else 1 - weight.dim()]  # what is left counts outputs of one row
     side = bsr.side_of(decision.pattern)

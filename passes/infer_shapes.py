@@ -16,11 +16,11 @@ from torch.fx.graph import _PyTreeCodeGen
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from fxsparse.graph import fetch
-from fxsparse.inputs import has_sequence, on_device, split_inputs, stand_in
+from fxsparse.graph import fetch, sizes_by_data
+from fxsparse.inputs import has_meta, has_sequence, on_device, split_inputs, stand_in
 from fxsparse.pipeline import PassContext
 from fxsparse.skeleton import copy_structure, substituted
-from fxsparse.verify import RUN_FAILURES, frozen_state
+from fxsparse.verify import RUN_FAILURES, copied_inputs, frozen_state
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,10 @@ class InferShapes:
 
     The batch is dimension 0 of the inputs; the sequence is dimension 1 of float inputs ``[batch, sequence,
     features]`` and of integer inputs ``[batch, sequence]``.  ``gm.meta["symbols"]`` maps "batch" and "sequence" to
-    their sympy symbols, as far as they stayed free; a dimension that the model fixes has a note.  On the walk tier
-    only sites have shapes, taken from a run of the model itself.  Parameters and buffers are not touched.
+    their sympy symbols, as far as they stayed free; a dimension that the model fixes has a note.  Where sizes depend on
+    the values of inputs, as those of ``x[mask]`` do, one run of the graph finds what their symbols are for the example
+    inputs, and ``gm.meta["by_data"]`` has that in proportion to the batch.  On the walk tier only sites have shapes,
+    taken from a run of the model itself.  Parameters and buffers are not touched.
     """
 
     name: ClassVar[str] = "infer-shapes"
@@ -53,7 +55,7 @@ class InferShapes:
                 )
                 continue
             gm.meta["symbols"] = symbols.free()
-            ctx.notes.extend(symbols.fixed())
+            ctx.notes.extend([*symbols.fixed(), *_learn_sizes(gm, ctx, symbols)])
             return 0
         ctx.notes[-1] = ctx.notes[-1].replace("no symbolic ", "shapes are unknown")
         return 0
@@ -119,26 +121,74 @@ def _annotate(gm: GraphModule, ctx: PassContext, symbols: _Symbols) -> None:
     args, kwargs = pytree.tree_map_only(
         Tensor, lambda tensor: symbols.input(tensor, device), split_inputs(ctx.example_inputs)
     )
-    training = gm is not ctx.program.graphs.get("eval")
     fake = partial(symbols.fake, device=device)
     with (
-        frozen_state(skeleton, training=training),
+        frozen_state(skeleton, training=_trains(gm, ctx)),
         substituted(skeleton, fake, fake),
         symbols.mode,
         enable_python_dispatcher(),  # the C++ bodies of some ops (pad) turn symbols into numbers
     ):
-        if ctx.program.tier == "walk":
-            model = copy_structure(skeleton)  # the user's own forward, which may write Python attributes
-            with _seen_inputs(model) as seen:
-                model(*args, **kwargs)
-            _annotate_sites(gm, seen)
-        else:
-            _Recorder(gm).run(*_placeholder_values(gm, args, kwargs), enable_io_processing=False)
+        _run(gm, ctx, args, kwargs, _put)
 
 
-class _Recorder(Interpreter):
+def _learn_sizes(gm: GraphModule, ctx: PassContext, symbols: _Symbols) -> list[str]:
+    """Let a run on the example inputs say what the sizes are that depend on their values; notes."""
+    first = next((node for node in gm.graph.nodes if sizes_by_data(node.meta.get("val"))), None)
+    if first is None:
+        return []
+    where = f"sizes depend on the values of inputs, first at {first.name}"
+    if has_meta(ctx.program.skeleton) or has_meta(ctx.example_inputs):
+        return [f"{where}: they stay unknown, as there are no values on meta"]
+    found: dict[Any, int] = {}
+    with frozen_state(ctx.program.skeleton, training=_trains(gm, ctx)), torch.no_grad():
+        _run(gm, ctx, *copied_inputs(ctx.example_inputs), partial(_learn, found))
+    free = gm.meta["symbols"].get("batch")
+    share = 1 if free is None else free / symbols.sizes["batch"][1]
+    gm.meta["by_data"] = {symbol: size * share for symbol, size in found.items()}
+    return [f"{where}: they count as in the example inputs, in proportion to the batch"]
+
+
+def _trains(gm: GraphModule, ctx: PassContext) -> bool:
+    return gm is not ctx.program.graphs.get("eval")
+
+
+def _put(node: Node, value: Any) -> None:
+    node.meta["val"] = value
+
+
+def _learn(found: dict[Any, int], node: Node, value: Any) -> None:
+    """Add to `found` what the symbols without an example in ``meta["val"]`` are in `value`."""
+    pairs = zip(pytree.tree_leaves(node.meta["val"]), pytree.tree_leaves(value), strict=True)
+    for symbolic, real in pairs:
+        sizes = (
+            zip(symbolic.shape, real.shape, strict=True) if isinstance(real, Tensor) else [(symbolic, real)]
+        )
+        for size, seen in sizes:
+            if isinstance(size, SymInt) and size.node.expr in sizes_by_data(size):
+                found[size.node.expr] = seen
+
+
+def _run(gm: GraphModule, ctx: PassContext, args: Any, kwargs: Any, see: Callable[[Node, Any], None]) -> None:
+    """Run the graph, and show every node with its value to `see`."""
+    if ctx.program.tier == "walk":
+        model = copy_structure(
+            ctx.program.skeleton
+        )  # the user's own forward, which may write Python attributes
+        with _seen_inputs(model) as seen:
+            model(*args, **kwargs)
+        _show_sites(gm, seen, see)
+    else:
+        _Shown(gm, see).run(*_placeholder_values(gm, args, kwargs), enable_io_processing=False)
+
+
+class _Shown(Interpreter):
+    def __init__(self, gm: GraphModule, see: Callable[[Node, Any], None]) -> None:
+        super().__init__(gm)
+        self.see = see
+
     def run_node(self, n: Node) -> Any:
-        n.meta["val"] = result = super().run_node(n)
+        result = super().run_node(n)
+        self.see(n, result)
         return result
 
 
@@ -174,7 +224,7 @@ def _seen_inputs(root: nn.Module) -> Iterator[dict[str, tuple[Any, ...]]]:
             handle.remove()
 
 
-def _annotate_sites(gm: GraphModule, seen: dict[str, tuple[Any, ...]]) -> None:
+def _show_sites(gm: GraphModule, seen: dict[str, tuple[Any, ...]], see: Callable[[Node, Any], None]) -> None:
     values: dict[Node, Any] = {}
     for node in gm.graph.nodes:
         if node.op == "placeholder":
@@ -189,7 +239,8 @@ def _annotate_sites(gm: GraphModule, seen: dict[str, tuple[Any, ...]]) -> None:
         else:
             continue
         if value is not None:
-            values[node] = node.meta["val"] = value
+            values[node] = value
+            see(node, value)
 
 
 def _value_of(node: Node, values: dict[Node, Any]) -> Any:

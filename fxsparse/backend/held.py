@@ -11,7 +11,7 @@ from torch import SymInt, Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from fxsparse.graph import SITE_OPS, argument, example_size, fetch, weight_source
+from fxsparse.graph import SITE_OPS, argument, fetch, weight_source
 from fxsparse.skeleton import bind, copy_structure
 
 _PART = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]")
@@ -112,7 +112,7 @@ def copied_with_sources(graph: Graph) -> Graph:
 
 
 def _plain(value: Any) -> Any:
-    return example_size(value) if isinstance(value, SymInt) else value
+    return int(value.node.hint) if isinstance(value, SymInt) else value  # type: ignore[arg-type]
 
 
 def _with_attributes_of(gm: GraphModule) -> nn.Module:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fxsparse.einsum import Label, labels
 from fxsparse.flops.site import BATCH, SEQUENCE, CallSite, Shape, with_sizes
-from fxsparse.graph import argument, canonical_names, fetch, weight_source
+from fxsparse.graph import argument, canonical_names, example_size, fetch, sizes_by_data, weight_source
 
 PRODUCTS = ("matmul", "addmm", "einsum", "attention")
 NORMS_AND_POOLS = ("batch_norm", "layer_norm", "max_pool", "adaptive_avg_pool")
@@ -21,10 +21,10 @@ NORMS_AND_POOLS = ("batch_norm", "layer_norm", "max_pool", "adaptive_avg_pool")
 
 @dataclass(frozen=True)
 class Reading:
-    """A graph, its symbolic sizes under our names, and the nodes that depend on a trained parameter."""
+    """A graph, its symbolic sizes by our names, and the nodes that depend on a trained parameter."""
 
     gm: GraphModule
-    symbols: Mapping[Symbol, Symbol]
+    symbols: Mapping[Symbol, Expr]
     differentiable: frozenset[Node]
     names: Mapping[str, str]
     """{every name of a parameter: its first name}"""
@@ -43,8 +43,10 @@ class Reading:
         known = gm.meta.get("symbols")
         symbols = _symbols(inputs) if known is None else {known[name]: named[name] for name in known}
         symbolic = BATCH in symbols.values()
-        samples = 1 if symbolic or not inputs else int(inputs[0].shape[0])
-        return cls(gm, symbols, _differentiable(gm), canonical_names(gm), _sizes(inputs, symbols), samples)
+        by_data = {size: with_sizes(at, symbols) for size, at in gm.meta.get("by_data", {}).items()}
+        samples = 1 if symbolic or not inputs else example_size(inputs[0].shape[0], gm) or 1
+        sizes = _sizes(inputs, symbols)
+        return cls(gm, symbols | by_data, _differentiable(gm), canonical_names(gm), sizes, samples)
 
     def site(self, node: Node, op: str) -> CallSite:
         """The call at a node that is known to run `op`."""
@@ -58,7 +60,8 @@ class Reading:
 
     def has_values(self, node: Node) -> bool:
         """Whether the shapes of a call are known."""
-        return all("val" in part.meta for part in (node, *node.all_input_nodes))
+        metas = [part.meta for part in (node, *node.all_input_nodes)]
+        return all("val" in meta and sizes_by_data(meta["val"]) <= self.symbols.keys() for meta in metas)
 
     def shape(self, node: Any) -> Shape:
         """The sizes of a node's value."""
@@ -82,10 +85,11 @@ def _symbols(inputs: Iterable[Tensor]) -> dict[Symbol, Symbol]:
 
 def _sizes(inputs: Iterable[Tensor], symbols: Mapping[Symbol, Symbol]) -> dict[Symbol, int]:
     sizes: dict[Expr, Any] = {_expression(size, symbols): size for value in inputs for size in value.shape}
-    return {s: size.node.hint for s, size in sizes.items() if isinstance(s, Symbol) and s != BATCH}
+    symbolic = {s: size.node.hint for s, size in sizes.items() if isinstance(s, Symbol) and s != BATCH}
+    return {s: size for s, size in symbolic.items() if size is not None}
 
 
-def _expression(size: Any, symbols: Mapping[Symbol, Symbol] | None = None) -> Expr:
+def _expression(size: Any, symbols: Mapping[Symbol, Expr] | None = None) -> Expr:
     if not isinstance(size, torch.SymInt):
         return sympify(size)
     return with_sizes(size.node.expr, symbols or {})

@@ -27,7 +27,8 @@ def test_all_public_functions_of_the_functional_module_have_a_name():
         if callees.name_of(function) is None
     ]
     assert set(left) <= NO_MODEL_CALLS
-    assert callees.function_of(callees.name_of(F.logsigmoid) or {}) is F.logsigmoid
+    for function in (F.logsigmoid, F.max_pool2d, torch.unique):
+        assert callees.function_of(callees.name_of(function) or {}) is function
 
 
 def test_all_activations_trace_to_functions_that_have_a_name():
@@ -51,3 +52,15 @@ class Forward(nn.Module):
 
     def forward(self, x):
         return type(self.inner).forward(self.inner, torch.relu(x))
+
+
+@torch.library.custom_op("fxsparse_tests::twice", mutates_args=())
+def twice(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+def test_ops_of_pytorch_have_a_name_unless_they_read_files():
+    einsum = torch.ops.aten.einsum.default  # it has an argument `path`, which is no file's
+    assert callees.function_of(callees.name_of(einsum) or {}) is einsum
+    for left_out in (torch.ops.aten.from_file.default, torch.ops.fxsparse_tests.twice.default):
+        assert callees.name_of(left_out) is None

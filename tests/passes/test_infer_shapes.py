@@ -1,5 +1,6 @@
 """Shapes of every value, with batch and sequence as symbols."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,7 +8,11 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+import fxsparse
+from fxsparse import Plan, count_flops
+from fxsparse.errors import TraceError
 from fxsparse.graph import sites
+from fxsparse.methods import static
 from fxsparse.passes import Functionalize, InferShapes
 from fxsparse.pipeline import PassContext, run_passes
 from fxsparse.report import Report
@@ -92,3 +97,52 @@ def test_nothing_of_the_model_changes() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     shaped(model, torch.randn(2, 3, 32, 32))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+class Chosen(nn.Module):
+    """Two layers, the first on the rows alone whose first entry is above 0."""
+
+    def __init__(self, tier: str) -> None:
+        super().__init__()
+        self.few, self.all = nn.Linear(4, 6), nn.Linear(4, 2)
+        self.tier = tier
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.tier == "export" and x.shape[0] > 1000:
+            return self.few(x), self.all(x)
+        if self.tier == "walk" and (type(x).__name__ == "Proxy" or torch.compiler.is_exporting()):
+            return self.all(x), self.all(x)
+        return self.few(x[x[:, 0] > 0]), self.all(x)
+
+
+ROWS = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])[:, None].expand(5, 4)
+
+
+@pytest.mark.parametrize("tier", ["symbolic", "export", "walk"])
+@pytest.mark.parametrize("batch", [5, 1])
+def test_sizes_that_depend_on_values_are_those_of_the_example(tier: str, batch: int, tmp_path: Path) -> None:
+    model, x = Chosen(tier).eval(), ROWS[:batch].clone()
+    few = 3 if batch == 5 else 1
+    ctx = shaped(model, x)
+    assert ctx.program.tier == tier, ctx.program.notes
+    [note] = [note for note in ctx.notes if "depend on the values" in note]
+    assert "in proportion to the batch" in note
+    count = count_flops(model, x)
+    flops = {layer.weight: layer.dense for layer in count.layers}
+    assert flops == {"few.weight": 2 * 4 * 6 * few // batch, "all.weight": 2 * 4 * 2}
+    assert not count.uncounted
+    trained = fxsparse.compile(model, Plan(sparsity=0.5, method=static()), example_inputs=x).eval()
+    fast = fxsparse.compile(trained, mode="infer", example_inputs=x)
+    for compiled in (trained, fast):
+        torch.testing.assert_close(compiled(ROWS), trained.to_dense()(ROWS))
+        fxsparse.save(compiled, tmp_path / "file")
+        torch.testing.assert_close(
+            fxsparse.load(tmp_path / "file", Chosen(tier).eval())(ROWS), compiled(ROWS)
+        )
+
+
+def test_on_meta_there_are_no_values_that_sizes_could_depend_on() -> None:
+    with torch.device("meta"):
+        model = Chosen("symbolic")
+    with pytest.raises(TraceError, match="tensors on meta have no values to decide by"):
+        count_flops(model, torch.empty(5, 4, device="meta"))
