@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.fx import Graph
 
 from fxsparse.direct_reads import read_directly
-from fxsparse.graph import fetch
+from fxsparse.graph import fetch, strided_parts
 from fxsparse.graph_pickle import picklable, restored
 from fxsparse.input_check import InputCheck
 from fxsparse.inputs import to_json
@@ -124,12 +124,16 @@ def classes_of(model: nn.Module) -> dict[str, str]:
 
 
 def _own_tensors(skeleton: nn.Module, model: nn.Module) -> None:
-    theirs = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    theirs = set[int]().union(*map(_places, (*model.parameters(), *model.buffers())))
 
     def own(tensor: Tensor) -> Tensor:
-        return tensor.clone() if tensor.untyped_storage().data_ptr() in theirs else tensor
+        return tensor.clone() if _places(tensor) & theirs else tensor
 
     _replace_tensors(skeleton, own)
+
+
+def _places(tensor: Tensor) -> set[int]:
+    return {part.untyped_storage().data_ptr() for part in strided_parts(tensor).values()}
 
 
 def _without_state(skeleton: nn.Module) -> nn.Module:

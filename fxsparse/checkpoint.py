@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fxsparse.destination import destination
 from fxsparse.errors import CheckpointError
+from fxsparse.graph import has_sparse_layout
 
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 """What reading a header raises that holds other values than `write` was given."""
@@ -35,8 +36,8 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: M
     the same path on the same machine removes.
 
     Raises:
-        CheckpointError: the folder cannot be written, something else than a file lies there, or a dtype that
-            safetensors does not have.
+        CheckpointError: the folder cannot be written, something else than a file lies there, or a dtype or
+            layout that safetensors does not have.
     """
     path = destination(path)
     unique, aliases = _without_repeats(tensors)
@@ -132,6 +133,11 @@ def _without_repeats(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
     memory: set[int] = set()
     for name, tensor in tensors.items():
         tensor = tensor.detach()
+        if has_sparse_layout(tensor):
+            raise CheckpointError(
+                f"{name!r} is in {tensor.layout}, and a file holds strided tensors: pickle the module, pass the tensor "
+                "as an input, or keep its indices and values in buffers."
+            )
         place = tensor.untyped_storage().data_ptr()
         key = (place, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and key in first:

@@ -1,11 +1,12 @@
 """What `compile` and its like refuse before they begin."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fxsparse.errors import PlanError, TraceError
+from fxsparse.errors import PlanError, TraceError, UnsupportedError
 from fxsparse.formats import narrow
+from fxsparse.graph import has_sparse_layout
 from fxsparse.module import SparseModule
 from fxsparse.plans import Plan
 from fxsparse.wrappers import refuse_wrapped
@@ -14,7 +15,7 @@ MODES = ("train", "infer")
 
 
 def check_model(model: nn.Module) -> None:
-    """PlanError for anything but an nn.Module, TraceError for TorchScript."""
+    """PlanError for anything but an nn.Module, TraceError for TorchScript, UnsupportedError for sparse layouts."""
     if not isinstance(model, nn.Module):
         raise PlanError(f"expected the model as an nn.Module, got {type(model).__name__}.")
     refuse_wrapped(model)
@@ -25,6 +26,18 @@ def check_model(model: nn.Module) -> None:
             f"expected modules of Python code, got TorchScript: {where} was made by torch.jit.script, trace or load, "
             "whose code and tensors cannot be rewritten; pass the nn.Module that it was made from."
         )
+    for name, parameter in model.named_parameters():
+        if has_sparse_layout(parameter):
+            _refuse_layout(name, parameter, "its to_dense(), as the zeros are found without it")
+    for name, buffer in model.named_buffers():
+        if has_sparse_layout(buffer) and buffer.layout is not torch.sparse_coo:
+            _refuse_layout(name, buffer, "its to_sparse_coo(), or pass it as an input")
+
+
+def _refuse_layout(name: str, tensor: Tensor, way_out: str) -> None:
+    raise UnsupportedError(
+        f"expected tensors of modules that PyTorch can copy, got {name!r} in {tensor.layout}: use {way_out}."
+    )
 
 
 def check_plan(plan: Plan | None, where: str) -> None:

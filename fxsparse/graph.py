@@ -37,6 +37,11 @@ PRODUCTS: dict[Callable[..., Any], tuple[int, int, int | None]] = {
 }
 """Matrix products that can be ``F.linear``: positions of input, weight and bias."""
 
+_COMPRESSED = {
+    **dict.fromkeys((torch.sparse_csr, torch.sparse_bsr), (Tensor.crow_indices, Tensor.col_indices)),
+    **dict.fromkeys((torch.sparse_csc, torch.sparse_bsc), (Tensor.ccol_indices, Tensor.row_indices)),
+}
+"""{sparse layout: what reads its two indices}"""
 _TRANSPOSES = {
     torch.t, torch.transpose, torch.permute, torch.ops.aten.t.default, torch.ops.aten.transpose.int,
     torch.ops.aten.permute.default, torch.ops.aten.numpy_T.default,
@@ -152,6 +157,21 @@ def sizes_by_data(value: Any) -> set[Any]:
     """Symbols in the sizes of tensors, and in sizes, which depend on the values of others: they have no example."""
     leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor | torch.SymInt)]
     return set[Any]().union(*map(free_unbacked_symbols, leaves))
+
+
+def has_sparse_layout(value: Any) -> bool:
+    """Whether a value is a tensor of one of PyTorch's sparse layouts."""
+    return isinstance(value, Tensor) and (value.layout is torch.sparse_coo or value.layout in _COMPRESSED)
+
+
+def strided_parts(tensor: Tensor) -> dict[str, Tensor]:
+    """{suffix: strided tensor} that a tensor is made of: itself, or the indices and values of a sparse layout."""
+    if tensor.layout is torch.sparse_coo:
+        return {".indices": tensor._indices(), ".values": tensor._values()}
+    if tensor.layout in _COMPRESSED:
+        outer, inner = _COMPRESSED[tensor.layout]
+        return {".outer": outer(tensor), ".inner": inner(tensor), ".values": tensor.values()}
+    return {"": tensor}
 
 
 def site_arguments(site: Site, shape: Sequence[int]) -> dict[str, Any]:

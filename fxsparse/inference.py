@@ -78,10 +78,10 @@ def compile_for_inference(
     largest error, relative to the largest output.
 
     Raises:
-        PlanError: a model compiled for inference already.
+        PlanError: a model compiled for inference already, or inputs on meta.
         InvariantError: the result computes something else than the model (a bug).
     """
-    _check(model)
+    _check(model, example_inputs)
     model, masked = without_pruning_hooks(model)
     source, plan = _capture(model, example_inputs, strict)
     source.notes[:0] = [note_of(masked)] if masked else []
@@ -253,7 +253,11 @@ def _pipeline(keep_dense: Mapping[str, str]) -> list[Pass]:
     ]
 
 
-def _check(model: nn.Module) -> None:
+def _check(model: nn.Module, example_inputs: Any) -> None:
+    if has_meta(example_inputs):
+        raise PlanError(
+            "compile: example_inputs on the meta device have no values to measure kernels with; expected real ones."
+        )
     if isinstance(model, SparseModule) and model.plan is None:
         raise PlanError(
             "compile: this model is compiled for inference already; compile the model it was made from."

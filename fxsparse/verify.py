@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from fxsparse.graph import strided_parts
 from fxsparse.inputs import CPU, has_meta, on_device, split_inputs, stand_in
 from fxsparse.skeleton import substituted
 
@@ -63,13 +64,19 @@ def observe(
         with torch.set_grad_enabled(training):
             output = call(*args, **kwargs)
         leaves, structure = pytree.tree_flatten(output)
-        seen = {f"output {k}": _as_tensor(leaf) for k, leaf in enumerate(leaves) if _is_number(leaf)}
+        seen = {
+            f"output {k}{suffix}": part
+            for k, leaf in enumerate(leaves)
+            if _is_number(leaf)
+            for suffix, part in strided_parts(_as_tensor(leaf)).items()
+        }
         if training:
             seen |= _gradients(root, list(seen.values()))
         seen |= {
-            f"buffer {name}": buffer.detach().clone()
+            f"buffer {name}{suffix}": part.detach().clone()
             for name, buffer in root.named_buffers()
             if training or _is_written(buffer, *before.get(name, (None, 0)))
+            for suffix, part in strided_parts(buffer).items()
         }
     return Observation(structure, {name: tensor.detach() for name, tensor in seen.items()})
 

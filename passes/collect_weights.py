@@ -18,6 +18,7 @@ from fxsparse.graph import (
     attribute_nodes,
     canonical_names,
     fetch,
+    has_sparse_layout,
     operation_name,
     owner,
     sites,
@@ -87,6 +88,9 @@ def _refusal(
         return _why_no_site(ctx, name, names, fetch(skeleton, name), graphs)
     if not fetch(skeleton, name).numel():
         return "it has no entries"
+    inputs = [argument(site.node, 0, "input") for site in found]
+    if any(has_sparse_layout(x.meta.get("val")) for x in inputs if isinstance(x, Node)):
+        return "its input is of a sparse layout of PyTorch, which has products of its own"
     other = next(
         (alias for alias in names if owner(skeleton, alias)[0] is not owner(skeleton, name)[0]), None
     )

@@ -16,7 +16,7 @@ from torch.fx.graph import _PyTreeCodeGen
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from fxsparse.graph import fetch, sizes_by_data
+from fxsparse.graph import fetch, has_sparse_layout, sizes_by_data
 from fxsparse.inputs import has_meta, has_sequence, on_device, split_inputs, stand_in
 from fxsparse.pipeline import PassContext
 from fxsparse.skeleton import copy_structure, substituted
@@ -95,6 +95,8 @@ class _Symbols:
 
     def input(self, tensor: Tensor, device: torch.device) -> Tensor:
         """A fake of an input."""
+        if has_sparse_layout(tensor):
+            return self.mode.from_tensor(tensor, static_shapes=True)
         shape: list[Any] = list(tensor.shape)
         if shape:
             shape[0] = self.size("batch", shape[0])

@@ -54,7 +54,7 @@ def _trace(root: nn.Module, example_inputs: Any) -> tuple[fx.GraphModule, list[s
             gm = _export(root, args, kwargs, None)
         except RUN_FAILURES as error:  # torch's own errors (Dynamo, guards, constraints) derive from these
             raise TraceError(f"torch.export failed: {reason(error)}") from error
-    _drop_checks(gm)
+    _clean(gm)
     return gm, notes or _fixed_batches(gm)
 
 
@@ -99,11 +99,20 @@ def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor) and leaf.dim()]
 
 
-def _drop_checks(gm: fx.GraphModule) -> None:
-    """Remove input guards and metadata checks, which pin the example's sizes, dtype and device."""
+def _clean(gm: fx.GraphModule) -> None:
+    """Remove input guards and metadata checks, which pin the example's sizes, dtype and device.
+
+    Sizes are read by the method, as the op has no batching rule for ``torch.vmap``.
+    """
     for region in [gm, *(module for module in gm.modules() if isinstance(module, fx.GraphModule))]:
         for node in list(region.graph.nodes):
             if node.target in ("_guards_fn", torch.ops.aten._assert_tensor_metadata.default):
+                region.graph.erase_node(node)
+            elif node.target is torch.ops.aten.sym_size.int:
+                with region.graph.inserting_before(node):
+                    size = region.graph.call_method("size", node.args)
+                size.meta = node.meta
+                node.replace_all_uses_with(size)
                 region.graph.erase_node(node)
         region.recompile()
 

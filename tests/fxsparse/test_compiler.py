@@ -216,6 +216,11 @@ BAD = {
         PlanError,
         r"'weight' is on the meta device and has no values to compile for inference; load them first",
     ),
+    "inference of inputs on meta": (
+        lambda: fxsparse.compile(linear(), mode="infer", example_inputs=torch.empty(1, 30, device="meta")),
+        PlanError,
+        "example_inputs on the meta device have no values to measure kernels with",
+    ),
     "a device that torch does not have": (
         lambda: fxsparse.compile(meta_linear(), Plan(sparsity=0.5), device="xyz"),
         PlanError,

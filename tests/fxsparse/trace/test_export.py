@@ -101,3 +101,15 @@ def test_a_fixed_batch_is_noted() -> None:
 
     _, notes = trace_export(Fixed(), torch.randn(3, 4))
     assert notes == ["the batch size is fixed at [3]: the model's code depends on it"]
+
+
+def test_an_exported_graph_that_reads_sizes_takes_vmap() -> None:
+    class Heads(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x if x.shape[1] < 100 else x[:, :100]
+            return x.reshape(*x.shape[:2], 2, 4).transpose(1, 2)
+
+    program = capture(Heads(), torch.randn(2, 3, 8), modes=("eval",))
+    assert program.tier == "export", program.notes
+    x = torch.randn(4, 2, 5, 8)
+    assert torch.equal(torch.vmap(program.graphs["eval"])(x), torch.vmap(Heads())(x))
