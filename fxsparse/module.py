@@ -96,11 +96,15 @@ class SparseModule(nn.Module):
         updates = self._emitted.updates
         if updates is not None and updates.switch.on and torch.is_grad_enabled():
             updates.switch.ran = True
+        active = self._active()
         if torch.compiler.is_compiling():
-            return self._active()(*args, **kwargs)
-        before_reading(self)
+            return active(*args, **kwargs)
+        if updates is not None:
+            before_reading(self)
+        # A call of a GraphModule goes through five frames first, a tenth of a short product after a long one.
+        run = active if self._emitted.program.tier == "walk" else active.forward
         try:
-            return self._active()(*args, **kwargs)
+            return run(*args, **kwargs)
         except AssertionError as error:
             refuse_another_value(error)
             raise
@@ -344,7 +348,7 @@ class SparseModule(nn.Module):
         masks = {name: weight.mask for name, weight in self.weights() if isinstance(weight, MaskedWeight)}
         refuse_averaged(method, int(self.get_buffer("fxsparse_step")), self._emitted.targets, masks)
 
-    def _active(self) -> Callable[..., Any]:
+    def _active(self) -> nn.Module:
         program = self._emitted.program
         return program.skeleton if program.tier == "walk" else program.graphs[self._mode()]
 
