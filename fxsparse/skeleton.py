@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
 from fxsparse.errors import TraceError
-from fxsparse.graph import canonical_names, fetch, owner
+from fxsparse.graph import canonical_names, fetch, owner, strided_parts
 
 SHARED_DICTS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
@@ -208,4 +208,7 @@ def _fresh(skeleton: nn.Module, prefix: str) -> str:
 def _same_constant(ours: Tensor | None, theirs: Tensor) -> bool:
     if ours is None or ours.is_meta or theirs.is_meta or type(ours) is not type(theirs):
         return ours is theirs
-    return ours.dtype == theirs.dtype and ours.device == theirs.device and torch.equal(ours, theirs)
+    if (ours.dtype, ours.device, ours.layout) != (theirs.dtype, theirs.device, theirs.layout):
+        return False
+    pairs = zip(strided_parts(ours).values(), strided_parts(theirs).values(), strict=True)
+    return all(torch.equal(one, other) for one, other in pairs)

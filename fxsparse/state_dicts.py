@@ -2,7 +2,7 @@
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from fxsparse import sharding
 from fxsparse.errors import CheckpointError, PatternError
 from fxsparse.formats import block_index, csr
+from fxsparse.graph import canonical_names, owner
 from fxsparse.skeleton import without_values
 from fxsparse.storage import CompactWeight, MaskedWeight
 from fxsparse.updates import MaskUpdates
@@ -43,7 +44,7 @@ def before_loading(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> 
         if name in own:
             state.setdefault(prefix + name, own[name])
     sharding.reshard(module)
-    for name, weight in module.weights():
+    for name, first, weight in _under_names_of_modules(module):
         dense = state.get(prefix + name)
         if dense is not None and isinstance(weight, MaskedWeight):
             state.setdefault(f"{prefix}{name}_mask", weight.mask)
@@ -51,11 +52,12 @@ def before_loading(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> 
                 state.setdefault(f"{prefix}{name}_soft", weight.soft)
             for extra, tensor in weight.extras.items():
                 state.setdefault(f"{prefix}{name}_{extra}", tensor.detach())
-        elif dense is not None and tuple(dense.shape) == tuple(weight.shape):
+        elif isinstance(weight, CompactWeight) and dense is not None and dense.shape == weight.shape:
             dense = state.pop(prefix + name).to(weight.values.device)
             state[f"{prefix}{name}.values"] = csr.values_of(dense, weight.index)
             state.setdefault(f"{prefix}{name}.indices", weight.indices)
-        _check(updates, name, weight, state, prefix)
+        if name == first:
+            _check(updates, name, weight, state, prefix)
     _shard(module, state, prefix)
 
 
@@ -92,6 +94,15 @@ def after_loading(module: Any, incompatible: Any) -> None:
         updates.seed = int(module.get_buffer("fxsparse_rng"))
         updates.resume(int(module.get_buffer("fxsparse_step")))
         updates.history.restart(updates.step)
+
+
+def _under_names_of_modules(module: Any) -> Iterator[tuple[str, str, CompactWeight | MaskedWeight]]:
+    """(name, first name, weight) as a state dict has them: for every name of a module that has several."""
+    shell = module._emitted.recipe.shell
+    weights = dict(module.weights())
+    for name, first in canonical_names(shell).items():
+        if first in weights and owner(shell, name)[0] is owner(shell, first)[0]:
+            yield name, first, weights[first]
 
 
 def _shard(module: Any, state: dict[str, Any], prefix: str) -> None:

@@ -181,7 +181,12 @@ def _gradients(root: nn.Module, outputs: list[Tensor]) -> dict[str, Tensor]:
     if not losses or not wanted:
         return {}
     grads = torch.autograd.grad(torch.stack(losses).sum(), list(wanted.values()), allow_unused=True)
-    return {f"gradient of {name}": grad for name, grad in zip(wanted, grads, strict=True) if grad is not None}
+    return {
+        f"gradient of {name}{suffix}": part
+        for name, grad in zip(wanted, grads, strict=True)
+        if grad is not None
+        for suffix, part in strided_parts(grad).items()
+    }
 
 
 def _projection(out: Tensor) -> Tensor:

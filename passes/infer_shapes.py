@@ -11,7 +11,7 @@ from torch import SymInt, Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import DimDynamic, GuardOnDataDependentSymNode, ShapeEnv
 from torch.fx.graph import _PyTreeCodeGen
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
@@ -20,7 +20,10 @@ from fxsparse.graph import fetch, has_sparse_layout, sizes_by_data
 from fxsparse.inputs import has_meta, has_sequence, on_device, split_inputs, stand_in
 from fxsparse.pipeline import PassContext
 from fxsparse.skeleton import copy_structure, substituted
+from fxsparse.trace.export import without_chatter
 from fxsparse.verify import RUN_FAILURES, copied_inputs, frozen_state
+
+_AS_IN_EXAMPLE = "FLOPs and times are those of the sizes in the example inputs"
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,8 @@ class InferShapes:
     features]`` and of integer inputs ``[batch, sequence]``.  ``gm.meta["symbols"]`` maps "batch" and "sequence" to
     their sympy symbols, as far as they stayed free; a dimension that the model fixes has a note.  Where sizes depend on
     the values of inputs, as those of ``x[mask]`` do, one run of the graph finds what their symbols are for the example
-    inputs, and ``gm.meta["by_data"]`` has that in proportion to the batch.  On the walk tier only sites have shapes,
-    taken from a run of the model itself.  Parameters and buffers are not touched.
+    inputs; ``gm.meta["by_data"]`` has that in proportion to the batch, ``gm.meta["example_batch"]``.  On the walk tier
+    only sites have shapes, taken from a run of the model itself.  Parameters and buffers are not touched.
     """
 
     name: ClassVar[str] = "infer-shapes"
@@ -47,7 +50,7 @@ class InferShapes:
         for names in (("batch", "sequence"), ("batch",), ()):
             symbols = _Symbols(names)
             try:
-                _annotate(gm, ctx, symbols)
+                symbols = _annotate(gm, ctx, symbols)
             except RUN_FAILURES as error:
                 lines = str(error).strip().splitlines()
                 ctx.notes.append(
@@ -57,7 +60,11 @@ class InferShapes:
             gm.meta["symbols"] = symbols.free()
             ctx.notes.extend([*symbols.fixed(), *_learn_sizes(gm, ctx, symbols)])
             return 0
-        ctx.notes[-1] = ctx.notes[-1].replace("no symbolic ", "shapes are unknown")
+        if ctx.program.tier == "walk" and not _on_meta(ctx):
+            _annotate_as_run(gm, ctx)
+            ctx.notes[-1] = f"{_AS_IN_EXAMPLE}: {ctx.notes[-1]}"
+        else:
+            ctx.notes[-1] = ctx.notes[-1].replace("no symbolic ", "shapes are unknown")
         return 0
 
 
@@ -117,7 +124,25 @@ class _Symbols:
         ]
 
 
-def _annotate(gm: GraphModule, ctx: PassContext, symbols: _Symbols) -> None:
+def _annotate(gm: GraphModule, ctx: PassContext, symbols: _Symbols) -> _Symbols:
+    """Fill ``meta["val"]``; returns the symbols in it: new ones where an op asked for a size that depends on values."""
+    try:
+        _run_on_fakes(gm, ctx, symbols, _put)
+        return symbols
+    except GuardOnDataDependentSymNode:
+        if _on_meta(ctx):
+            raise
+    symbols = _Symbols(symbols.names)
+    with without_chatter():
+        _run_on_fakes(
+            gm, ctx, symbols, partial(_put_and_answer, symbols.environment, _sizes_of_a_run(gm, ctx))
+        )
+    return symbols
+
+
+def _run_on_fakes(
+    gm: GraphModule, ctx: PassContext, symbols: _Symbols, see: Callable[[Node, Any], None]
+) -> None:
     skeleton = ctx.program.skeleton
     device = on_device(skeleton, ctx.device)
     args, kwargs = pytree.tree_map_only(
@@ -130,7 +155,18 @@ def _annotate(gm: GraphModule, ctx: PassContext, symbols: _Symbols) -> None:
         symbols.mode,
         enable_python_dispatcher(),  # the C++ bodies of some ops (pad) turn symbols into numbers
     ):
-        _run(gm, ctx, args, kwargs, _put)
+        _run(gm, ctx, args, kwargs, see)
+
+
+def _annotate_as_run(gm: GraphModule, ctx: PassContext) -> None:
+    """Fill ``meta["val"]`` with the shapes of a run on the example inputs."""
+    mode = _Symbols(()).mode
+
+    def see(node: Node, value: Any) -> None:
+        _put(node, pytree.tree_map_only(Tensor, partial(mode.from_tensor, static_shapes=True), value))
+
+    _run_as_given(gm, ctx, see)
+    gm.meta |= {"symbols": {}, "example_batch": _batch(ctx)}
 
 
 def _learn_sizes(gm: GraphModule, ctx: PassContext, symbols: _Symbols) -> list[str]:
@@ -139,15 +175,42 @@ def _learn_sizes(gm: GraphModule, ctx: PassContext, symbols: _Symbols) -> list[s
     if first is None:
         return []
     where = f"sizes depend on the values of inputs, first at {first.name}"
-    if has_meta(ctx.program.skeleton) or has_meta(ctx.example_inputs):
+    if _on_meta(ctx):
         return [f"{where}: they stay unknown, as there are no values on meta"]
     found: dict[Any, int] = {}
+    for node, sizes in _sizes_of_a_run(gm, ctx).items():
+        found |= _by_data(node, sizes)
+    free, batch = gm.meta["symbols"].get("batch"), _batch(ctx)
+    share = 1 if free is None else free / batch
+    gm.meta |= {"by_data": {symbol: size * share for symbol, size in found.items()}, "example_batch": batch}
+    return [f"{_AS_IN_EXAMPLE}: {where}"]
+
+
+def _sizes_of_a_run(gm: GraphModule, ctx: PassContext) -> dict[Node, list[Any]]:
+    """{node: shapes of its tensors, and its numbers} on the example inputs."""
+    seen: dict[Node, list[Any]] = {}
+
+    def see(node: Node, value: Any) -> None:
+        leaves = pytree.tree_leaves(value)
+        seen[node] = [tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+    _run_as_given(gm, ctx, see)
+    return seen
+
+
+def _run_as_given(gm: GraphModule, ctx: PassContext, see: Callable[[Node, Any], None]) -> None:
     with frozen_state(ctx.program.skeleton, training=_trains(gm, ctx)), torch.no_grad():
-        _run(gm, ctx, *copied_inputs(ctx.example_inputs), partial(_learn, found))
-    free = gm.meta["symbols"].get("batch")
-    share = 1 if free is None else free / symbols.sizes["batch"][1]
-    gm.meta["by_data"] = {symbol: size * share for symbol, size in found.items()}
-    return [f"{where}: they count as in the example inputs, in proportion to the batch"]
+        _run(gm, ctx, *copied_inputs(ctx.example_inputs), see)
+
+
+def _on_meta(ctx: PassContext) -> bool:
+    return has_meta(ctx.program.skeleton) or has_meta(ctx.example_inputs)
+
+
+def _batch(ctx: PassContext) -> int:
+    """Samples in the example inputs."""
+    tensors = [x for x in pytree.tree_leaves(ctx.example_inputs) if isinstance(x, Tensor) and x.dim()]
+    return max(1, tensors[0].shape[0]) if tensors else 1
 
 
 def _trains(gm: GraphModule, ctx: PassContext) -> bool:
@@ -158,16 +221,22 @@ def _put(node: Node, value: Any) -> None:
     node.meta["val"] = value
 
 
-def _learn(found: dict[Any, int], node: Node, value: Any) -> None:
-    """Add to `found` what the symbols without an example in ``meta["val"]`` are in `value`."""
-    pairs = zip(pytree.tree_leaves(node.meta["val"]), pytree.tree_leaves(value), strict=True)
-    for symbolic, real in pairs:
-        sizes = (
-            zip(symbolic.shape, real.shape, strict=True) if isinstance(real, Tensor) else [(symbolic, real)]
-        )
-        for size, seen in sizes:
+def _put_and_answer(environment: ShapeEnv, known: dict[Node, list[Any]], node: Node, value: Any) -> None:
+    """`_put`, and what an op gets to know that asks for a size by data, as batch_norm does, is that of the example."""
+    _put(node, value)
+    for symbol, size in _by_data(node, known[node]).items():
+        environment.set_real_tensor_prop_unbacked_vals(symbol, size)
+
+
+def _by_data(node: Node, sizes: list[Any]) -> dict[Any, int]:
+    """{symbol: what it is} of the symbols in ``meta["val"]`` that have no example; `sizes`: those of a run."""
+    found = {}
+    for symbolic, real in zip(pytree.tree_leaves(node.meta["val"]), sizes, strict=True):
+        pairs = zip(symbolic.shape, real, strict=True) if isinstance(symbolic, Tensor) else [(symbolic, real)]
+        for size, seen in pairs:
             if isinstance(size, SymInt) and size.node.expr in sizes_by_data(size):
                 found[size.node.expr] = seen
+    return found
 
 
 def _run(gm: GraphModule, ctx: PassContext, args: Any, kwargs: Any, see: Callable[[Node, Any], None]) -> None:

@@ -232,6 +232,9 @@ def _split(reader: Reader, node: Node) -> Step | None:
     x, size = split_input(node), argument(node, 1, "split_size")
     if not all(_is_piece(user) for user in node.users) or not isinstance(x, Node):
         return None
+    whole = reader.operation(node) == "unbind"
+    if not whole and any(_piece(reader, user, node) is None for user in node.users):
+        return None
     dim = argument(node, 2, "dim") or 0
     pieces = [piece.shape[dim] for piece in node.meta["val"]]
     ties: list[Tie] = []

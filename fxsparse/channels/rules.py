@@ -238,8 +238,9 @@ def _cat(reader: Reader, node: Node) -> Step | None:
 
 
 def _split(reader: Reader, node: Node) -> Step | None:
-    """The pieces are read one by one, by calls that follow; a constant number of rows each stays sayable."""
-    return Step(silent=True) if all(_is_piece(user) for user in node.users) else None
+    """The pieces are read one by one, by calls that follow; where their sizes are unknown all stops here."""
+    followed = all(_is_piece(user) and _piece(reader, user, node) is not None for user in node.users)
+    return Step(silent=True) if followed else None
 
 
 def _is_piece(node: Node) -> bool:

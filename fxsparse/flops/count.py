@@ -98,7 +98,7 @@ def summarise(
             )
             totals.append(at.sparse.forward)
             layers.append(LayerCount(site.name, site.op, site.weight, dense, sparse, executed, flops))
-    scale = BATCH / sites.samples if sites.samples > 1 else Integer(1)
+    scale = BATCH / sites.samples if sites.samples > 1 and BATCH not in sites.sizes else Integer(1)
     return FlopCount(
         convention=convention,
         dense=sum(layer.dense for layer in layers),

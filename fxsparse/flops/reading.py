@@ -29,9 +29,9 @@ class Reading:
     names: Mapping[str, str]
     """{every name of a parameter: its first name}"""
     sizes: Mapping[Symbol, int]
-    """Example size of every symbol but `BATCH`."""
+    """Example size of every symbol but `BATCH`, and of that too where `samples` is above 1."""
     samples: int
-    """The example's batch where it is not symbolic, else 1."""
+    """The example's batch where it is not symbolic, or other sizes depend on values; else 1."""
 
     @classmethod
     def of(cls, gm: GraphModule) -> "Reading":
@@ -45,7 +45,8 @@ class Reading:
         symbolic = BATCH in symbols.values()
         by_data = {size: with_sizes(at, symbols) for size, at in gm.meta.get("by_data", {}).items()}
         samples = 1 if symbolic or not inputs else example_size(inputs[0].shape[0], gm) or 1
-        sizes = _sizes(inputs, symbols)
+        samples = gm.meta.get("example_batch", samples)
+        sizes = _sizes(inputs, symbols) | ({BATCH: samples} if symbolic and samples > 1 else {})
         return cls(gm, symbols | by_data, _differentiable(gm), canonical_names(gm), sizes, samples)
 
     def site(self, node: Node, op: str) -> CallSite:
@@ -64,8 +65,9 @@ class Reading:
         return all("val" in meta and sizes_by_data(meta["val"]) <= self.symbols.keys() for meta in metas)
 
     def shape(self, node: Any) -> Shape:
-        """The sizes of a node's value."""
-        return tuple(_expression(size, self.symbols) for size in node.meta["val"].shape)
+        """The sizes of a node's value, of the first one where there are several."""
+        value = pytree.tree_leaves(node.meta["val"])[0]
+        return tuple(_expression(size, self.symbols) for size in value.shape)
 
     def gradients(self, *inputs: Any) -> int:
         """How many of these values need a gradient."""

@@ -79,9 +79,9 @@ class Sites:
     uncounted: tuple[str, ...] = ()
     """Calls without shapes, and modules that hold matrices and are called as a whole, such as an LSTM."""
     sizes: Mapping[Symbol, int] = field(default_factory=dict)
-    """Size in the example inputs of every symbol but `BATCH`."""
+    """Size in the example inputs of every symbol but `BATCH`, and of that too where `samples` is above 1."""
     samples: int = 1
-    """Samples that the sizes stand for: 1 where the batch is symbolic, else the example's batch."""
+    """Samples that the sizes stand for: the example's batch where it is no symbol or sizes depend on values, else 1."""
 
 
 def call_sites(gm: GraphModule) -> Sites:

@@ -59,7 +59,7 @@ def _trace(root: nn.Module, example_inputs: Any) -> tuple[fx.GraphModule, list[s
 
 
 def _export(root: nn.Module, args: Any, kwargs: Any, shapes: ShapesCollection | None) -> fx.GraphModule:
-    with _without_chatter():
+    with without_chatter():
         program = torch.export.export(root, args, kwargs, dynamic_shapes=shapes, strict=False)
         module = program.module()
     assert isinstance(module, fx.GraphModule)
@@ -67,8 +67,8 @@ def _export(root: nn.Module, args: Any, kwargs: Any, shapes: ShapesCollection | 
 
 
 @contextmanager
-def _without_chatter() -> Iterator[None]:
-    """Export warns of its own internals, and prints the graph that it could not finish; its error says what counts."""
+def without_chatter() -> Iterator[None]:
+    """PyTorch warns of its own internals, and prints graphs that it could not finish; its errors say what counts."""
     log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     level = log.level
     log.setLevel(logging.ERROR)

@@ -149,6 +149,19 @@ def test_dense_checkpoints_load_in_both_directions_strict(storage):
     assert torch.equal(other.eval()(torch.ones(2, 3, 4, 4)), sparse.eval()(torch.ones(2, 3, 4, 4)))
 
 
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_dense_state_dict_of_a_module_under_two_names_loads(storage):
+    def make():
+        linear = nn.Linear(16, 16)
+        return nn.Sequential(linear, nn.ReLU(), linear)
+
+    sparse = fxsparse.compile(make(), Plan(sparsity=0.5, method=static(), storage=storage))
+    masks, dense = sparse.masks(), make()
+    sparse.load_state_dict(dense.state_dict(), strict=True)
+    assert torch.equal(sparse.to_dense()[0].weight, dense[0].weight * masks["0.weight"])
+    sparse.load_state_dict(sparse.dense_state_dict(), strict=True)
+
+
 class AsksForItsVersion:
     """As torchvision's MNASNet, it loads nothing that does not say which version wrote it."""
 

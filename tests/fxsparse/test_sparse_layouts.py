@@ -88,3 +88,30 @@ def test_what_pytorch_cannot_copy_is_refused():
     held.edges = EDGES.to_sparse_csr()
     with pytest.raises(UnsupportedError, match=r"got 'edges' in torch.sparse_csr: use its to_sparse_coo\(\)"):
         fxsparse.compile(held, PLAN, example_inputs=X)
+
+
+@pytest.mark.parametrize("layout", ["to_sparse_coo", "to_sparse_csr"])
+def test_a_plain_attribute_may_be_sparse(layout):
+    class Keeping(Network):
+        def __init__(self):
+            super().__init__()
+            self.kept = getattr(EDGES, layout)()
+
+        def forward(self, x):
+            return super().forward(x, self.kept)
+
+    sparse = fxsparse.compile(Keeping(), PLAN, example_inputs=X)
+    sparse(X).sum().backward()
+    dense = Network()
+    dense.load_state_dict(sparse.dense_state_dict())
+    torch.testing.assert_close(sparse(X), dense(X, EDGES.to_sparse_coo()))
+
+
+def test_gradients_may_be_sparse():
+    model, ids = (
+        nn.Sequential(nn.Embedding(20, 16, sparse=True), nn.Linear(16, 4)),
+        torch.tensor([[1, 3], [3, 7]]),
+    )
+    sparse = fxsparse.compile(model, PLAN, example_inputs=ids)
+    sparse(ids).sum().backward()
+    assert sparse.get_parameter("0.weight").grad.layout is torch.sparse_coo

@@ -277,6 +277,26 @@ def test_chunks_become_splits_and_written_sizes_are_rewritten() -> None:
 # -- borders -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("by_data", [True, False])
+def test_pieces_along_a_batch_of_any_size_keep_their_neurons(by_data: bool) -> None:
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.first(x)
+            sizes = x[:, 0].long().unique(return_counts=True)[1] if by_data else None
+            pieces = hidden.chunk(2) if sizes is None else hidden.split(sizes.tolist())
+            return self.last(pieces[0]) + self.last(pieces[1]).sum(0)
+
+    model, x = (
+        with_zero_rows(Halves(), {"first.weight": [0, 1]}),
+        torch.arange(6.0).div(3).floor()[:, None].expand(6, 4).double(),
+    )
+    assert error(removed(model, x), model, x) == 0
+
+
 def padded(bias: list[float]) -> nn.Module:
     model = nn.Sequential(nn.Conv2d(2, 5, 1), nn.ReLU(), nn.Conv2d(5, 3, 3, padding=1))
     model = with_zero_rows(model, {"0.weight": [0, 2, 3]})
