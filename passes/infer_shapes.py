@@ -52,16 +52,12 @@ class InferShapes:
             try:
                 symbols = _annotate(gm, ctx, symbols)
             except RUN_FAILURES as error:
-                lines = str(error).strip().splitlines()
-                ctx.notes.append(
-                    f"no symbolic {' and '.join(names)}: {lines[0] if lines else type(error).__name__}"
-                )
+                ctx.notes.append(f"no symbolic {' and '.join(names)}: {_first_line(error)}")
                 continue
             gm.meta["symbols"] = symbols.free()
-            ctx.notes.extend([*symbols.fixed(), *_learn_sizes(gm, ctx, symbols)])
+            ctx.notes.extend([*symbols.fixed(), *_learn_sizes(gm, ctx)])
             return 0
-        if ctx.program.tier == "walk" and not _on_meta(ctx):
-            _annotate_as_run(gm, ctx)
+        if ctx.program.tier == "walk" and _annotate_as_run(gm, ctx):
             ctx.notes[-1] = f"{_AS_IN_EXAMPLE}: {ctx.notes[-1]}"
         else:
             ctx.notes[-1] = ctx.notes[-1].replace("no symbolic ", "shapes are unknown")
@@ -158,18 +154,24 @@ def _run_on_fakes(
         _run(gm, ctx, args, kwargs, see)
 
 
-def _annotate_as_run(gm: GraphModule, ctx: PassContext) -> None:
-    """Fill ``meta["val"]`` with the shapes of a run on the example inputs."""
+def _annotate_as_run(gm: GraphModule, ctx: PassContext) -> bool:
+    """Fill ``meta["val"]`` with the shapes of a run on the example inputs; whether there can be one."""
     mode = _Symbols(()).mode
 
     def see(node: Node, value: Any) -> None:
         _put(node, pytree.tree_map_only(Tensor, partial(mode.from_tensor, static_shapes=True), value))
 
-    _run_as_given(gm, ctx, see)
+    if _on_meta(ctx):
+        return False
+    try:
+        _run_as_given(gm, ctx, see)
+    except RUN_FAILURES:  # the note of the run on fakes says why
+        return False
     gm.meta |= {"symbols": {}, "example_batch": _batch(ctx)}
+    return True
 
 
-def _learn_sizes(gm: GraphModule, ctx: PassContext, symbols: _Symbols) -> list[str]:
+def _learn_sizes(gm: GraphModule, ctx: PassContext) -> list[str]:
     """Let a run on the example inputs say what the sizes are that depend on their values; notes."""
     first = next((node for node in gm.graph.nodes if sizes_by_data(node.meta.get("val"))), None)
     if first is None:
@@ -178,8 +180,11 @@ def _learn_sizes(gm: GraphModule, ctx: PassContext, symbols: _Symbols) -> list[s
     if _on_meta(ctx):
         return [f"{where}: they stay unknown, as there are no values on meta"]
     found: dict[Any, int] = {}
-    for node, sizes in _sizes_of_a_run(gm, ctx).items():
-        found |= _by_data(node, sizes)
+    try:
+        for node, sizes in _sizes_of_a_run(gm, ctx).items():
+            found |= _by_data(node, sizes)
+    except RUN_FAILURES as error:
+        return [f"{where}: they stay unknown, as the graph fails on example_inputs: {_first_line(error)}"]
     free, batch = gm.meta["symbols"].get("batch"), _batch(ctx)
     share = 1 if free is None else free / batch
     gm.meta |= {"by_data": {symbol: size * share for symbol, size in found.items()}, "example_batch": batch}
@@ -213,6 +218,11 @@ def _batch(ctx: PassContext) -> int:
     return max(1, tensors[0].shape[0]) if tensors else 1
 
 
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def _trains(gm: GraphModule, ctx: PassContext) -> bool:
     return gm is not ctx.program.graphs.get("eval")
 
@@ -242,9 +252,8 @@ def _by_data(node: Node, sizes: list[Any]) -> dict[Any, int]:
 def _run(gm: GraphModule, ctx: PassContext, args: Any, kwargs: Any, see: Callable[[Node, Any], None]) -> None:
     """Run the graph, and show every node with its value to `see`."""
     if ctx.program.tier == "walk":
-        model = copy_structure(
-            ctx.program.skeleton
-        )  # the user's own forward, which may write Python attributes
+        # The user's own forward, which may write Python attributes.
+        model = copy_structure(ctx.program.skeleton)
         with _seen_inputs(model) as seen:
             model(*args, **kwargs)
         _show_sites(gm, seen, see)

@@ -189,3 +189,19 @@ def test_a_module_of_several_outputs_counts_by_its_first() -> None:
 
     layers = count_flops(Pooled(), torch.randn(2, 3, 4, 4)).layers
     assert {layer.weight: layer.dense for layer in layers}["conv.weight"] == 2 * 3 * 4 * 16
+
+
+def test_a_graph_that_fails_on_the_example_leaves_sizes_by_data_unknown() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin, self.norm, self.last = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = self.norm(self.lin(x))[x[:, 0] > 0]
+            return self.last(nn.functional.dropout(rows, 0.5, self.training))
+
+    ctx = shaped(Normed(), ROWS[:1].clone())  # a norm takes no single row in training
+    assert any(
+        "they stay unknown, as the graph fails on example_inputs: Expected more" in n for n in ctx.notes
+    )
