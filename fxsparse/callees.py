@@ -7,7 +7,7 @@ reads or writes files, takes code, or leads from a tensor to another object of P
 import functools
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -146,6 +146,7 @@ _METHODS_LEFT_OUT = {
         "reinforce",
     ),
 }
+_OF_SPARSE = ("addmm", "log_softmax", "mm", "sampled_addmm", "softmax", "sum")
 _REGIONS = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
 
 
@@ -216,10 +217,11 @@ def _functions() -> dict[str, Any]:
     found |= {f"builtins.{function.__name__}": function for function in (*_BUILTINS, getattr)}
     overridable = get_overridable_functions()
     for module in (torch, F, torch.linalg, torch.fft, torch.special):
-        for function in overridable[module]:
-            name = getattr(function, "__name__", "")
-            if getattr(module, name, None) is function and not isinstance(function, type):
-                found[f"{module.__name__}.{name}"] = function
+        listed = {function for function in overridable[module] if not isinstance(function, type)}
+        for name, value in vars(module).items():
+            if isinstance(value, Hashable) and value in listed:
+                found[f"{module.__name__}.{name}"] = value
+    found |= {f"torch.sparse.{name}": getattr(torch.sparse, name) for name in _OF_SPARSE}
     found |= {f"torch.{name}": getattr(torch, name) for name in _FACTORIES if hasattr(torch, name)}
     found |= {f"{F.__name__}.{name}": getattr(F, name) for name in _ACTIVATIONS if hasattr(F, name)}
     # Those such as max_pool2d and unique choose one of two by an argument, and are not listed.

@@ -23,20 +23,35 @@ SITE_OPS: dict[Callable[..., Any], str] = {
 }
 """Normal form of the ops that may become sparse: input, weight and bias are the first three arguments."""
 
+ATEN_SITES: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.aten.linear.default: F.linear,
+    torch.ops.aten.conv1d.default: F.conv1d,
+    torch.ops.aten.conv1d.padding: F.conv1d,
+    torch.ops.aten.conv2d.default: F.conv2d,
+    torch.ops.aten.conv2d.padding: F.conv2d,
+    torch.ops.aten.conv3d.default: F.conv3d,
+    torch.ops.aten.conv3d.padding: F.conv3d,
+    torch.ops.aten.conv_transpose1d.default: F.conv_transpose1d,
+    torch.ops.aten.conv_transpose2d.input: F.conv_transpose2d,
+    torch.ops.aten.conv_transpose3d.input: F.conv_transpose3d,
+}
+"""What exported graphs call, and what it is in normal form."""
+
 CONVOLUTION = ("stride", "padding", "dilation", "groups")
 """What follows input, weight and bias in the arguments of a convolution, in order."""
 
-PRODUCTS: dict[Callable[..., Any], tuple[int, int, int | None]] = {
-    torch.mm: (0, 1, None),
-    torch.matmul: (0, 1, None),
-    operator.matmul: (0, 1, None),
-    torch.addmm: (1, 2, 0),
-    torch.ops.aten.mm.default: (0, 1, None),
-    torch.ops.aten.matmul.default: (0, 1, None),
-    torch.ops.aten.addmm.default: (1, 2, 0),
+PRODUCTS: dict[Callable[..., Any], int] = {
+    **dict.fromkeys((torch.mm, torch.matmul, operator.matmul), 0),
+    **dict.fromkeys((torch.ops.aten.mm.default, torch.ops.aten.matmul.default), 0),
+    **dict.fromkeys((torch.addmm, torch.ops.aten.addmm.default), 1),
 }
-"""Matrix products that can be ``F.linear``: positions of input, weight and bias."""
+"""Matrix products that can be ``F.linear``: position of the input; the weight follows it, a bias comes before."""
 
+_FACTORS = {
+    0: (("input", "self"), ("other", "mat2", "vec", "tensor")),
+    1: (("mat1", "batch1"), ("mat2", "batch2")),
+}
+"""Names of what a matrix product multiplies, by the position of the first."""
 _COMPRESSED = {
     **dict.fromkeys((torch.sparse_csr, torch.sparse_bsr), (Tensor.crow_indices, Tensor.col_indices)),
     **dict.fromkeys((torch.sparse_csc, torch.sparse_bsc), (Tensor.ccol_indices, Tensor.row_indices)),
@@ -115,6 +130,17 @@ def is_parameter(gm: GraphModule, node: object) -> bool:
 def argument(node: Node, position: int, name: str) -> Any:
     """An argument given by position or by name; None when it was left out."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name)
+
+
+def operand_of(node: Node) -> Any:
+    """What a transpose, split or chunk reads, given by position or by name."""
+    return node.args[0] if node.args else node.kwargs.get("tensor", node.kwargs.get("input"))
+
+
+def factors(node: Node, first: int) -> list[Any]:
+    """The two that a matrix product multiplies, given by position or by name; `first`: the first one's position."""
+    named = [[node.kwargs[name] for name in names if name in node.kwargs] for names in _FACTORS[first]]
+    return [node.args[at] if len(node.args) > at else named[at - first][0] for at in (first, first + 1)]
 
 
 def given_arguments(node: Node, names: Sequence[str]) -> dict[str, Any] | None:
@@ -211,7 +237,7 @@ def weight_source(gm: GraphModule, value: Any) -> tuple[Node, bool, bool] | None
             sliced = True
         else:
             return None
-        value = value.args[0]
+        value = operand_of(value)
     return (value, transposed, sliced) if is_parameter(gm, value) else None
 
 

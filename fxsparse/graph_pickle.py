@@ -2,27 +2,40 @@
 
 import copy
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Graph
 from torch.fx.node import map_arg
 
 
 @dataclass(frozen=True)
-class _Functional:
-    """A function of torch.nn.functional by name: those such as max_pool2d do not pickle by themselves."""
+class _Function:
+    """A function of PyTorch by name: those such as max_pool2d and unique do not pickle by themselves."""
+
+    module: str
+    name: str
+
+    def __call__(self) -> Any:
+        return getattr(import_module(self.module), self.name)
+
+
+@dataclass(frozen=True)
+class _Region:
+    """An op on graphs, such as cond, by name."""
 
     name: str
 
     def __call__(self) -> Any:
-        return getattr(F, self.name)
+        return getattr(torch.ops.higher_order, self.name)
 
 
 @dataclass(frozen=True)
 class _Overload:
-    """An aten op by name, since ops themselves do not pickle; stands for it as the target of a node."""
+    """Any other op by name, since ops themselves do not pickle; stands for it as the target of a node."""
 
     qualified: str
     overload: str
@@ -39,15 +52,19 @@ def picklable(graph: Graph) -> Graph:
 
 def restored(graph: Graph) -> Graph:
     """A copy of what `picklable` returned that runs."""
-    named = (_Overload, _Functional)
+    named = (_Overload, _Region, _Function)
     return _with_targets(graph, lambda target: target() if isinstance(target, named) else target)
 
 
 def _named(target: Any) -> Any:
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return _Overload(target._schema.name, target._overloadname)
+    if isinstance(target, HigherOrderOperator):
+        return _Region(target.name())
     if "<locals>" in getattr(target, "__qualname__", ""):
-        return next((_Functional(name) for name, value in vars(F).items() if value is target), target)
+        places = ((module, name) for module in (F, torch) for name in vars(module))
+        found = (_Function(m.__name__, name) for m, name in places if getattr(m, name) is target)
+        return next(found, target)
     return target
 
 

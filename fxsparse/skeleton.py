@@ -191,11 +191,14 @@ def _place(skeleton: nn.Module, target: str) -> tuple[nn.Module, str]:
 
 
 def _lift_module(region: GraphModule, skeleton: nn.Module) -> str:
-    """Keep a region of an exported graph (no_grad, autocast) as a submodule of the skeleton."""
+    """Keep a region of an exported graph (no_grad, autocast, a branch of cond) as a submodule of the skeleton."""
     for node in region.graph.find_nodes(op="get_attr"):
         inner = fetch(region, str(node.target))
         if not isinstance(inner, GraphModule):
             raise TraceError(f"a region of the exported graph owns {node.target!r}; it should be an argument")
+    for inner in region.modules():
+        if isinstance(inner, GraphModule):
+            inner._tracer_cls = None  # torch 2.11 cannot make that of an export again from a pickle
     name = _fresh(skeleton, "_region_")
     skeleton.add_module(name, region)
     return name

@@ -8,32 +8,24 @@ import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from fxsparse.graph import (
+    ATEN_SITES,
     PRODUCTS,
+    SITE_OPS,
     argument,
     attribute_nodes,
     canonical_names,
+    factors,
     fetch,
     insert_get_attr,
     is_parameter,
     is_product,
+    operand_of,
     replace,
     weight_source,
 )
 from fxsparse.pipeline import PassContext
 from fxsparse.trace.modules import FUNCTIONAL, functional_arguments, refuses_functional, site_type
 
-_ATEN: dict[Any, Any] = {
-    torch.ops.aten.linear.default: F.linear,
-    torch.ops.aten.conv1d.default: F.conv1d,
-    torch.ops.aten.conv1d.padding: F.conv1d,
-    torch.ops.aten.conv2d.default: F.conv2d,
-    torch.ops.aten.conv2d.padding: F.conv2d,
-    torch.ops.aten.conv3d.default: F.conv3d,
-    torch.ops.aten.conv3d.padding: F.conv3d,
-    torch.ops.aten.conv_transpose1d.default: F.conv_transpose1d,
-    torch.ops.aten.conv_transpose2d.input: F.conv_transpose2d,
-    torch.ops.aten.conv_transpose3d.input: F.conv_transpose3d,
-}
 _CONVOLUTIONS = {
     False: {3: F.conv1d, 4: F.conv2d, 5: F.conv3d},
     True: {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d},
@@ -61,8 +53,13 @@ class Functionalize:
 def _rewrite(gm: GraphModule, node: Node, names: dict[str, str], notes: list[str]) -> bool:
     if node.op == "call_module":
         return _rewrite_module(gm, node, names, notes)
-    if node.target in _ATEN:
-        replace(node, _ATEN[node.target], node.args, **node.kwargs)
+    if node.target in ATEN_SITES:
+        replace(node, ATEN_SITES[node.target], node.args, **node.kwargs)
+        return True
+    if node.target in SITE_OPS and node.kwargs.keys() & {"input", "weight"}:
+        named = {"input": 0, "weight": 1, "bias": 2}
+        node.args = (*(argument(node, at, name) for name, at in named.items()), *node.args[3:])
+        node.kwargs = {name: value for name, value in node.kwargs.items() if name not in named}
         return True
     if node.target is torch.ops.aten.convolution.default:
         return _rewrite_convolution(gm, node)
@@ -105,26 +102,27 @@ def _rewrite_convolution(gm: GraphModule, node: Node) -> bool:
 
 
 def _rewrite_product(gm: GraphModule, node: Node) -> bool:
-    at_input, at_weight, at_bias = PRODUCTS.get(node.target, (0, 1, None))  # type: ignore[arg-type]
-    if len(node.args) <= at_weight or node.kwargs:
+    if node.kwargs.keys() - {"input", "other", "mat1", "mat2"}:
         return False
-    weight, bias = node.args[at_weight], None if at_bias is None else node.args[at_bias]
+    first = PRODUCTS.get(node.target, 0)  # type: ignore[arg-type]
+    x, weight = factors(node, first)
+    bias = argument(node, 0, "input") if first else None
     source = weight_source(gm, weight)
     if source is None or fetch(gm, str(source[0].target)).dim() != 2:
         return False
     if bias is not None and not (is_parameter(gm, bias) and fetch(gm, str(bias.target)).dim() == 1):  # type: ignore[union-attr]
         return False
-    replace(node, F.linear, (node.args[at_input], _transposed(weight), bias))
+    replace(node, F.linear, (x, _transposed(weight), bias))
     return True
 
 
-def _transposed(weight: Any) -> Node:
+def _transposed(weight: Any) -> Any:
     """The transpose of a 2-D weight expression; of a transpose, what it transposes."""
     if (weight.op == "call_method" and weight.target == "t") or weight.target in (
         torch.t,
         torch.ops.aten.t.default,
     ):
-        return weight.args[0]
+        return operand_of(weight)
     with weight.graph.inserting_after(weight):
         return weight.graph.call_function(torch.t, (weight,))
 

@@ -12,9 +12,9 @@ from torch.fx import GraphModule, Node
 from fxsparse.channels.constants import evaluate, flat, pads
 from fxsparse.channels.dead import Merge, Removal, plan_removal, weight_name, weight_of, why_rows_stay
 from fxsparse.channels.dependency import Axis, Contraction
-from fxsparse.channels.rules import shape_arguments, split_input
+from fxsparse.channels.rules import shape_arguments
 from fxsparse.flops import count_program
-from fxsparse.graph import argument, fetch, owner, sites
+from fxsparse.graph import argument, fetch, operand_of, owner, sites
 from fxsparse.inputs import has_meta
 from fxsparse.packed import replace_buffer, replace_parameter, set_bias
 from fxsparse.pipeline import PassContext, Shrunk
@@ -197,7 +197,7 @@ def _rewrite_groups(gm: GraphModule, plan: Removal, node: Node) -> None:
 
 def _rewrite_pieces(plan: Removal, node: Node) -> None:
     """Calls of chunk and split become a split into the sizes that are left."""
-    x, dim, old = split_input(node), argument(node, 2, "dim") or 0, node.meta["val"]
+    x, dim, old = operand_of(node), argument(node, 2, "dim") or 0, node.meta["val"]
     assert isinstance(x, Node)
     dim %= x.meta["val"].dim()
     axis = Axis(x, dim)

@@ -37,7 +37,7 @@ def constant_channels(gm: GraphModule, traced: TracedChannels) -> dict[Axis, Con
         for axis in _outputs(traced, node):
             constant = _FLOWS[step.flow](gm, found, node, step, axis)
             finite = constant.values.isfinite()
-            found[axis] = Constant(constant.values.where(finite, 0), constant.known & finite)
+            found[axis] = Constant(constant.values.masked_fill(~finite, 0), constant.known & finite)
     return found
 
 
@@ -93,7 +93,7 @@ def _pointwise(gm: GraphModule, found: dict[Axis, Constant], node: Node, step: S
     if str(getattr(node.target, "__name__", node.target)).strip("_").removeprefix("i").split(".")[0] == "mul":
         zeros = [(entry.known & (entry.values == 0)).expand(size) for entry in entries.values()]
         zero = torch.stack(zeros).any(0)
-        return Constant(out.reshape(-1).expand(size).where(~zero, 0), known | zero)
+        return Constant(out.reshape(-1).expand(size).masked_fill(zero, 0), known | zero)
     return Constant(out.reshape(-1).expand(size), known)
 
 
@@ -107,7 +107,7 @@ def _entry(gm: GraphModule, found: dict[Axis, Constant], x: Node, dim: int, size
         return Constant(rows[:, 0].clone(), (rows == rows[:, :1]).all(1))
     constant = found.get(Axis(x, value.dim() + dim)) if -dim <= value.dim() else None
     if constant is not None and len(constant.values) == size:
-        return Constant(constant.values.where(constant.known, 1), constant.known)
+        return Constant(constant.values.masked_fill(~constant.known, 1), constant.known)
     one = torch.ones(1, dtype=value.dtype, device=value.device)
     return Constant(one, torch.zeros(1, dtype=torch.bool, device=value.device))
 

@@ -1,13 +1,11 @@
 """What an einsum does to the sizes of its axes."""
 
-from typing import Any
-
 from torch.fx import Node
 
 from fxsparse.channels.dependency import Tie
 from fxsparse.channels.reading import Reader
 from fxsparse.channels.rules import Step, title
-from fxsparse.einsum import Label, labels
+from fxsparse.einsum import Label, einsum_call, labels
 
 
 def einsum_step(reader: Reader, node: Node) -> Step | None:
@@ -31,13 +29,10 @@ def einsum_step(reader: Reader, node: Node) -> Step | None:
 
 def einsum_labels(reader: Reader, node: Node) -> tuple[list[Node], list[list[Label]], list[Label]] | None:
     """(operands, labels of their dimensions, labels of the result's); None where the call does not tell."""
-    equation, *operands = node.args
-    if len(operands) == 1 and isinstance(operands[0], tuple | list):
-        operands = list(operands[0])
-    if not isinstance(equation, str) or not all(isinstance(x, Node) for x in operands):
+    equation, operands = einsum_call(node.args)
+    if not all(isinstance(x, Node) for x in operands):
         return None
-    nodes: list[Any] = operands
-    return nodes, *labels(equation, [reader.rank(x) for x in nodes])
+    return operands, *labels(equation, [reader.rank(x) for x in operands])
 
 
 def _alone(of: list[Label], read: list[list[Label]], made: list[Label]) -> list[int]:

@@ -16,9 +16,9 @@ from fxsparse.batch_norm import read_batch_norm
 from fxsparse.channels.dependency import Axis, Contraction, Tie
 from fxsparse.channels.einsums import einsum_step
 from fxsparse.channels.reading import Reader, is_pointwise
-from fxsparse.channels.rules import RULES, Step, _is_piece, _piece, _pointwise, _same, split_input, title
+from fxsparse.channels.rules import RULES, Step, _is_piece, _piece, _pointwise, _same, title
 from fxsparse.channels.shapes import coordinates, matched
-from fxsparse.graph import argument
+from fxsparse.graph import argument, operand_of
 
 UNKNOWN = "is not known to let sizes through"
 """Ends the reason of an op without a rule."""
@@ -229,7 +229,7 @@ def _cat(reader: Reader, node: Node) -> Step:
 
 def _split(reader: Reader, node: Node) -> Step | None:
     """Pieces of one size stay so."""
-    x, size = split_input(node), argument(node, 1, "split_size")
+    x, size = operand_of(node), argument(node, 1, "split_size")
     if not all(_is_piece(user) for user in node.users) or not isinstance(x, Node):
         return None
     whole = reader.operation(node) == "unbind"
@@ -278,7 +278,7 @@ def _getitem(reader: Reader, node: Node) -> Step | None:
     if isinstance(source, Node) and reader.operation(source) in ("split", "chunk", "tensor_split"):
         return _piece(reader, node, source)
     if isinstance(source, Node) and reader.operation(source) == "unbind":
-        x = split_input(source)
+        x = operand_of(source)
         return _without(reader, x, (argument(source, 1, "dim") or 0) % reader.rank(x), node)
     return RULES["getitem"](reader, node)
 

@@ -13,7 +13,7 @@ from fxsparse.batch_norm import read_batch_norm
 from fxsparse.channels.dependency import Axis, Contraction, Tie
 from fxsparse.channels.reading import Reader, is_pointwise
 from fxsparse.channels.shapes import coordinates, matched
-from fxsparse.graph import SITE_OPS, argument
+from fxsparse.graph import SITE_OPS, argument, operand_of
 
 
 class Flow(enum.Enum):
@@ -192,11 +192,6 @@ def shape_arguments(node: Node) -> list[Any] | None:
     return list(given[0]) if len(given) == 1 and isinstance(given[0], tuple | list) else list(given)
 
 
-def split_input(node: Node) -> Any:
-    """What a call of split or chunk takes apart, however it is passed."""
-    return node.args[0] if node.args else node.kwargs.get("tensor", node.kwargs.get("input"))
-
-
 def _is_computed(node: Node, dim: int) -> bool:
     """Whether a reshape is asked for a size that the graph computes."""
     sizes = shape_arguments(node)
@@ -264,7 +259,7 @@ def _getitem(reader: Reader, node: Node) -> Step | None:
 
 
 def _piece(reader: Reader, node: Node, split: Node) -> Step | None:
-    x, which = split_input(split), node.args[1]
+    x, which = operand_of(split), node.args[1]
     if not isinstance(x, Node) or not isinstance(which, int) or reader.shape(node) is None:
         return None
     dim = (argument(split, 2, "dim") or 0) % reader.rank(x)

@@ -11,9 +11,8 @@ from torch.fx import GraphModule, Node
 from fxsparse.channels.dependency import Axis
 from fxsparse.channels.einsums import einsum_labels
 from fxsparse.channels.reading import Reader
-from fxsparse.channels.rules import split_input
 from fxsparse.channels.widening import Widths
-from fxsparse.graph import SITE_OPS, argument
+from fxsparse.graph import SITE_OPS, argument, operand_of
 
 
 def rewrite_sizes(gm: GraphModule, widths: Widths) -> int:
@@ -106,7 +105,7 @@ def _groups(reader: Reader, node: Node, widths: Widths) -> None:
 
 def _pieces(reader: Reader, node: Node, widths: Widths) -> None:
     """Pieces of which the call says how large they are; a chunk says how many there are, which stays."""
-    x, dim = split_input(node), argument(node, 2, "dim") or 0
+    x, dim = operand_of(node), argument(node, 2, "dim") or 0
     name = next((n for n in ("split_size_or_sections", "split_sizes") if n in node.kwargs), "split_size")
     given, axis = argument(node, 1, name), reader.axis(x, dim)
     if not widths.grows(axis):

@@ -11,9 +11,17 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from fxsparse.einsum import Label, labels
+from fxsparse.einsum import Label, einsum_call, labels
 from fxsparse.flops.site import BATCH, SEQUENCE, CallSite, Shape, with_sizes
-from fxsparse.graph import argument, canonical_names, example_size, fetch, sizes_by_data, weight_source
+from fxsparse.graph import (
+    argument,
+    canonical_names,
+    example_size,
+    factors,
+    fetch,
+    sizes_by_data,
+    weight_source,
+)
 
 PRODUCTS = ("matmul", "addmm", "einsum", "attention")
 NORMS_AND_POOLS = ("batch_norm", "layer_norm", "max_pool", "adaptive_avg_pool")
@@ -138,47 +146,47 @@ def _weight_call(reading: Reading, node: Node, op: str) -> CallSite:
 def _weight_module(reading: Reading, node: Node, op: str) -> CallSite:
     """A Linear or convolution that could not be written as a function, because it has hooks for example."""
     module = reading.gm.get_submodule(str(node.target))
-    weight = fetch(module, "weight")
+    x, weight = argument(node, 0, "input"), fetch(module, "weight")
     return CallSite(
         name=node.name,
         op=op,
-        operands=(reading.shape(node.args[0]),),
+        operands=(reading.shape(x),),
         output=reading.shape(node),
         weight=reading.names.get(f"{node.target}.weight"),
         weight_shape=tuple(weight.shape),
         bias=getattr(module, "bias", None) is not None,
         stride=getattr(module, "stride", ()),
         groups=getattr(module, "groups", 1),
-        grad_input=reading.gradients(node.args[0]),
+        grad_input=reading.gradients(x),
         grad_weight=weight.requires_grad,
     )
 
 
 def _product(reading: Reading, node: Node, op: str) -> CallSite:
+    equation = ""
     if op == "attention":
-        factors = [argument(node, i, name) for i, name in enumerate(("query", "key", "value"))]
+        given = [argument(node, i, name) for i, name in enumerate(("query", "key", "value"))]
     elif op == "einsum":
-        factors = list(node.args[1]) if isinstance(node.args[1], tuple | list) else list(node.args[1:])
+        equation, given = einsum_call(node.args)
     else:
-        first = 1 if op == "addmm" else 0
-        factors = [node.args[first], node.args[first + 1]]
-    shapes = tuple(reading.shape(factor) for factor in factors)
+        given = factors(node, 1 if op == "addmm" else 0)
+    shapes = tuple(reading.shape(factor) for factor in given)
     output = reading.shape(node)
     # Attention is two products of two factors each, so its backward has four products.
-    needed = reading.gradients(*factors)
+    needed = reading.gradients(*given)
     times = 2 * bool(needed) if op == "attention" else needed
-    products = _multiply_adds(op, node, shapes, output)
+    products = _multiply_adds(op, equation, shapes, output)
     kind = "attention" if op == "attention" else "matmul"
     return CallSite(node.name, kind, shapes, output, products=products, grad_input=times)
 
 
-def _multiply_adds(op: str, node: Node, shapes: tuple[Shape, ...], output: Shape) -> Expr:
+def _multiply_adds(op: str, equation: str, shapes: tuple[Shape, ...], output: Shape) -> Expr:
     if op == "attention":
         query, key, value = shapes
         return prod(query[:-1], start=Integer(1)) * key[-2] * (query[-1] + value[-1])
     if op == "einsum":
         sizes: dict[Label, Expr] = {}
-        for of, shape in zip(labels(str(node.args[0]), [*map(len, shapes)])[0], shapes, strict=True):
+        for of, shape in zip(labels(equation, [*map(len, shapes)])[0], shapes, strict=True):
             # A dimension of 1 is broadcast along those of the others.
             sizes |= {
                 label: size for label, size in zip(of, shape, strict=True) if size != 1 or label not in sizes

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from sympy import Symbol
 from torch import nn
+from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
 
 from fxsparse.flops.reading import Reading
 from fxsparse.flops.site import CallSite
-from fxsparse.graph import SITE_OPS
+from fxsparse.graph import ATEN_SITES, SITE_OPS, fetch
 
 _aten = torch.ops.aten
 
@@ -36,6 +37,7 @@ MODULES: dict[type[nn.Module], str] = {
 }
 FUNCTIONS: dict[Any, str] = {
     **SITE_OPS,
+    **{aten: SITE_OPS[call] for aten, call in ATEN_SITES.items()},
     **dict.fromkeys([F.batch_norm, torch.batch_norm, _aten.batch_norm.default], "batch_norm"),
     **dict.fromkeys([F.layer_norm, torch.layer_norm, _aten.layer_norm.default], "layer_norm"),
     **dict.fromkeys([F.max_pool1d, F.max_pool2d, F.max_pool3d, _aten.max_pool2d.default], "max_pool"),
@@ -56,6 +58,10 @@ FUNCTIONS: dict[Any, str] = {
             torch.matmul,
             torch.mm,
             torch.bmm,
+            torch.mv,
+            torch.dot,
+            torch.inner,
+            torch.linalg.matmul,
             operator.matmul,
             _aten.matmul.default,
             _aten.mm.default,
@@ -66,7 +72,12 @@ FUNCTIONS: dict[Any, str] = {
     **dict.fromkeys([torch.addmm, torch.baddbmm, _aten.addmm.default, _aten.baddbmm.default], "addmm"),
     **dict.fromkeys([torch.einsum, _aten.einsum.default], "einsum"),
 }
-METHODS = {"matmul": "matmul", "mm": "matmul", "bmm": "matmul"}
+METHODS = {
+    **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot", "inner"), "matmul"),
+    **dict.fromkeys(("addmm", "baddbmm"), "addmm"),
+}
+WITHOUT_FORMULA = {torch.tensordot, torch.addbmm, torch.chain_matmul, torch.linalg.multi_dot, F.bilinear}
+OUT_OF_SIGHT = "what is no plain layer, and a layer's calls but the last: the module walk does not see them"
 WITHOUT_PRODUCTS = (nn.Embedding, nn.EmbeddingBag, nn.modules.batchnorm._NormBase, nn.LayerNorm)
 
 
@@ -77,7 +88,8 @@ class Sites:
     found: tuple[CallSite, ...]
     """In graph order."""
     uncounted: tuple[str, ...] = ()
-    """Calls without shapes, and modules that hold matrices and are called as a whole, such as an LSTM."""
+    """Calls without shapes or formula, calls inside of regions such as the branches of a cond, modules that hold
+    matrices and are called as a whole, such as an LSTM, and what a walk over modules cannot see."""
     sizes: Mapping[Symbol, int] = field(default_factory=dict)
     """Size in the example inputs of every symbol but `BATCH`, and of that too where `samples` is above 1."""
     samples: int = 1
@@ -94,6 +106,8 @@ def call_sites(gm: GraphModule) -> Sites:
     reading = Reading.of(gm)
     found: list[CallSite] = []
     uncounted: list[str] = []
+    if any("module" in node.meta for node in gm.graph.find_nodes(op="placeholder")):
+        uncounted.append(OUT_OF_SIGHT)
     for node in gm.graph.nodes:
         op = _op(gm, node)
         if op is not None and not reading.has_values(node):
@@ -103,6 +117,10 @@ def call_sites(gm: GraphModule) -> Sites:
         elif node.op == "call_module" and _holds_matrix(gm.get_submodule(str(node.target))):
             kind = type(gm.get_submodule(str(node.target))).__name__
             uncounted.append(f"{node.target}: a {kind} is called as a whole")
+        elif node.target in WITHOUT_FORMULA:
+            uncounted.append(f"{node.name}: a product without a formula here")
+        elif any(_has_sites(region) for region in _regions(gm, node)):
+            uncounted.append(f"{node.name}: layers and products inside of its {node.target}")
     return Sites(tuple(found), tuple(uncounted), reading.sizes, reading.samples)
 
 
@@ -113,6 +131,18 @@ def _op(gm: GraphModule, node: Node) -> str | None:
     if node.op == "call_method":
         return METHODS.get(str(node.target))
     return FUNCTIONS.get(node.target) if node.op == "call_function" else None
+
+
+def _regions(gm: GraphModule, node: Node) -> list[GraphModule]:
+    """The graphs that an op takes, such as the branches of a cond."""
+    if not isinstance(node.target, HigherOrderOperator):
+        return []
+    given = [fetch(gm, str(n.target)) for n in node.all_input_nodes if n.op == "get_attr"]
+    return [value for value in given if isinstance(value, GraphModule)]
+
+
+def _has_sites(gm: GraphModule) -> bool:
+    return any(_op(gm, node) or any(map(_has_sites, _regions(gm, node))) for node in gm.graph.nodes)
 
 
 def _holds_matrix(module: nn.Module) -> bool:

@@ -143,3 +143,23 @@ def test_functions_that_have_no_module_of_their_own_pickle_by_name() -> None:
     graph = picklable(fast.forward_graph.graph)
     assert any(node.target is F.max_pool2d for node in restored(pickle.loads(pickle.dumps(graph))).nodes)
     torch.testing.assert_close(pickle.loads(pickle.dumps(fast))(x), fast(x))
+
+
+class Branches(nn.Module):
+    """Calls an op on graphs, and a function of torch that it builds in another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        width = X.shape[1]
+        self.small, self.head = nn.Linear(width, width), nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cond(x.sum() > 0, self.small, torch.neg, (x,))
+        return self.head(y) * torch.unique(x > 0).shape[0]
+
+
+def test_graphs_that_call_graphs_pickle() -> None:
+    fast = fxsparse.compile(Branches().eval(), mode="infer", example_inputs=X)
+    again = pickled(fast)
+    for x in (X.abs(), -X.abs()):
+        assert torch.equal(again(x), fast(x))

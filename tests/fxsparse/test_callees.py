@@ -1,5 +1,8 @@
 """What a graph in a file may call has a name."""
 
+from types import BuiltinFunctionType
+
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -29,6 +32,19 @@ def test_all_public_functions_of_the_functional_module_have_a_name():
     assert set(left) <= NO_MODEL_CALLS
     for function in (F.logsigmoid, F.max_pool2d, torch.unique):
         assert callees.function_of(callees.name_of(function) or {}) is function
+
+
+@pytest.mark.parametrize("module", [torch.fft, torch.linalg, torch.special])
+def test_functions_that_c_names_otherwise_have_the_name_of_their_module(module):
+    public = [function for name, function in vars(module).items() if not name.startswith("_")]
+    builtin = [function for function in public if isinstance(function, BuiltinFunctionType)]
+    missing = [function for function in builtin if callees.name_of(function) is None]
+    assert len(builtin) > 15
+    assert {function.__name__ for function in missing} <= {"fft_fftfreq", "fft_rfftfreq"}  # take no tensor
+
+
+def test_products_with_a_sparse_tensor_have_a_name():
+    assert callees.name_of(torch.sparse.mm) == {"function": "torch.sparse.mm"}
 
 
 def test_all_activations_trace_to_functions_that_have_a_name():

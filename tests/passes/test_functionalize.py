@@ -88,15 +88,47 @@ class Product(nn.Module):
                 return torch.addmm(self.bias, x, self.weight)
             case "matmul":
                 return x @ self.weight
+            case "addmm by name":
+                return torch.addmm(mat2=self.weight, mat1=x, input=self.bias)
+            case "matmul by name":
+                return torch.matmul(other=self.weight, input=x)
+            case "linear by name":
+                weight = torch.transpose(input=self.weight, dim0=0, dim1=1)
+                return F.linear(weight=weight, input=x, bias=self.bias)
             case _:
                 return F.linear(x, self.weight.t(), self.bias)
 
 
-@pytest.mark.parametrize("kind", ["addmm", "matmul", "linear"])
+SPELLINGS = ["addmm", "matmul", "linear", "addmm by name", "matmul by name", "linear by name"]
+
+
+@pytest.mark.parametrize("kind", SPELLINGS)
 def test_products_become_linear_with_a_transposed_weight(kind: str) -> None:
     ctx = functionalized(Product(kind), torch.randn(2, 4))
     (site,) = sites(ctx.program.graphs["eval"])
     assert (site.op, site.weight.target, site.transposed) == ("linear", "weight", True)
+    assert site.node.args[0].op == "placeholder"
+
+
+def test_a_product_that_scales_its_bias_stays_as_it_is() -> None:
+    model = Product("addmm")
+    model.forward = lambda x: torch.addmm(model.bias, x, model.weight, beta=2)  # type: ignore[method-assign]
+    assert sites(functionalized(model, torch.randn(2, 4)).program.graphs["eval"]) == []
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(stride=2, weight=self.weight, input=x)
+
+
+def test_arguments_by_name_come_into_the_order_that_passes_read() -> None:
+    (site,) = sites(functionalized(Named(), torch.randn(2, 3, 8, 8)).program.graphs["eval"])
+    x, weight, bias = site.node.args
+    assert (x.op, weight, bias, site.node.kwargs) == ("placeholder", site.weight, None, {"stride": 2})
 
 
 def test_a_tied_weight_has_one_node_for_both_users() -> None:

@@ -111,6 +111,25 @@ def test_outputs_that_nobody_reads_go_too() -> None:
     assert error(ctx, model, x) <= EXACT
 
 
+class Chosen(nn.Module):
+    """Chooses by a condition, whose constants are no numbers but truths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.last(torch.where(y > 0.1, y, 0.5))
+
+
+def test_constants_go_through_a_choice() -> None:
+    model, x = with_zero_rows(Chosen(), {"first.weight": [1, 4]}), torch.randn(4, 5).double()
+    ctx = removed(model, x)
+    assert neurons(ctx) == {"first.weight": 2}
+    assert error(ctx, model, x) <= EXACT
+
+
 def test_a_death_spreads_both_ways_to_a_fixed_point() -> None:
     # Row 0 of the last but one dies because all it reads is dead; then the first has an output that nobody reads.
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).double()

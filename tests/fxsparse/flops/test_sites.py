@@ -4,8 +4,10 @@ import torch.nn.functional as F
 from sympy import Integer
 from torch import nn
 
+import fxsparse
 from fxsparse.flops import call_sites
 from fxsparse.flops.site import BATCH, SEQUENCE
+from fxsparse.flops.sites import OUT_OF_SIGHT
 
 
 def found(graph):
@@ -49,18 +51,48 @@ def test_a_frozen_weight_needs_no_gradient(shape_graph):
 
 class Products(nn.Module):
     def forward(self, a, b):
-        return a @ b, torch.bmm(a, b), a.matmul(b), torch.einsum("bij,bjk->bik", a, b), torch.baddbmm(a, a, b)
+        return (
+            a @ b,
+            torch.bmm(a, b),
+            torch.bmm(mat2=b, input=a),
+            a.matmul(b),
+            a.matmul(other=b),
+            torch.einsum("bij,bjk->bik", a, b),
+            torch.einsum(a, [0, 1, 2], b, [0, 2, 3], [0, 1, 3]),
+            torch.baddbmm(a, a, b),
+            torch.baddbmm(a, batch2=b, batch1=a),
+        )
 
 
 def test_products_of_activations_are_counted_in_every_spelling(shape_graph):
-    sites = found(shape_graph(Products(), torch.zeros(2, 4, 4), torch.zeros(2, 4, 4)))
-    assert [site.op for site in sites] == ["matmul"] * 5
-    assert [site.products.xreplace({BATCH: Integer(3)}) for site in sites] == [3 * 4 * 4 * 4] * 5
+    sites = found(shape_graph(Products(), torch.zeros(2, 4, 6), torch.zeros(2, 6, 6), dynamic=0))
+    assert [site.op for site in sites] == ["matmul"] * 9
+    assert [site.products for site in sites] == [2 * 4 * 6 * 6] * 9
 
 
 class Attention(nn.Module):
     def forward(self, q, k, v):
         return F.scaled_dot_product_attention(q, k, v)
+
+
+class Vectors(nn.Module):
+    def forward(self, a, v):
+        return a.mv(v), torch.mv(a, vec=v), torch.inner(a, v), torch.linalg.matmul(a, v), v.addmm(a, a)
+
+
+def test_products_with_a_vector_are_counted(shape_graph):
+    sites = found(shape_graph(Vectors(), torch.zeros(6, 6), torch.zeros(6), dynamic=0))
+    assert [site.products for site in sites] == [6 * 6] * 4 + [6 * 6 * 6]
+
+
+class WithoutFormula(nn.Module):
+    def forward(self, a):
+        return torch.tensordot(a, a, 1)
+
+
+def test_products_without_a_formula_are_said(shape_graph):
+    sites = call_sites(shape_graph(WithoutFormula(), torch.zeros(6, 6), dynamic=0))
+    assert sites.uncounted == ("tensordot: a product without a formula here",)
 
 
 def test_attention_is_two_products(shape_graph):
@@ -88,6 +120,43 @@ def test_modules_called_as_a_whole_are_reported(shape_graph):
     sites = call_sites(shape_graph(nn.Sequential(nn.LSTM(4, 4)), torch.zeros(2, 5, 4), dynamic=0))
     assert sites.found == ()
     assert sites.uncounted == ("0: a LSTM is called as a whole",)
+
+
+class Branches(nn.Module):
+    def __init__(self, scale):
+        super().__init__()
+        self.inner, self.head, self.scale = nn.Linear(4, 4), nn.Linear(4, 4), scale
+
+    def forward(self, x):
+        def small(x):
+            return x * 2 if self.scale else self.inner(x)
+
+        return self.head(torch.cond(x.sum() > 0, small, lambda x: x + 1, (x,)))
+
+
+@pytest.mark.parametrize("scale", [False, True])
+def test_what_branches_multiply_is_not_counted_and_said(scale):
+    count = fxsparse.count_flops(Branches(scale), torch.randn(3, 4))
+    assert count.dense == 2 * 4 * 4
+    assert count.uncounted == (() if scale else ("cond: layers and products inside of its cond",))
+
+
+class Unordered(nn.Module):
+    """No front end follows it, so that its layers are all that is known."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.layer(x)
+        return y @ y.t() if y.sum().item() > 0 else y @ y.t() * 2
+
+
+def test_what_a_walk_does_not_see_is_said():
+    count = fxsparse.count_flops(Unordered(), torch.randn(3, 4))
+    assert count.dense == 2 * 4 * 4
+    assert count.uncounted == (OUT_OF_SIGHT,)
 
 
 def test_a_batch_that_is_not_symbolic_is_remembered(shape_graph):
