@@ -21,7 +21,7 @@ class BatchNormCall:
     node: Node
     title: str
     names: dict[str, str | None]
-    """{"running_mean", "running_var", "weight", "bias": name of the tensor, None where it has none}."""
+    """{"running_mean", "running_var", "weight", "bias": name of the tensor, None where it has none or computes it}."""
     eps: float
     training: bool
     act: str | None = None
@@ -59,11 +59,9 @@ def _read_module(node: Node, path: str, module: Any) -> BatchNormCall:
 
 
 def _read_call(gm: GraphModule, node: Node, tensors: list[Any], training: bool, eps: float) -> BatchNormCall:
-    known = all(t is None or (isinstance(t, Node) and t.op == "get_attr") for t in tensors)
-    names = {
-        name: str(t.target) if isinstance(t, Node) else None
-        for name, t in zip(_STATISTICS, tensors, strict=True)
-    }
+    given = {name: t for name, t in zip(_STATISTICS, tensors, strict=True) if isinstance(t, Node)}
+    read = {name: str(t.target) for name, t in given.items() if t.op == "get_attr"}
+    names, known = {name: read.get(name) for name in _STATISTICS}, len(read) == len(given)
     return BatchNormCall(
         node, node.name, names, eps, training, None, None if known else "its statistics are computed"
     )

@@ -35,7 +35,7 @@ class FoldBatchNorm:
             if norm is None:
                 continue
             by_node = {site.node: site for site in sites(gm)}
-            site = by_node.get(node.args[0]) if node.args else None
+            site = by_node.get(argument(node, 0, "input"))
             reason = _refusal(gm, norm, site)
             if reason is None:
                 reason = _fold(gm, ctx, norm, site)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxsparse import kernel
-from fxsparse.graph import argument, fetch
+from fxsparse.graph import argument, fetch, operand_of
 from fxsparse.pipeline import PassContext
 
 _PLAIN = {
@@ -98,7 +98,7 @@ def _fuse_bias(gm: GraphModule, node: Node) -> int:
     value = fetch(gm, str(bias.target))
     weight = node.args[2]
     while weight.op != "get_attr":  # type: ignore[union-attr]  # a dense kernel may read a transpose
-        weight = weight.args[0]  # type: ignore[union-attr]
+        weight = operand_of(weight)  # type: ignore[arg-type]
     if value.dim() != 1 or value.dtype != fetch(gm, str(weight.target)).dtype:  # type: ignore[union-attr]
         return 0
     node.prepend(bias)

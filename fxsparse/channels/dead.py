@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from fxsparse.channels.constants import Constant, constant_channels, evaluate, flat, pads
 from fxsparse.channels.dependency import Axis, Contraction
 from fxsparse.channels.tracing import TracedChannels, trace_channels
-from fxsparse.graph import Site, argument, fetch, readers, sites
+from fxsparse.graph import Site, argument, fetch, operand_of, readers, sites
 
 _NOT_CONSTANT = (
     "what the next layer reads of it is not constant: live channels are added, or zeros at a border"
@@ -180,7 +180,7 @@ def weight_name(reader: Contraction) -> str:
     """The parameter below it."""
     node = weight_of(reader)
     while node.op != "get_attr":
-        node = node.args[0]
+        node = operand_of(node)
     return str(node.target)
 
 

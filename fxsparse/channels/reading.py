@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from torch.nn.modules.dropout import _DropoutNd
 
 from fxsparse.channels.dependency import Axis, Tie
-from fxsparse.graph import argument, canonical_names, fetch
+from fxsparse.graph import argument, canonical_names, fetch, operand_of
 from fxsparse.trace.modules import has_hooks
 
 _MODULES: dict[type[nn.Module], str] = {
@@ -143,11 +143,11 @@ class Reader:
         """Values that a node changes in place although others read them, or memory of them."""
         if not self._in_place(node):
             return []
-        chain, value = [], argument(node, 0, "input")
+        chain, value = [], node.kwargs.get("out", argument(node, 0, "input"))
         while isinstance(value, Node):
             chain.append(value)
             aliases = value.op not in ("placeholder", "get_attr") and self.operation(value) in _ALIASES
-            value = value.args[0] if aliases and value.args else None
+            value = operand_of(value) if aliases else None
         return chain if any(len(value.users) > 1 or value.op == "get_attr" for value in chain) else []
 
     def _in_place(self, node: Node) -> bool:
@@ -157,7 +157,8 @@ class Reader:
             return node.target._schema.is_mutable
         name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
         reads_itself = name.startswith("i") and getattr(operator, name, None) is node.target
-        return bool(node.kwargs.get("inplace")) or reads_itself or _plain(name) != name
+        told = "out" in node.kwargs or bool(node.kwargs.get("inplace"))
+        return told or reads_itself or _plain(name) != name
 
 
 def is_pointwise(name: str) -> bool:

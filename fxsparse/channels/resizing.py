@@ -18,7 +18,7 @@ from fxsparse.channels.einsums import einsum_step
 from fxsparse.channels.reading import Reader, is_pointwise
 from fxsparse.channels.rules import RULES, Step, _is_piece, _piece, _pointwise, _same, title
 from fxsparse.channels.shapes import coordinates, matched
-from fxsparse.graph import argument, operand_of
+from fxsparse.graph import argument, factors, operand_of
 
 UNKNOWN = "is not known to let sizes through"
 """Ends the reason of an op without a rule."""
@@ -46,7 +46,7 @@ def resizing_step(reader: Reader, node: Node, heads: str = "fixed") -> Step:
     if any("val" not in x.meta for x in node.all_input_nodes):
         return Step(reason=f"what {title(reader, node)} reads has no known shape")
     if read_batch_norm(reader.gm, node) is not None:
-        return _batch_norm(reader, node)
+        return _batch_norm(reader, node) or unknown
     name = _operation(reader, node)
     if name in ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"):
         return _reshape(reader, node, heads) or unknown
@@ -67,9 +67,11 @@ def _operation(reader: Reader, node: Node) -> str | None:
     return reader.operation(node)
 
 
-def _batch_norm(reader: Reader, node: Node) -> Step:
+def _batch_norm(reader: Reader, node: Node) -> Step | None:
     norm = read_batch_norm(reader.gm, node)
     assert norm is not None
+    if norm.refusal is not None and not norm.is_module:
+        return None
     ties = _same(reader, argument(node, 0, "input"), node)
     for name in norm.names.values():
         ties += reader.tie_tensor(name, node, 1)
@@ -148,12 +150,14 @@ def _reduction(reader: Reader, node: Node) -> Step | None:
     left = [dim for dim in range(rank) if dim not in gone]
     after = left if reader.rank(node) == rank else range(len(left))
     ties = [tie for a, b in zip(left, after, strict=True) for tie in reader.tie(x, a, node, b)]
+    if _operation(reader, node) == "argmax":
+        return Step(ties, reason=f"{title(reader, node)} counts its positions")
     return Step(ties, free=[reader.axis(x, dim) for dim in gone], reason="it is summed over")
 
 
 def _matmul(reader: Reader, node: Node) -> Step | None:
     """Products of two activations: the inner sizes are one."""
-    a, b = node.args[0], node.args[1]
+    a, b = factors(node, 0)
     if not isinstance(a, Node) or not isinstance(b, Node) or min(reader.rank(a), reader.rank(b)) < 2:
         return None
     ties = [*reader.tie(a, -1, b, -2), *reader.tie(a, -2, node, -2), *reader.tie(b, -1, node, -1)]

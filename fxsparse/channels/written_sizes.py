@@ -12,7 +12,7 @@ from fxsparse.channels.dependency import Axis
 from fxsparse.channels.einsums import einsum_labels
 from fxsparse.channels.reading import Reader
 from fxsparse.channels.widening import Widths
-from fxsparse.graph import SITE_OPS, argument, operand_of
+from fxsparse.graph import SITE_OPS, argument, factors, operand_of
 
 
 def rewrite_sizes(gm: GraphModule, widths: Widths) -> int:
@@ -165,7 +165,7 @@ def _scale(reader: Reader, node: Node, widths: Widths) -> None:
 def _summed(reader: Reader, x: Node) -> tuple[Any, int]:
     """(operand, dimension) that a product is summed over; the last one of anything else."""
     if reader.operation(x) in ("matmul", "bmm"):
-        return x.args[0], -1
+        return factors(x, 0)[0], -1
     if reader.operation(x) == "einsum" and (found := einsum_labels(reader, x)) is not None:
         operands, read, made = found
         gone = [dim for dim, label in enumerate(read[0]) if label not in made]

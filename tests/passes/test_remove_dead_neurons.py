@@ -130,6 +130,35 @@ def test_constants_go_through_a_choice() -> None:
     assert error(ctx, model, x) <= EXACT
 
 
+class Overwriting(nn.Module):
+    """Changes what the third layer reads, too."""
+
+    def __init__(self, write: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.write, self.first = write, nn.Linear(5, 6)
+        self.second, self.third = nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.second(self.write(y)) + self.third(y)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda y: y.sigmoid_(),
+        lambda y: F.hardtanh(y, 0.1, 0.2, inplace=True),
+        lambda y: F.hardtanh(torch.flatten(input=y, start_dim=1), 0.1, 0.2, inplace=True),
+        lambda y: torch.add(y, 1, out=y),
+    ],
+    ids=["method", "function", "view by name", "out"],
+)
+@torch.no_grad()  # which `out` asks for
+def test_what_is_overwritten_is_no_constant(write: Callable[[Tensor], Tensor]) -> None:
+    model, x = with_zero_rows(Overwriting(write), {"first.weight": [1, 4]}), torch.randn(4, 5).double()
+    assert error(removed(model, x), model, x) <= EXACT
+
+
 def test_a_death_spreads_both_ways_to_a_fixed_point() -> None:
     # Row 0 of the last but one dies because all it reads is dead; then the first has an output that nobody reads.
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).double()

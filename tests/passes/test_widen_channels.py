@@ -2,6 +2,7 @@ from operator import mul
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 import transformers
 from torch import nn
@@ -154,14 +155,22 @@ def test_a_sparsity_too_small_to_widen_anything_is_refused_with_the_smallest_tha
     assert shapes(wide(model, torch.randn(2, 4), 0.0597))["1.weight"] == (66, 33)
 
 
-def test_an_op_without_a_rule_keeps_its_width_with_the_reason():
+@pytest.mark.parametrize(
+    "op",
+    [
+        lambda x: torch.sort(x)[0],
+        lambda x: F.batch_norm(x, torch.zeros(6), torch.ones(6)),
+        lambda x: F.one_hot(x.argmax(1), 6).to(x.dtype),
+    ],
+)
+def test_an_op_without_a_rule_keeps_its_width_with_the_reason(op):
     class Sorted(nn.Module):
         def __init__(self):
             super().__init__()
             self.a, self.b, self.c, self.d, self.e = (nn.Linear(6, 6) for _ in range(5))
 
         def forward(self, x):
-            return self.e(self.d(self.c(torch.sort(self.b(self.a(x)))[0])))
+            return self.e(self.d(self.c(op(self.b(self.a(x))))))
 
     model = wide(Sorted(), torch.randn(2, 6))
     assert shapes(model)["b.weight"] == (6, 12)
@@ -192,7 +201,7 @@ class ByHand(nn.Module):
 def test_attention_by_einsum_grows_as_that_by_products(heads):
     class Products(ByHand):
         def scores(self, q, k):
-            return q @ k.transpose(-2, -1) * 0.5
+            return torch.matmul(other=k.transpose(-2, -1), input=q) * 0.5
 
     tokens = torch.zeros(2, 3, dtype=torch.long)
     model = wide(ByHand(), tokens, heads=heads)
