@@ -311,7 +311,7 @@ def _compare(dense: nn.Module, made: _Lowered) -> None:
     got = observe(root, root, ctx.example_inputs, training=False)
     rounded = [name for name, decision in ctx.decisions.items() if decision.values_dtype is not None]
     error = largest_error(want, got)
-    if (not rounded or error == math.inf) and (difference := compare(want, got)):
+    if (not rounded or error == math.inf) and (difference := compare(want, got, ctx.program.graphs["eval"])):
         raise InvariantError(f"compile: the inference module differs from the model: {difference}")
     if ctx.values_dtype is not None:
         sparse.report.totals["values_error"] = error

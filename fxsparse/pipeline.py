@@ -305,7 +305,7 @@ class _FunctionCheck:
             self.seen = None
             return
         now = self._observe(gm)
-        if now is not None and (difference := compare(self.seen, now)):
+        if now is not None and (difference := compare(self.seen, now, gm)):
             raise InvariantError(
                 f"pass {current.name!r} changed the function of the eval graph: {difference}"
             )

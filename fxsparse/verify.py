@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from fxsparse.graph import strided_parts
@@ -81,16 +82,23 @@ def observe(
     return Observation(structure, {name: tensor.detach() for name, tensor in seen.items()})
 
 
-def compare(expected: Observation, got: Observation) -> str | None:
-    """The first thing that differs, in words with its size; None where all is equal up to rounding."""
+def compare(expected: Observation, got: Observation, graph: GraphModule | None = None) -> str | None:
+    """The first thing that differs, in words with its size; None where all is equal up to rounding.
+
+    `graph`: whose values' dtypes say how coarsely is rounded on the way to outputs of finer ones.
+    """
     if expected.structure != got.structure:
         return f"the output should be {expected.structure}, got {got.structure}"
-    return first_difference(expected.tensors, got.tensors)
+    values = () if graph is None else [node.meta.get("val") for node in graph.graph.nodes]
+    dtypes = {leaf.dtype for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)}
+    return first_difference(expected.tensors, got.tensors, max(map(_rounding, dtypes), default=0.0))
 
 
-def first_difference(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> str | None:
+def first_difference(
+    expected: Mapping[str, Tensor], got: Mapping[str, Tensor], rounding: float = 0.0
+) -> str | None:
     """The first of the expected tensors that is missing or different, with its largest error; None if there
-    is none.
+    is none.  `rounding`: what may differ in any, relative to its largest entry.
     """
     scales: dict[str, float] = {}
     for name, want in expected.items():
@@ -98,7 +106,7 @@ def first_difference(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) 
     for name, want in expected.items():
         if name not in got:
             return f"{name} is missing"
-        if reason := _difference(want, got[name], scales[name.split()[0]]):
+        if reason := _difference(want, got[name], scales[name.split()[0]], rounding):
             return f"{name} {reason}"
     return None
 
@@ -111,7 +119,7 @@ def largest_error(expected: Observation, got: Observation) -> float:
     if expected.structure != got.structure or expected.tensors.keys() != got.tensors.keys():
         return inf
     pairs = [(want, got.tensors[name]) for name, want in expected.tensors.items()]
-    return max((_error(want, have) for want, have in pairs if want.is_floating_point()), default=0.0)
+    return max((_error(want, have) for want, have in pairs if _rounding(want.dtype)), default=0.0)
 
 
 @contextmanager
@@ -190,25 +198,27 @@ def _gradients(root: nn.Module, outputs: list[Tensor]) -> dict[str, Tensor]:
 
 
 def _projection(out: Tensor) -> Tensor:
+    out = _real(out)
     weights = torch.arange(out.numel(), device=out.device, dtype=torch.float32).cos().view(out.shape)
     return (out * weights).sum().float()
 
 
-def _difference(want: Tensor, have: Tensor, scale: float) -> str | None:
+def _difference(want: Tensor, have: Tensor, scale: float, rounding: float) -> str | None:
     if want.shape != have.shape or want.dtype != have.dtype:
         return f"should be {want.dtype} {tuple(want.shape)}, got {have.dtype} {tuple(have.shape)}"
     if isinstance(want, FakeTensor) or isinstance(have, FakeTensor) or not want.numel():
         return None
+    want, have = _real(want), _real(have)
     if not want.is_floating_point():
         return (
             None
             if torch.equal(want, have)
             else f"differs in {int((want != have).sum())} of {want.numel()} entries"
         )
-    error = torch.nan_to_num(want.float() - have.float(), nan=0.0, posinf=0.0, neginf=0.0).abs().max().item()
+    error = _largest(_wide(want) - _wide(have))
     if not torch.equal(want.isfinite(), have.isfinite()):
         return "differs in which entries are finite"
-    tolerance = _RELATIVE.get(want.dtype, 3e-2)
+    tolerance = max(rounding, _rounding(want.dtype))
     if error <= tolerance * (_largest(want) + _NOISE * scale):
         return None
     return f"differs by {error:.3g} where its largest entry is {_largest(want):.3g}"
@@ -219,13 +229,30 @@ def _error(want: Tensor, have: Tensor) -> float:
         return inf
     if not torch.equal(want.isfinite(), have.isfinite()):
         return inf
+    want, have = _real(want), _real(have)
     return _largest(want - have) / max(_largest(want), torch.finfo(torch.float32).tiny)
 
 
 def _largest(tensor: Tensor) -> float:
     if isinstance(tensor, FakeTensor) or not tensor.numel() or not tensor.is_floating_point():
         return 0.0
-    return torch.nan_to_num(tensor.float(), posinf=0.0, neginf=0.0).abs().max().item()
+    return torch.nan_to_num(_wide(tensor), posinf=0.0, neginf=0.0).abs().max().item()
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """Relative to the largest entry; 0 for whole numbers and truths."""
+    if dtype.is_complex:
+        dtype = dtype.to_real()
+    return _RELATIVE.get(dtype, 3e-2) if dtype.is_floating_point else 0.0
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """Complex numbers as pairs."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def _is_number(leaf: Any) -> bool:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.nn import Parameter
 
 from fxsparse.channels.constants import Constant, constant_channels, evaluate, flat, pads
 from fxsparse.channels.dependency import Axis, Contraction
@@ -114,6 +115,11 @@ def _only_zero(gm: GraphModule, reader: Contraction) -> str | None:
     bias = argument(reader.node, 2, "bias")
     if bias is not None and (not isinstance(bias, Node) or bias.op != "get_attr"):
         return "has a bias that is computed, which a constant cannot be folded into"
+    tensors = [
+        fetch(gm, name) for name in (weight_name(reader), *([] if bias is None else [str(bias.target)]))
+    ]
+    if not all(isinstance(tensor, Parameter) for tensor in tensors):
+        return "or its bias is a buffer, which a constant cannot be folded into"
     if readers(gm.graph, weight_name(reader)) > 1:
         return "has more than one call site, so that a constant cannot be folded into one bias"
     return None

@@ -314,8 +314,8 @@ def _pixel_shuffle(reader: Reader, node: Node) -> Step:
 
 def _sizes(reader: Reader, node: Node) -> Step | None:
     """A size that the graph reads as it runs is the new one."""
-    if reader.operation(node) == "getattr" and node.args[1] in ("T", "mT"):
-        return RULES["t"](reader, node)
+    if reader.operation(node) == "getattr" and reader.shape(node) is not None:
+        return RULES["t"](reader, node) if node.args[1] in ("T", "mT") else None
     return Step(silent=True)
 
 

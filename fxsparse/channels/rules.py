@@ -296,6 +296,8 @@ def _sizes(reader: Reader, node: Node) -> Step | None:
     if reader.operation(node) == "getattr":
         if node.args[1] in ("T", "mT"):
             return _permute(reader, node)
+        if reader.shape(node) is not None:
+            return None  # a tensor: H, mH, real, imag
         if node.args[1] != "shape":
             return Step(silent=True)  # dtype, device
         dims = None

@@ -328,6 +328,35 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     check_equal(fast, model, X.to(dtype))
 
 
+class Finer(nn.Module):
+    """Returns more digits than it computes."""
+
+    def __init__(self, finish: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.net, self.finish = Net(), finish
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.finish(self.net(x))
+
+
+@pytest.mark.parametrize(
+    "finish",
+    [
+        lambda y: y.double(),
+        lambda y: torch.softmax(y, -1, dtype=torch.float64),
+        torch.fft.rfft,
+        lambda y: (y.bfloat16() @ y.bfloat16().t()).float(),
+    ],
+)
+def test_outputs_may_be_of_another_dtype_than_the_weights(finish: Callable[[Tensor], Tensor]) -> None:
+    model = pruned(Finer(finish)).eval()
+    fast = infer(model)
+    with torch.no_grad():
+        want, got = model(X), fast(X)
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got.to(torch.complex64), want.to(torch.complex64), rtol=1e-2, atol=1e-2)
+
+
 def test_compiles_into_one_graph() -> None:
     fast = infer(pruned(Net()))
     whole = torch.compile(fast, fullgraph=True, backend="aot_eager")

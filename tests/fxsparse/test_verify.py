@@ -102,6 +102,33 @@ def test_not_a_number_and_integers_are_compared() -> None:
     assert first_difference({"a": ints}, {"a": ints.flip(0)}) == "a differs in 2 of 3 entries"
 
 
+def test_complex_numbers_may_round() -> None:
+    want = {"a": torch.complex(torch.ones(2), torch.zeros(2))}
+    assert first_difference(want, {"a": want["a"] * (1 + 1e-6)}) is None
+    assert (
+        first_difference(want, {"a": want["a"].conj() * 1.01})
+        == "a differs by 0.01 where its largest entry is 1"
+    )
+
+
+def test_double_precision_is_compared_in_double_precision() -> None:
+    want = {"a": torch.ones(2).double()}
+    assert first_difference(want, {"a": want["a"] * (1 + 2e-9)}) is None
+    assert first_difference(want, {"a": want["a"] * (1 + 2e-8)}) is not None
+
+
+@pytest.mark.parametrize("inside", [torch.float32, torch.bfloat16])
+def test_outputs_may_round_as_what_they_are_made_of(inside: torch.dtype) -> None:
+    gm = torch.fx.symbolic_trace(nn.Linear(4, 4))
+    for node in gm.graph.nodes:
+        node.meta["val"] = torch.zeros(1, dtype=inside if node.op == "call_function" else torch.float64)
+    want = Observation("tree", {"a": torch.ones(2).double()})
+    got = Observation("tree", {"a": want.tensors["a"] * (1 + torch.finfo(inside).eps)})
+    assert compare(want, got, gm) is None
+    assert compare(want, got) is not None
+    assert compare(want, Observation("tree", {"a": torch.full((2,), 1.1).double()}), gm) is not None
+
+
 def test_the_largest_error_is_relative_to_the_largest_entry_and_infinite_where_more_than_digits_differ() -> (
     None
 ):

@@ -453,6 +453,28 @@ class ReadsSize(nn.Module):
         return self.out(y) / y.shape[1]
 
 
+class InBuffers(nn.Module):
+    """Multiplies by what is no Parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.out = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.register_buffer("weight", torch.randn(5, 5).double())
+        self.register_buffer("bias", torch.randn(5).double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.linear(self.a(x), self.weight, self.bias))  # type: ignore[arg-type]
+
+
+class Adjoint(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.out = nn.Linear(4, 5), nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.a(x).H)
+
+
 def between(module: nn.Module, out: int = 6) -> nn.Module:
     return nn.Sequential(nn.Linear(4, 6), module, nn.Linear(out, 2))
 
@@ -476,6 +498,13 @@ class ComputedSize(nn.Module):
         (Attention(), {"qkv.weight": [3]}, (2, 6, 8), "view (view) cuts it up or merges it"),
         (InPlace(), {"a.weight": [1]}, (2, 4), "sigmoid_ changes it in place, which others see"),
         (ReadsSize(), {"a.weight": [1]}, (2, 4), "getattr_1 reads its size"),
+        (
+            InBuffers(),
+            {"a.weight": [1]},
+            (2, 4),
+            "weight or its bias is a buffer, which a constant cannot be folded into",
+        ),
+        (Adjoint(), {"a.weight": [1]}, (2, 4), "getattr (getattr_1) is not known to keep channels apart"),
         (ComputedSize(), {"a.weight": [1]}, (2, 4), "view (view) cuts it up or merges it"),
         (between(nn.LayerNorm(6)), {"0.weight": [2]}, (2, 4), "LayerNorm 1 mixes its channels"),
         (between(nn.Softmax(-1)), {"0.weight": [2]}, (2, 4), "Softmax 1 mixes its channels"),
