@@ -7,12 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.nn import Parameter
 
 from fxsparse.channels.constants import Constant, constant_channels, evaluate, flat, pads
 from fxsparse.channels.dependency import Axis, Contraction
 from fxsparse.channels.tracing import TracedChannels, trace_channels
-from fxsparse.graph import Site, argument, fetch, operand_of, readers, sites
+from fxsparse.graph import Site, argument, fetch, is_parameter, operand_of, readers, sites, weight_source
 
 _NOT_CONSTANT = (
     "what the next layer reads of it is not constant: live channels are added, or zeros at a border"
@@ -115,11 +114,8 @@ def _only_zero(gm: GraphModule, reader: Contraction) -> str | None:
     bias = argument(reader.node, 2, "bias")
     if bias is not None and (not isinstance(bias, Node) or bias.op != "get_attr"):
         return "has a bias that is computed, which a constant cannot be folded into"
-    tensors = [
-        fetch(gm, name) for name in (weight_name(reader), *([] if bias is None else [str(bias.target)]))
-    ]
-    if not all(isinstance(tensor, Parameter) for tensor in tensors):
-        return "or its bias is a buffer, which a constant cannot be folded into"
+    if weight_source(gm, weight_of(reader)) is None or not (bias is None or is_parameter(gm, bias)):
+        return "or its bias is not read as a Parameter, which a constant could be folded into"
     if readers(gm.graph, weight_name(reader)) > 1:
         return "has more than one call site, so that a constant cannot be folded into one bias"
     return None

@@ -121,7 +121,7 @@ def _batch_norm(reader: Reader, node: Node, norm: Any) -> Step | None:
         ties += reader.tie_tensor(name, node, 1)
     if norm.training or norm.names["running_mean"] is None:
         reason = f"{title(reader, node)} takes statistics of the batch"
-        return Step(ties, stops={reader.axis(node, 1): reason})
+        return Step(ties, stops={reader.axis(node, dim): reason for dim in range(reader.rank(node))})
     return Step(ties, Flow.NORM)
 
 
@@ -367,7 +367,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("size", "getattr"), _sizes),
     **dict.fromkeys(("dim", "ndimension", "assert"), _nothing),
     **dict.fromkeys(("layer_norm", "rms_norm"), _mixing(_normalized)),
-    "group_norm": _mixing(lambda reader, node: [1]),
+    "group_norm": _mixing(lambda reader, node: range(1, reader.rank(node))),
     **dict.fromkeys(("softmax", "log_softmax"), _mixing(_softmax_dim)),
     **dict.fromkeys((f"{kind}dropout" for kind in ("", "feature_", "alpha_", "feature_alpha_")), _dropout),
     **dict.fromkeys((f"dropout{n}d" for n in (1, 2, 3)), _dropout),

@@ -466,6 +466,17 @@ class InBuffers(nn.Module):
         return self.out(F.linear(self.a(x), self.weight, self.bias))  # type: ignore[arg-type]
 
 
+class Reshaping(nn.Module):
+    """Multiplies by a Parameter that a reshape hides, as nn.LinearCrossEntropyLoss does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.weight = nn.Linear(4, 5), nn.Parameter(torch.randn(3, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.a(x), self.weight.reshape(3, 5))
+
+
 class Adjoint(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -502,11 +513,24 @@ class ComputedSize(nn.Module):
             InBuffers(),
             {"a.weight": [1]},
             (2, 4),
-            "weight or its bias is a buffer, which a constant cannot be folded into",
+            "weight or its bias is not read as a Parameter, which a constant could be folded into",
+        ),
+        (
+            Reshaping(),
+            {"a.weight": [1]},
+            (2, 4),
+            "weight or its bias is not read as a Parameter, which a constant could be folded into",
         ),
         (Adjoint(), {"a.weight": [1]}, (2, 4), "getattr (getattr_1) is not known to keep channels apart"),
         (ComputedSize(), {"a.weight": [1]}, (2, 4), "view (view) cuts it up or merges it"),
         (between(nn.LayerNorm(6)), {"0.weight": [2]}, (2, 4), "LayerNorm 1 mixes its channels"),
+        (between(nn.GroupNorm(1, 3)), {"0.weight": [2]}, (2, 3, 4), "GroupNorm 1 mixes its channels"),
+        (
+            between(nn.BatchNorm1d(3, track_running_stats=False)),
+            {"0.weight": [2]},
+            (2, 3, 4),
+            "BatchNorm1d 1 takes statistics of the batch",
+        ),
         (between(nn.Softmax(-1)), {"0.weight": [2]}, (2, 4), "Softmax 1 mixes its channels"),
         (between(nn.GLU(), 3), {"0.weight": [2]}, (2, 4), "GLU 1 is not known to keep channels apart"),
         (
