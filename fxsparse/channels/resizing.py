@@ -236,8 +236,7 @@ def _split(reader: Reader, node: Node) -> Step | None:
     x, size = operand_of(node), argument(node, 1, "split_size")
     if not all(_is_piece(user) for user in node.users) or not isinstance(x, Node):
         return None
-    whole = reader.operation(node) == "unbind"
-    if not whole and any(_piece(reader, user, node) is None for user in node.users):
+    if any(_piece(reader, user, node) is None for user in node.users):
         return None
     dim = argument(node, 2, "dim") or 0
     pieces = [piece.shape[dim] for piece in node.meta["val"]]
@@ -249,6 +248,15 @@ def _split(reader: Reader, node: Node) -> Step | None:
         axis, every = reader.axis(x, dim), np.arange(pieces[0])
         ties = [Tie(axis, axis, every, every + k * pieces[0]) for k in range(1, len(pieces))]
     return Step(ties, silent=True)
+
+
+def _unbind(reader: Reader, node: Node) -> Step | None:
+    """There stay as many as its readers take."""
+    x = operand_of(node)
+    if not all(_is_piece(user) for user in node.users) or not isinstance(x, Node):
+        return None
+    axis = reader.axis(x, (argument(node, 1, "dim") or 0) % reader.rank(x))
+    return Step(stops={axis: f"{title(reader, node)} takes it apart"}, silent=True)
 
 
 def _slice(reader: Reader, node: Node) -> Step:
@@ -295,7 +303,7 @@ def _pad(reader: Reader, node: Node) -> Step | None:
     for dim in range(-reader.rank(x), 0):
         before = pads[-2 * dim - 2] if -2 * dim - 2 < len(pads) else 0
         size = reader.size(x, dim)
-        if size is not None and before >= 0 and size <= (reader.size(node, dim) or 0):
+        if size is not None and before >= 0 and before + size <= (reader.size(node, dim) or 0):
             every = np.arange(size)
             ties.append(Tie(reader.axis(x, dim), reader.axis(node, dim), every, before + every))
     return Step(ties, reason=f"{title(reader, node)} adds to it")
@@ -333,7 +341,8 @@ _RESIZING: dict[str, Callable[[Reader, Node], Step | None]] = {
     "embedding": _embedding,
     **dict.fromkeys((f"conv_transpose{n}d" for n in (1, 2, 3)), _transposed_convolution),
     "cat": _cat,
-    **dict.fromkeys(("split", "chunk", "tensor_split", "unbind"), _split),
+    **dict.fromkeys(("split", "chunk", "tensor_split"), _split),
+    "unbind": _unbind,
     "slice": _slice,
     "select": _select,
     "getitem": _getitem,

@@ -161,6 +161,8 @@ def test_a_sparsity_too_small_to_widen_anything_is_refused_with_the_smallest_tha
         lambda x: torch.sort(x)[0],
         lambda x: F.batch_norm(x, torch.zeros(6), torch.ones(6)),
         lambda x: F.one_hot(x.argmax(1), 6).to(x.dtype),
+        lambda x: torch.stack(x.unbind(1), 1),
+        lambda x: F.pad(x, (5, -4))[:, :6],
     ],
 )
 def test_an_op_without_a_rule_keeps_its_width_with_the_reason(op):
