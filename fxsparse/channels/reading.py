@@ -150,6 +150,17 @@ class Reader:
             value = operand_of(value) if aliases else None
         return chain if any(len(value.users) > 1 or value.op == "get_attr" for value in chain) else []
 
+    def is_fixed(self, value: Node) -> bool:
+        """Whether a value is computed from parameters and buffers alone."""
+        left, seen = [value], {value}
+        while left:
+            node = left.pop()
+            if node.op != "get_attr" and (node.op == "placeholder" or not node.all_input_nodes):
+                return False
+            left += [read for read in node.all_input_nodes if read not in seen]
+            seen.update(left)
+        return True
+
     def _in_place(self, node: Node) -> bool:
         if node.op == "call_module":
             return bool(getattr(self.module(node), "inplace", False))

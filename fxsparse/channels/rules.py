@@ -78,7 +78,7 @@ def title(reader: Reader, node: Node) -> str:
 
 def _product(reader: Reader, node: Node) -> Step | None:
     x, weight, bias = (argument(node, k, name) for k, name in enumerate(("input", "weight", "bias")))
-    if not isinstance(x, Node) or not isinstance(weight, Node):
+    if not isinstance(x, Node) or not isinstance(weight, Node) or not reader.is_fixed(weight):
         return None
     groups = 1 if node.target is torch.nn.functional.linear else argument(node, 6, "groups") or 1
     # A linear layer's channels come last; a convolution's before as many dimensions as its kernel has.

@@ -477,6 +477,17 @@ class Reshaping(nn.Module):
         return F.linear(self.a(x), self.weight.reshape(3, 5))
 
 
+class Conditional(nn.Module):
+    """Multiplies by what it computes from its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.weight = nn.Linear(4, 5), nn.Parameter(torch.randn(3, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.a(x), self.weight * x.mean())
+
+
 class Adjoint(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -521,6 +532,7 @@ class ComputedSize(nn.Module):
             (2, 4),
             "weight or its bias is not read as a Parameter, which a constant could be folded into",
         ),
+        (Conditional(), {"a.weight": [1]}, (2, 4), "linear (linear) is not known to keep channels apart"),
         (Adjoint(), {"a.weight": [1]}, (2, 4), "getattr (getattr_1) is not known to keep channels apart"),
         (ComputedSize(), {"a.weight": [1]}, (2, 4), "view (view) cuts it up or merges it"),
         (between(nn.LayerNorm(6)), {"0.weight": [2]}, (2, 4), "LayerNorm 1 mixes its channels"),
