@@ -69,7 +69,8 @@ def plan_removal(gm: GraphModule) -> Removal | None:
         at = labels[contraction.input]
         for why, bad in _not_foldable(gm, plan, contraction):
             _block(plan, blocked, at[bad], why)
-    for step in traced.steps.values():
+    for site in sites(gm):
+        step = traced.steps[site.node]
         if step.produces is not None:
             plan.gone[labels[step.produces]] = True
     plan.gone &= ~blocked

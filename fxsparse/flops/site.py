@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-from sympy import Expr, Integer, Symbol
+from sympy import Expr, Integer, Symbol, sympify
 
 BATCH = Symbol("batch", integer=True, positive=True)
 SEQUENCE = Symbol("sequence", integer=True, positive=True)
@@ -85,4 +85,4 @@ class CallSite:
 
 def with_sizes(expression: Any, values: Mapping[Symbol, Expr]) -> Expr:
     """The sympy expression with these symbols replaced."""
-    return expression.xreplace(dict(values))
+    return sympify(expression).xreplace(dict(values))
