@@ -76,7 +76,16 @@ METHODS = {
     **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot", "inner"), "matmul"),
     **dict.fromkeys(("addmm", "baddbmm"), "addmm"),
 }
-WITHOUT_FORMULA = {torch.tensordot, torch.addbmm, torch.chain_matmul, torch.linalg.multi_dot, F.bilinear}
+WITHOUT_FORMULA = {
+    torch.tensordot,
+    torch.addbmm,
+    torch.chain_matmul,
+    torch.linalg.multi_dot,
+    torch.sparse.mm,
+    torch.sparse.addmm,
+    torch.sparse.sampled_addmm,
+    F.bilinear,
+}
 OUT_OF_SIGHT = "what is no plain layer, and a layer's calls but the last: the module walk does not see them"
 WITHOUT_PRODUCTS = (nn.Embedding, nn.EmbeddingBag, nn.modules.batchnorm._NormBase, nn.LayerNorm)
 
