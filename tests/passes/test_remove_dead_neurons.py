@@ -616,7 +616,11 @@ def regnet(**options: Any) -> nn.Module:
 
 def vgg(name: str) -> nn.Module:
     """The real features; a classifier of the same form that is not 100 million weights wide."""
-    model = models.get_model(name, num_classes=7)
+    with torch.device("meta"):  # where what is replaced draws no weights
+        model = models.get_model(name, num_classes=7)
+    for layer in model.features.to_empty(device="cpu"):
+        if isinstance(layer, nn.Conv2d | nn.BatchNorm2d):
+            layer.reset_parameters()
     model.avgpool = nn.AdaptiveAvgPool2d(2)
     model.classifier[0], model.classifier[3] = nn.Linear(2048, 256), nn.Linear(256, 128)
     model.classifier[6] = nn.Linear(128, 7)

@@ -313,7 +313,11 @@ def test_entries_are_drawn_anew_and_buffers_repeated():
 
 
 def vgg11():
-    model = torchvision.models.vgg11(num_classes=7)
+    with torch.device("meta"):  # where what is replaced draws no weights
+        model = torchvision.models.vgg11(num_classes=7)
+    for layer in model.features.to_empty(device="cpu"):
+        if isinstance(layer, nn.Conv2d):
+            layer.reset_parameters()
     model.avgpool = nn.AdaptiveAvgPool2d(2)
     model.classifier[0], model.classifier[3], model.classifier[6] = (
         nn.Linear(2048, 64),
