@@ -162,7 +162,12 @@ def count_flops(
     ctx.scores = initial_scores or {}
     run_passes(planning_pipeline(plan, convention), ctx)
     if ctx.flops is None:
-        raise PlanError(f"count_flops: no shapes to count with: {'; '.join(ctx.report.passes[-1]['notes'])}")
+        inferred = next(row["notes"] for row in ctx.report.passes if row["name"] == "infer-shapes")
+        why = "; ".join(dict.fromkeys([*ctx.program.notes, *inferred]))
+        raise PlanError(
+            f"count_flops: expected example_inputs that tell the shapes of a graph, got no shapes: {why}. Count the "
+            "parts of the model that can be traced on their own."
+        )
     return ctx.flops
 
 

@@ -49,7 +49,7 @@ PRODUCTS: dict[Callable[..., Any], int] = {
 
 _FACTORS = {
     0: (("input", "self"), ("other", "mat2", "vec", "tensor")),
-    1: (("mat1", "batch1"), ("mat2", "batch2")),
+    1: (("mat1", "batch1", "mat"), ("mat2", "batch2", "vec")),
 }
 """Names of what a matrix product multiplies, by the position of the first."""
 _COMPRESSED = {

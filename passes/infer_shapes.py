@@ -47,20 +47,22 @@ class InferShapes:
         if ctx.example_inputs is None:
             ctx.notes.append("shapes are unknown without example_inputs")
             return 0
+        failure = ""
         for names in (("batch", "sequence"), ("batch",), ()):
             symbols = _Symbols(names)
             try:
                 symbols = _annotate(gm, ctx, symbols)
             except RUN_FAILURES as error:
-                ctx.notes.append(f"no symbolic {' and '.join(names)}: {_first_line(error)}")
+                failure = _first_line(error)
+                ctx.notes += [f"no symbolic {' and '.join(names)}: {failure}"] if names else []
                 continue
             gm.meta["symbols"] = symbols.free()
             ctx.notes.extend([*symbols.fixed(), *_learn_sizes(gm, ctx)])
             return 0
         if ctx.program.tier == "walk" and _annotate_as_run(gm, ctx):
-            ctx.notes[-1] = f"{_AS_IN_EXAMPLE}: {ctx.notes[-1]}"
+            ctx.notes.append(f"{_AS_IN_EXAMPLE}: {failure}")
         else:
-            ctx.notes[-1] = ctx.notes[-1].replace("no symbolic ", "shapes are unknown")
+            ctx.notes.append(f"shapes are unknown: {failure}")
         return 0
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxsparse.channels.constants import evaluate, flat, pads
+from fxsparse.channels.constants import evaluate, flat, pads, wide
 from fxsparse.channels.dead import Merge, Removal, plan_removal, weight_name, weight_of, why_rows_stay
 from fxsparse.channels.dependency import Axis, Contraction
 from fxsparse.channels.rules import shape_arguments
@@ -98,7 +98,8 @@ def _shift(gm: GraphModule, plan: Removal, reader: Contraction) -> Tensor | None
     weight = flat(evaluate(gm, weight_of(reader)))[:, gone]
     if not bool(weight.any()):
         return None
-    shift = weight.sum(2, dtype=torch.float64) @ constant.values[gone].double()
+    dtype = wide(weight.dtype)
+    shift = weight.sum(2, dtype=dtype) @ constant.values[gone].to(dtype)
     produces = plan.traced.steps[reader.node].produces
     assert produces is not None
     return shift[plan.index(produces, shift)]
@@ -112,10 +113,10 @@ def _merge(gm: GraphModule, merges: list[Merge]) -> None:
             fetch(gm, name).detach().clone(memory_format=torch.contiguous_format)
         )  # so that flat() is a view
         into, taken = torch.tensor([(m.into, m.position) for m in own], device=weight.device).t()
-        ratios = torch.tensor([m.ratio for m in own], dtype=torch.float64, device=weight.device)
+        ratios = torch.tensor([m.ratio for m in own], dtype=wide(weight.dtype), device=weight.device)
         changed, which = into.unique(return_inverse=True)
-        columns = flat(weight)[:, taken].double() * ratios[:, None]
-        sums = flat(weight)[:, changed].double().index_add_(1, which, columns)
+        columns = flat(weight)[:, taken] * ratios[:, None]
+        sums = flat(weight)[:, changed].to(ratios.dtype).index_add_(1, which, columns)
         flat(weight)[:, changed] = sums.to(weight.dtype)
         replace_parameter(gm, name, weight)
 
@@ -123,7 +124,7 @@ def _merge(gm: GraphModule, merges: list[Merge]) -> None:
 def _add_to_bias(gm: GraphModule, reader: Contraction, shift: Tensor) -> None:
     bias, weight = argument(reader.node, 2, "bias"), evaluate(gm, weight_of(reader))
     if isinstance(bias, Node):
-        shift = shift + fetch(gm, str(bias.target)).detach().double()
+        shift = shift + fetch(gm, str(bias.target)).detach()
     site = next(site for site in sites(gm) if site.node is reader.node)
     set_bias(gm, site, shift.to(weight.dtype))
 

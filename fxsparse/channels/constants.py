@@ -61,6 +61,11 @@ def flat(weight: Tensor) -> Tensor:
     return weight.flatten(2) if weight.dim() > 2 else weight.unsqueeze(2)
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums of these are taken in: fp64, complex for complex numbers."""
+    return torch.promote_types(dtype, torch.float64)
+
+
 def _outputs(traced: TracedChannels, node: Node) -> list[Axis]:
     value = node.meta.get("val")
     axes = [Axis(node, dim) for dim in range(value.dim() if isinstance(value, Tensor) else 0)]
@@ -142,16 +147,16 @@ def _product(gm: GraphModule, found: dict[Axis, Constant], node: Node, step: Ste
     if source is None:
         source = Constant(weight.new_zeros(groups * weight.shape[1]), weight.new_zeros((), dtype=torch.bool))
     usable = source.known & (torch.tensor(not pads(node)) | (source.values == 0))
-    usable, values = usable.view(groups, 1, -1), source.values.double().view(groups, 1, -1)
+    usable, values = usable.view(groups, 1, -1), source.values.to(wide(weight.dtype)).view(groups, 1, -1)
     matrix = weight.view(groups, -1, *weight.shape[1:])
     known = ~((matrix != 0).any(3) & ~usable).any(2).flatten()
     values = values.where(usable, 0)
     at = (values != 0).any(0).any(0)  # few columns, so that no copy of the whole weight is made
-    summed = (matrix[:, :, at].sum(3, dtype=torch.float64) * values[:, :, at]).sum(2).flatten()
+    summed = (matrix[:, :, at].sum(3, dtype=wide(weight.dtype)) * values[:, :, at]).sum(2).flatten()
     if isinstance(bias, Node):
         if bias.op != "get_attr":
             return _nothing_known(node, axis)
-        summed = summed + evaluate(gm, bias).double()
+        summed = summed + evaluate(gm, bias)
     return Constant(summed.to(weight.dtype), known)
 
 

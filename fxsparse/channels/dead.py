@@ -48,7 +48,7 @@ class Merge:
     channel: int
     position: int
     into: int
-    ratio: float
+    ratio: complex
 
 
 def plan_removal(gm: GraphModule) -> Removal | None:
@@ -124,13 +124,13 @@ def _only_zero(gm: GraphModule, reader: Contraction) -> str | None:
 
 def _merge_at_borders(gm: GraphModule, plan: Removal) -> None:
     """Of the channels that the same padded convolutions read as constants other than 0, keep one for all."""
-    met: dict[int, dict[int, tuple[int, float]]] = {}
+    met: dict[int, dict[int, tuple[int, complex]]] = {}
     padded = [reader for reader in plan.traced.graph.contractions if pads(reader.node)]
     for index, reader in enumerate(padded):
         channels = plan.labels[reader.input]
         wanted = np.logical_and.reduce(_read(gm, plan, reader)) & plan.gone[channels]
         for position in np.flatnonzero(wanted):
-            value = float(plan.constants[reader.input].values[position])
+            value = plan.constants[reader.input].values[position].item()
             seen = met.setdefault(int(channels[position]), {})
             if index in seen:
                 plan.gone[channels[position]] = False

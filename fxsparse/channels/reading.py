@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.nn.modules.dropout import _DropoutNd
 
 from fxsparse.channels.dependency import Axis, Tie
 from fxsparse.graph import argument, canonical_names, fetch, operand_of
+from fxsparse.operations import operation, without_underscore
 from fxsparse.trace.modules import has_hooks
 
 _MODULES: dict[type[nn.Module], str] = {
@@ -26,12 +26,6 @@ _MODULES: dict[type[nn.Module], str] = {
     nn.AdaptiveMaxPool2d: "adaptive_max_pool2d", nn.AdaptiveMaxPool3d: "adaptive_max_pool3d",
     nn.LayerNorm: "layer_norm", nn.GroupNorm: "group_norm", nn.RMSNorm: "rms_norm",
     nn.Softmax: "softmax", nn.LogSoftmax: "log_softmax",
-}  # fmt: skip
-_SPELLINGS = {
-    "iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "truediv": "div", "subtract": "sub",
-    "multiply": "mul", "divide": "div", "concat": "cat", "concatenate": "cat", "numpy_T": "t",
-    "swapaxes": "transpose", "swapdims": "transpose", "moveaxis": "movedim", "sym_size": "size",
-    "_unsafe_view": "view", "split_with_sizes": "split", "_assert": "assert",
 }  # fmt: skip
 _NOT_IN_ATEN = {
     "hardswish",
@@ -69,21 +63,11 @@ class Reader:
             if module is None or has_hooks(module):
                 return None
             return "dropout" if isinstance(module, _DropoutNd) else _MODULES.get(type(module))
-        if node.op == "call_method":
-            return _spelling(str(node.target))
-        if node.op != "call_function":
-            return None
-        target: Any = node.target
-        if isinstance(target, torch._ops.OpOverload):
-            return (
-                _spelling(target._schema.name.removeprefix("aten::")) if target.namespace == "aten" else None
-            )
-        name = getattr(target, "__name__", "")
-        if name == "stochastic_depth":  # torchvision's, which need not be installed
+        if (
+            getattr(node.target, "__name__", "") == "stochastic_depth"
+        ):  # torchvision's, which need not be installed
             return "dropout"
-        if target is getattr or any(getattr(place, name, None) is target for place in (torch, F, operator)):
-            return _spelling(name)
-        return None
+        return operation(node)
 
     def module(self, node: Node) -> nn.Module | None:
         return self.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -169,7 +153,7 @@ class Reader:
         name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
         reads_itself = name.startswith("i") and getattr(operator, name, None) is node.target
         told = "out" in node.kwargs or bool(node.kwargs.get("inplace"))
-        return told or reads_itself or _plain(name) != name
+        return told or reads_itself or without_underscore(name) != name
 
 
 def is_pointwise(name: str) -> bool:
@@ -187,12 +171,3 @@ def _number(size: int | torch.SymInt) -> int | torch.SymInt:
     if isinstance(size, torch.SymInt) and size.node.expr.is_number:
         return int(size)
     return size
-
-
-def _plain(name: str) -> str:
-    """The name without the underscore of the in-place form."""
-    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
-
-
-def _spelling(name: str) -> str:
-    return _SPELLINGS.get(_plain(name), _plain(name))

@@ -1,12 +1,8 @@
 """The call sites of a graph whose nodes carry their values' shapes."""
 
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
-import torch.nn.functional as F
 from sympy import Symbol
 from torch import nn
 from torch._ops import HigherOrderOperator
@@ -14,9 +10,8 @@ from torch.fx import GraphModule, Node
 
 from fxsparse.flops.reading import Reading
 from fxsparse.flops.site import CallSite
-from fxsparse.graph import ATEN_SITES, SITE_OPS, fetch
-
-_aten = torch.ops.aten
+from fxsparse.graph import SITE_OPS, fetch
+from fxsparse.operations import operation
 
 MODULES: dict[type[nn.Module], str] = {
     nn.Linear: "linear",
@@ -35,57 +30,32 @@ MODULES: dict[type[nn.Module], str] = {
     nn.AdaptiveAvgPool2d: "adaptive_avg_pool",
     nn.AdaptiveAvgPool3d: "adaptive_avg_pool",
 }
-FUNCTIONS: dict[Any, str] = {
-    **SITE_OPS,
-    **{aten: SITE_OPS[call] for aten, call in ATEN_SITES.items()},
-    **dict.fromkeys([F.batch_norm, torch.batch_norm, _aten.batch_norm.default], "batch_norm"),
-    **dict.fromkeys([F.layer_norm, torch.layer_norm, _aten.layer_norm.default], "layer_norm"),
-    **dict.fromkeys([F.max_pool1d, F.max_pool2d, F.max_pool3d, _aten.max_pool2d.default], "max_pool"),
-    **dict.fromkeys(
-        [
-            F.adaptive_avg_pool1d,
-            F.adaptive_avg_pool2d,
-            F.adaptive_avg_pool3d,
-            _aten.adaptive_avg_pool2d.default,
-        ],
-        "adaptive_avg_pool",
-    ),
-    **dict.fromkeys(
-        [F.scaled_dot_product_attention, _aten.scaled_dot_product_attention.default], "attention"
-    ),
-    **dict.fromkeys(
-        [
-            torch.matmul,
-            torch.mm,
-            torch.bmm,
-            torch.mv,
-            torch.dot,
-            torch.inner,
-            torch.linalg.matmul,
-            operator.matmul,
-            _aten.matmul.default,
-            _aten.mm.default,
-            _aten.bmm.default,
-        ],
-        "matmul",
-    ),
-    **dict.fromkeys([torch.addmm, torch.baddbmm, _aten.addmm.default, _aten.baddbmm.default], "addmm"),
-    **dict.fromkeys([torch.einsum, _aten.einsum.default], "einsum"),
-}
-METHODS = {
-    **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot", "inner"), "matmul"),
-    **dict.fromkeys(("addmm", "baddbmm"), "addmm"),
+OPERATIONS: dict[str, str] = {
+    **{op: op for op in SITE_OPS.values()},
+    **dict.fromkeys(("batch_norm", "_native_batch_norm_legit_no_training"), "batch_norm"),
+    **dict.fromkeys(("layer_norm", "native_layer_norm"), "layer_norm"),
+    **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices"), "max_pool"),
+    **dict.fromkeys((f"adaptive_avg_pool{dims}d" for dims in (1, 2, 3)), "adaptive_avg_pool"),
+    **dict.fromkeys((f"_adaptive_avg_pool{dims}d" for dims in (2, 3)), "adaptive_avg_pool"),
+    **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot", "vdot", "inner"), "matmul"),
+    **dict.fromkeys(("addmm", "baddbmm", "addmv"), "addmm"),
+    "einsum": "einsum",
+    "scaled_dot_product_attention": "attention",
 }
 WITHOUT_FORMULA = {
-    torch.tensordot,
-    torch.addbmm,
-    torch.chain_matmul,
-    torch.linalg.multi_dot,
-    torch.sparse.mm,
-    torch.sparse.addmm,
-    torch.sparse.sampled_addmm,
-    F.bilinear,
-}
+    "tensordot", "addbmm", "chain_matmul", "linalg_multi_dot", "linalg_vecdot", "matrix_power", "linalg_matrix_power",
+    "bilinear", "_trilinear", "conv_tbc", "convolution", "_convolution", "cdist", "cov", "corrcoef",
+    "_sparse_mm", "_sparse_addmm", "sparse_sampled_addmm", "sspaddmm", "smm", "hspmm", "spmm", "dsmm", "hsmm", "saddmm",
+    "_int_mm", "_addmm_activation", "grouped_mm", "_grouped_mm", "scaled_mm", "_scaled_mm", "scaled_grouped_mm",
+    "_scaled_grouped_mm", "linear_cross_entropy", "_weight_int8pack_mm", "_weight_int4pack_mm",
+    "_weight_int4pack_mm_for_cpu",
+    "gru", "lstm", "rnn_tanh", "rnn_relu", "gru_cell", "lstm_cell", "rnn_tanh_cell", "rnn_relu_cell",
+    "multi_head_attention_forward", "_native_multi_head_attention", "_transformer_encoder_layer_fwd", "flex_attention",
+    "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention", "_flash_attention_forward",
+    "_efficient_attention_forward",
+}  # fmt: skip
+"""Names of the other ops that multiply matrices."""
 OUT_OF_SIGHT = "what is no plain layer, and a layer's calls but the last: the module walk does not see them"
 WITHOUT_PRODUCTS = (nn.Embedding, nn.EmbeddingBag, nn.modules.batchnorm._NormBase, nn.LayerNorm)
 
@@ -119,17 +89,12 @@ def call_sites(gm: GraphModule) -> Sites:
         uncounted.append(OUT_OF_SIGHT)
     for node in gm.graph.nodes:
         op = _op(gm, node)
-        if op is not None and not reading.has_values(node):
-            uncounted.append(f"{node.name}: its shapes are unknown")
-        elif op is not None:
+        if op is not None and reading.has_values(node):
             found.append(reading.site(node, op))
-        elif node.op == "call_module" and _holds_matrix(gm.get_submodule(str(node.target))):
-            kind = type(gm.get_submodule(str(node.target))).__name__
-            uncounted.append(f"{node.target}: a {kind} is called as a whole")
-        elif node.target in WITHOUT_FORMULA:
-            uncounted.append(f"{node.name}: a product without a formula here")
-        elif any(_has_sites(region) for region in _regions(gm, node)):
-            uncounted.append(f"{node.name}: layers and products inside of its {node.target}")
+        elif op is not None:
+            uncounted.append(f"{node.name}: its shapes are unknown")
+        elif (why := _without_formula(gm, node)) is not None:
+            uncounted.append(f"{node.target if node.op == 'call_module' else node.name}: {why}")
     return Sites(tuple(found), tuple(uncounted), reading.sizes, reading.samples)
 
 
@@ -137,9 +102,19 @@ def _op(gm: GraphModule, node: Node) -> str | None:
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
         return next((op for kind, op in MODULES.items() if isinstance(module, kind)), None)
-    if node.op == "call_method":
-        return METHODS.get(str(node.target))
-    return FUNCTIONS.get(node.target) if node.op == "call_function" else None
+    return OPERATIONS.get(operation(node) or "")
+
+
+def _without_formula(gm: GraphModule, node: Node) -> str | None:
+    """What a node that is not counted multiplies, in words; None where that is nothing."""
+    if node.op == "call_module":
+        module = gm.get_submodule(str(node.target))
+        return f"a {type(module).__name__} is called as a whole" if _holds_matrix(module) else None
+    if operation(node) in WITHOUT_FORMULA:
+        return "it multiplies matrices, and has no formula here"
+    if any(_multiplies(region) for region in _regions(gm, node)):
+        return f"layers and products inside of its {node.target}"
+    return None
 
 
 def _regions(gm: GraphModule, node: Node) -> list[GraphModule]:
@@ -150,8 +125,8 @@ def _regions(gm: GraphModule, node: Node) -> list[GraphModule]:
     return [value for value in given if isinstance(value, GraphModule)]
 
 
-def _has_sites(gm: GraphModule) -> bool:
-    return any(_op(gm, node) or any(map(_has_sites, _regions(gm, node))) for node in gm.graph.nodes)
+def _multiplies(gm: GraphModule) -> bool:
+    return any(_op(gm, node) or _without_formula(gm, node) for node in gm.graph.nodes)
 
 
 def _holds_matrix(module: nn.Module) -> bool:

@@ -577,6 +577,37 @@ def test_without_shapes_or_graph_it_says_so() -> None:
     assert notes(ctx) == ["no neuron is removed: shapes are unknown"]
 
 
+class Phase(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.angle(x)
+
+
+def complex_linear(*between: nn.Module, dtype: torch.dtype = torch.cdouble) -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 6, dtype=torch.cdouble), *between, nn.Linear(6, 3, dtype=dtype))
+
+
+def complex_conv(padding: int) -> nn.Module:
+    first = nn.Conv2d(5, 6, 3, padding=1, dtype=torch.cdouble)
+    return nn.Sequential(first, nn.Tanh(), nn.Conv2d(6, 3, 3, padding=padding, dtype=torch.cdouble))
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "gone"),
+    [
+        (complex_linear(), (4, 5), 2),
+        (complex_linear(nn.Tanh()), (4, 5), 2),
+        (complex_linear(Phase(), dtype=torch.double), (4, 5), 2),
+        (complex_conv(padding=0), (2, 5, 6, 6), 2),
+        (complex_conv(padding=1), (2, 5, 6, 6), 1),
+    ],
+)
+def test_constants_of_complex_layers(model: nn.Module, shape: tuple[int, ...], gone: int) -> None:
+    x = torch.randn(shape, dtype=torch.cdouble)
+    ctx = removed(with_zero_rows(model, {"0.weight": [1, 4]}), x)
+    assert neurons(ctx) == {"0.weight": gone}
+    assert error(ctx, model, x) <= EXACT
+
+
 # -- the whole compilation -----------------------------------------------------------------------------------
 
 

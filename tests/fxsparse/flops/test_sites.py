@@ -1,13 +1,19 @@
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
 from sympy import Integer
 from torch import nn
+from torch._ops import OpOverloadPacket
+from torch.utils.flop_counter import flop_registry
 
 import fxsparse
+from fxsparse.errors import PlanError
 from fxsparse.flops import call_sites
 from fxsparse.flops.site import BATCH, SEQUENCE
-from fxsparse.flops.sites import OUT_OF_SIGHT
+from fxsparse.flops.sites import OPERATIONS, OUT_OF_SIGHT, WITHOUT_FORMULA
+from fxsparse.operations import spelled
 
 
 def found(graph):
@@ -85,15 +91,94 @@ def test_products_with_a_vector_are_counted(shape_graph):
     assert [site.products for site in sites] == [6 * 6] * 4 + [6 * 6 * 6]
 
 
-class WithoutFormula(nn.Module):
-    def forward(self, a):
-        return torch.tensordot(a, a, 1), torch.sparse.mm(a.to_sparse(), a)
+class Exported(nn.Module):
+    """Only ``torch.export`` follows it, which calls ops by their aten names."""
+
+    def __init__(self, product):
+        super().__init__()
+        self.product, self.recurrent, self.cell = product, nn.GRU(6, 6), nn.LSTMCell(6, 6)
+        self.weight = nn.Parameter(torch.ones(6, 6))
+
+    def forward(self, x):
+        return self.product(self, x) if len(range(x.dim())) == 2 else x
 
 
-def test_products_without_a_formula_are_said(shape_graph):
-    sites = call_sites(shape_graph(WithoutFormula(), torch.zeros(6, 6), dynamic=0))
-    said = "a product without a formula here"
-    assert sites.uncounted == (f"tensordot: {said}", f"_sparse_mm: {said}")
+class Traced(Exported):
+    def forward(self, x):
+        return self.product(self, x)
+
+
+COUNTED = {
+    "linalg.matmul": (lambda _, x: torch.linalg.matmul(x, x), 6 * 6 * 6),
+    "inner": (lambda _, x: torch.inner(x, x), 6 * 6 * 6),
+    "mv": (lambda _, x: torch.mv(x, x[0]), 6 * 6),
+    "addmv": (lambda _, x: torch.addmv(x[1], x, x[0]), 6 * 6),
+    "addmv by name": (lambda _, x: x[1].addmv(vec=x[0], mat=x), 6 * 6),
+    "dot": (lambda _, x: torch.dot(x[0], x[1]), 6),
+    "vdot": (lambda _, x: torch.vdot(x[0], x[1]), 6),
+    "matmul": (lambda _, x: x @ x, 6 * 6 * 6),
+    "outer": (lambda _, x: torch.outer(x[0], x[1]) + torch.addr(x, x[0], x[1]), 0),
+}
+NAMED = {
+    "tensordot": lambda _, x: torch.tensordot(x, x, 1),
+    "multi_dot": lambda _, x: torch.linalg.multi_dot([x, x, x]),
+    "vecdot": lambda _, x: torch.linalg.vecdot(x, x),
+    "matrix_power": lambda _, x: torch.linalg.matrix_power(x, 3),
+    "addbmm": lambda _, x: torch.addbmm(x, x[None], x[None]),
+    "bilinear": lambda _, x: F.bilinear(x, x, x[None]),
+    "conv_tbc": lambda _, x: torch.conv_tbc(x[None], x[None], x[0]),
+    "cdist": lambda _, x: torch.cdist(x, x),
+    "gru": lambda model, x: model.recurrent(x)[0],
+    "lstm_cell": lambda model, x: model.cell(x)[0],
+}
+
+
+@pytest.mark.parametrize(("product", "multiply_adds"), COUNTED.values(), ids=COUNTED)
+@pytest.mark.parametrize("model", [Traced, Exported])
+def test_products_are_counted_by_any_name(model, product, multiply_adds):
+    count = fxsparse.count_flops(model(product), torch.randn(6, 6))
+    assert count.symbolic.subs(dict.fromkeys(count.symbolic.free_symbols, 6)) == 2 * multiply_adds
+    assert count.uncounted == ()
+
+
+@pytest.mark.parametrize("product", NAMED.values(), ids=NAMED)
+@pytest.mark.parametrize("model", [Traced, Exported])
+def test_products_without_a_formula_are_said(model, product):
+    count = fxsparse.count_flops(model(product), torch.randn(6, 6))
+    assert count.dense == 0
+    assert len(count.uncounted) == 1
+    assert re.search("no formula here|called as a whole", count.uncounted[0])
+
+
+@pytest.mark.parametrize("model", [nn.GRU(6, 6), nn.LSTM(6, 6), nn.RNN(6, 6), nn.GRUCell(6, 6)])
+def test_a_recurrent_model_is_not_said_to_cost_nothing(model):
+    assert len(fxsparse.count_flops(model, torch.randn(6, 6)).uncounted) == 1
+
+
+def test_what_pytorch_counts_is_counted_or_said():
+    names = {
+        spelled(op.__name__) for op in flop_registry if isinstance(op, OpOverloadPacket) and "aten" in str(op)
+    }
+    forward = {name for name in names if "backward" not in name}
+    of_devices = {"cudnn_convolution", "convolution_overrideable", "_slow_conv2d_forward"}
+    assert len(forward) > 10
+    assert forward - of_devices <= OPERATIONS.keys() | WITHOUT_FORMULA
+
+
+def sparse_product(model, x):
+    return torch.sparse.mm(model.weight.to_sparse(), x)
+
+
+def test_a_sparse_product_is_said():
+    (said,) = fxsparse.count_flops(Traced(sparse_product), torch.randn(6, 6)).uncounted
+    assert said == "_sparse_mm: it multiplies matrices, and has no formula here"
+
+
+def test_a_model_whose_shapes_nothing_tells_is_refused_with_the_reason():
+    with pytest.raises(
+        PlanError, match=r"got no shapes: symbolic: .*export: torch.export failed.*_sparse_addmm"
+    ):
+        fxsparse.count_flops(Exported(sparse_product), torch.randn(6, 6))
 
 
 def test_attention_is_two_products(shape_graph):
