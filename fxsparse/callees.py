@@ -15,13 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import HigherOrderOperator, OpOverload
+from torch.fx._symbolic_trace import _assert_is_none
 from torch.overrides import get_overridable_functions
 
 from fxsparse import kernel
 from fxsparse.image_ops import channels_first, channels_last
 from fxsparse.trace.attention import attention_mask
 
-_OWN = {function.__name__: function for function in (channels_first, channels_last, attention_mask)}
+_OWN = {
+    function.__name__: function
+    for function in (channels_first, channels_last, attention_mask, torch._assert, _assert_is_none)
+}
+"""Of this package; the last two are torch.fx's, of arguments that are no tensors."""
 _NAMESPACES = ("aten", "prims", "torchvision")
 _NAMES_A_FILE = {"filename", "file", "path"}
 """Texts that an op takes which no graph of a model needs."""

@@ -45,8 +45,8 @@ def copied_model(model: nn.Module, call: str) -> nn.Module:
             if isinstance(value, Tensor) and not value.is_leaf:
                 raise PlanError(
                     f"{call}: expected a model that can be copied, got {f'{path}.{name}'.lstrip('.')!r}, a tensor "
-                    "computed from parameters (torch.nn.utils.weight_norm and spectral_norm keep such). Use "
-                    "torch.nn.utils.parametrizations.weight_norm or spectral_norm instead."
+                    "computed from parameters. Call torch.nn.utils.prune.remove where it has a mask; use "
+                    "torch.nn.utils.parametrizations.weight_norm and spectral_norm, not those of torch.nn.utils."
                 )
     return copy.deepcopy(model)
 

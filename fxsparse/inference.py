@@ -23,8 +23,8 @@ from fxsparse.passes import RemoveDeadNeurons, SelectKernels, inference_pipeline
 from fxsparse.passes.select_entry_kernels import why_not_dense
 from fxsparse.passes.select_kernels import ADVANTAGE
 from fxsparse.pipeline import Pass, PassContext, Program, run_passes
+from fxsparse.plain_weights import with_plain_weights
 from fxsparse.plans import Plan
-from fxsparse.pruning_hooks import note_of, without_pruning_hooks
 from fxsparse.raised import raised
 from fxsparse.report import Report
 from fxsparse.skeleton import bind, copy_structure, substituted
@@ -82,9 +82,9 @@ def compile_for_inference(
         InvariantError: the result computes something else than the model (a bug).
     """
     _check(model, example_inputs)
-    model, masked = without_pruning_hooks(model)
+    model, folded = (model, []) if isinstance(model, SparseModule) else with_plain_weights(model)
     source, plan = _capture(model, example_inputs, strict)
-    source.notes[:0] = [note_of(masked)] if masked else []
+    source.notes[:0] = folded
     made = infer_program(model, source, plan, example_inputs, values)
     made.report.notes += _unfinished(model)
     return made

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.optim import Optimizer
 
-from fxsparse import dense_copies, sharding
+from fxsparse import dense_copies, plain_weights, sharding
 from fxsparse.dense_copies import check_bytes, copied_model, fill, listed, mask_of, numel_of, versioned
 from fxsparse.errors import CheckpointError, FxSparseError, PlanError, TraceError
 from fxsparse.graph import owner
@@ -335,6 +335,7 @@ class SparseModule(nn.Module):
 
     def __reduce__(self) -> tuple[Any, ...]:
         sharding.refuse_shards(self, "pickle")
+        plain_weights.refuse_parametrizations(self)
         arguments: tuple[Any, ...] = (self._emitted.recipe, self.state_dict(), self.training)
         if self._emitted.updates is not None:
             arguments = (*arguments, self._emitted.updates.history.state_dict())

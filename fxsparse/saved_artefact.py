@@ -125,12 +125,20 @@ def _source(header: Mapping[str, Any]) -> Source:
     )
 
 
+def has_names(header: Mapping[str, Any], model: nn.Module) -> bool:
+    """Whether the tensors of a model have the names of those that the saved one was compiled from."""
+    return dict(_named(model)).keys() == header["shapes"].keys()
+
+
+def _named(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+
+
 def _check_model(header: Mapping[str, Any], shell: nn.Module) -> None:
-    named = (
-        *shell.named_parameters(remove_duplicate=False),
-        *shell.named_buffers(remove_duplicate=False),
-    )
-    known = {name: list(tensor.shape) for name, tensor in named}
+    known = {name: list(tensor.shape) for name, tensor in _named(shell)}
     for name in (*header["shapes"], *known):
         wanted, got = header["shapes"].get(name), known.get(name)
         if wanted != got:

@@ -18,6 +18,7 @@ from fxsparse.graph_model import GraphModel
 from fxsparse.inference import compile_again
 from fxsparse.inputs import drawn, from_json
 from fxsparse.module import SparseModule
+from fxsparse.plain_weights import with_plain_weights
 from fxsparse.plans import Plan
 from fxsparse.sharding import refuse_shards
 from fxsparse.skeleton import without_values
@@ -89,7 +90,7 @@ def load(
         PlanError: a device that is not there, or no model of the user's own.
     """
     place = _device(device)
-    shell = _without_values(model)
+    _check_own(model)
     tensors, header = checkpoint.read(path)
     with _blaming(path):
         if header["kind"] not in KINDS:
@@ -97,8 +98,8 @@ def load(
         if header["kind"] == "inference":
             if optimizer is not None:
                 raise CheckpointError("it holds a module compiled for inference, which no optimizer trains.")
-            return _inferring(tensors, header, shell, example_inputs, place)
-        sparse = _trained(tensors, header, shell, example_inputs).to(place)
+            return _inferring(tensors, header, model, example_inputs, place)
+        sparse = _trained(tensors, header, without_values(model), example_inputs).to(place)
         if optimizer is not None:
             saved_optimizer.restore(
                 optimizer, header.get("optimizer"), _below(tensors, _OPTIMIZER), model, sparse
@@ -111,14 +112,16 @@ def load(
 def _inferring(
     tensors: Mapping[str, Tensor],
     header: Mapping[str, Any],
-    shell: nn.Module,
+    model: nn.Module,
     example_inputs: Any,
     place: torch.device,
 ) -> SparseModule:
     """As it was saved where that was measured here; else with kernels chosen again, on random example inputs."""
     row = header["example_inputs"]
     shape_inputs = from_json(row) if example_inputs is None and row is not None else example_inputs
-    shell = _as_saved(saved_training.made_by(header), shape_inputs, shell)
+    made_by = saved_training.made_by(header)
+    given = model if saved_artefact.has_names(header, model) or made_by else with_plain_weights(model)[0]
+    shell = _as_saved(made_by, shape_inputs, without_values(given))
     sparse = saved_artefact.restore(header, tensors, shell).to(place)
     changed = saved_artefact.what_differs(header, place)
     if changed is None or header["tier"] == "walk" or shape_inputs is None:
@@ -184,11 +187,9 @@ def _device(device: torch.device | str) -> torch.device:
     return place
 
 
-def _without_values(model: nn.Module) -> nn.Module:
-    """A structural copy of the user's model on meta."""
+def _check_own(model: nn.Module) -> None:
     if not isinstance(model, nn.Module) or isinstance(model, SparseModule):
         raise PlanError(f"load: expected your own model, as it was compiled, got {type(model).__name__}.")
-    return without_values(model)
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 from fxsparse.errors import PlanError
 from fxsparse.globs import matches, unmatched
@@ -134,6 +134,11 @@ def _why_unread(ctx: PassContext, name: str, graphs: list[GraphModule]) -> str:
         return (
             f"{inside} computes it by a parametrization at every call; "
             "torch.nn.utils.parametrize.remove_parametrizations makes it a Parameter again"
+        )
+    if prune.is_pruned(module):
+        return (
+            f"{inside} multiplies it by a mask of torch.nn.utils.prune at every call; torch.nn.utils.prune.remove "
+            "makes it a Parameter again, whose zeros a plan can keep"
         )
     kind = type(module).__name__
     return f"inside {inside} ({kind}), which runs as one module"

@@ -70,6 +70,18 @@ class Own(nn.Module):
         return self.layer(x) if float(x.sum()) > 0 else -self.layer(x)
 
 
+class Optional(nn.Module):
+    """Arguments that are no tensors, which a graph asserts to be those of the example."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x, mask=None, shifted=True):
+        y = self.layer(x) + 1 if shifted else self.layer(x)
+        return y if mask is None else y * mask
+
+
 def two_names():
     linear = nn.Linear(16, 16)
     return nn.Sequential(linear, nn.ReLU(), linear)
@@ -77,6 +89,7 @@ def two_names():
 
 MODELS = {
     "images": (Images, IMAGES),
+    "optional": (Optional, X),
     "tied": (Tied, ({"x": X}, {})),
     "own": (Own, X),
     "two names": (two_names, X),
