@@ -88,7 +88,8 @@ def emit(model: nn.Module, ctx: PassContext, source: Source | None = None) -> Sp
 
 def rebuild(recipe: InferenceRecipe, state: Mapping[str, Tensor], training: bool) -> SparseModule:
     """The inference module that was pickled."""
-    graph = None if recipe.graph is None else restored(recipe.graph)
+    flat: Any = recipe.graph  # as __reduce__ left it
+    graph = None if flat is None else restored(flat)
     sparse = assembled(replace(recipe, graph=graph))
     sparse.load_state_dict(state, assign=True)
     return sparse.train(training)

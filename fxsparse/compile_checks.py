@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.optim import Optimizer
 
 from fxsparse.errors import PlanError, TraceError, UnsupportedError
@@ -9,6 +10,7 @@ from fxsparse.formats import narrow
 from fxsparse.graph import has_sparse_layout
 from fxsparse.module import SparseModule
 from fxsparse.plans import Plan
+from fxsparse.trace.exported import refuse_exported
 from fxsparse.wrappers import refuse_wrapped
 
 MODES = ("train", "infer")
@@ -17,7 +19,8 @@ MODES = ("train", "infer")
 def check_model(model: nn.Module) -> None:
     """PlanError for anything but an nn.Module, TraceError for TorchScript, UnsupportedError for sparse layouts."""
     if not isinstance(model, nn.Module):
-        raise PlanError(f"expected the model as an nn.Module, got {type(model).__name__}.")
+        way_out = "; pass its module()" if isinstance(model, ExportedProgram) else ""
+        raise PlanError(f"expected the model as an nn.Module, got {type(model).__name__}{way_out}.")
     refuse_wrapped(model)
     scripted = [path for path, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
     if scripted:
@@ -111,6 +114,8 @@ def check_call(model: nn.Module, plan: Plan | None, mode: str, *, planning: bool
     if mode not in MODES:
         raise PlanError(f"compile: expected mode 'train' or 'infer', got {mode!r}.")
     check_plan(plan, "compile")
+    if mode == "train":
+        refuse_exported(model, "compile")
     if mode == "infer" and plan is not None:
         raise PlanError(
             "compile: mode='infer' takes no plan; make zeros with fxsparse.prune(model, plan) first."

@@ -41,6 +41,7 @@ from fxsparse.storage import CompactWeight
 from fxsparse.summary import add_balance, stored_bytes, summarize, warn_of_nothing
 from fxsparse.topology import TopologyHistory
 from fxsparse.trace import capture
+from fxsparse.trace.exported import opened
 from fxsparse.transformation import fitted, transform
 from fxsparse.undisturbed import without_autocast
 from fxsparse.updates import MaskUpdates
@@ -68,8 +69,9 @@ def compile(
         model: any nn.Module.  For training in masked storage its Parameters are shared and pruned entries zeroed in
             place; in compact storage and for inference it is left untouched, with the buffers that its forward writes.
             Parameters on the meta device are created, in the module that is returned alone: compact weights at the
-            size of their nonzeros, never dense.  For inference, what ``torch.nn.utils.prune`` masks is folded in the
-            module that is returned.
+            size of their nonzeros, never dense.  For inference, weights that masks of ``torch.nn.utils.prune`` or
+            parametrizations compute are plain ones in the module that is returned, and the ``module()`` of an exported
+            program is taken, too, for the sizes that the program is for.
         plan: what is wanted; required for training, refused for inference (use `fxsparse.prune` first).
         mode: "train" or "infer".
         example_inputs: a tensor, or a tuple of positional inputs whose last item may be a dict of keyword inputs.
@@ -153,6 +155,7 @@ def count_flops(
         PlanError: an unknown convention, or a model whose shapes the example inputs do not tell.
     """
     check_model(model)
+    model = opened(model)
     check_plan(plan, "count_flops")
     check_dense(model, "count_flops")
     if initial_scores is not None:

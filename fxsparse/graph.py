@@ -41,8 +41,9 @@ CONVOLUTION = ("stride", "padding", "dilation", "groups")
 """What follows input, weight and bias in the arguments of a convolution, in order."""
 
 PRODUCTS: dict[Callable[..., Any], int] = {
-    **dict.fromkeys((torch.mm, torch.matmul, operator.matmul), 0),
+    **dict.fromkeys((torch.mm, torch.matmul, torch.linalg.matmul, operator.matmul), 0),
     **dict.fromkeys((torch.ops.aten.mm.default, torch.ops.aten.matmul.default), 0),
+    torch.ops.aten.linalg_matmul.default: 0,
     **dict.fromkeys((torch.addmm, torch.ops.aten.addmm.default), 1),
 }
 """Matrix products that can be ``F.linear``: position of the input; the weight follows it, a bias comes before."""
@@ -58,8 +59,9 @@ _COMPRESSED = {
 }
 """{sparse layout: what reads its two indices}"""
 _TRANSPOSES = {
-    torch.t, torch.transpose, torch.permute, torch.ops.aten.t.default, torch.ops.aten.transpose.int,
-    torch.ops.aten.permute.default, torch.ops.aten.numpy_T.default,
+    torch.t, torch.transpose, torch.swapaxes, torch.swapdims, torch.permute,
+    torch.ops.aten.t.default, torch.ops.aten.transpose.int, torch.ops.aten.permute.default,
+    torch.ops.aten.numpy_T.default,
 }  # fmt: skip
 _SLICES = {
     operator.getitem, torch.chunk, torch.split, torch.ops.aten.chunk.default, torch.ops.aten.split.Tensor,
@@ -243,16 +245,19 @@ def weight_source(gm: GraphModule, value: Any) -> tuple[Node, bool, bool] | None
 
 def swaps_two_axes(node: Node) -> bool:
     """Whether a node transposes."""
-    if node.op == "call_method":
-        return node.target in ("t", "transpose", "permute")
     if node.target is getattr:
         return node.args[1] in ("T", "mT")
+    if node.target in ("permute", torch.permute, torch.ops.aten.permute.default):
+        dims = list(pytree.tree_leaves((node.args[1:], node.kwargs.get("dims", ()))))
+        return dims != list(range(len(dims)))
+    if node.op == "call_method":
+        return node.target in ("t", "transpose", "swapaxes", "swapdims")
     return node.op == "call_function" and node.target in _TRANSPOSES
 
 
 def is_product(node: Node) -> bool:
     """Whether a node is a matrix product that may be written as ``F.linear``."""
-    return node.target in PRODUCTS or (node.op == "call_method" and node.target == "matmul")
+    return node.target in PRODUCTS or (node.op == "call_method" and node.target in ("matmul", "mm"))
 
 
 def operation_name(node: Node) -> str:
@@ -344,6 +349,8 @@ _PURE_METHODS = frozenset(
         "reshape",
         "permute",
         "transpose",
+        "swapaxes",
+        "swapdims",
         "t",
         "flatten",
         "unflatten",

@@ -82,5 +82,6 @@ class GraphModel(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        made = {id(graph): restored(graph) for graph in self.graphs.values()}
-        self.graphs = {mode: made[id(graph)] for mode, graph in self.graphs.items()}
+        flat: Any = self.graphs  # as __getstate__ left them
+        made = {id(graph): restored(graph) for graph in flat.values()}
+        self.graphs = {mode: made[id(graph)] for mode, graph in flat.items()}

@@ -1,4 +1,4 @@
-"""Graphs whose targets do not pickle, in a form that does."""
+"""Graphs in a form that pickles, whatever they call and however long they are."""
 
 import copy
 from dataclasses import dataclass
@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Graph
-from torch.fx.node import map_arg
+from torch.fx.graph import CodeGen
+from torch.fx.node import map_aggregate, map_arg
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,47 @@ class _Overload:
         return getattr(getattr(getattr(torch.ops, namespace), name), self.overload)
 
 
-def picklable(graph: Graph) -> Graph:
-    """A copy of `graph` that pickles; `restored` makes it run."""
-    return _with_targets(graph, _named)
+@dataclass(frozen=True)
+class _Place:
+    """A node in the arguments of another, by its place in the graph."""
+
+    index: int
 
 
-def restored(graph: Graph) -> Graph:
-    """A copy of what `picklable` returned that runs."""
-    named = (_Overload, _Region, _Function)
-    return _with_targets(graph, lambda target: target() if isinstance(target, named) else target)
+@dataclass(frozen=True)
+class FlatGraph:
+    """A graph as rows: nodes refer to their neighbours, so that pickling them takes a level of recursion for each."""
+
+    nodes: tuple[tuple[Any, ...], ...]
+    """(op, target, args, kwargs, name, type, meta) of each, in order."""
+    codegen: CodeGen
+
+
+def picklable(graph: Graph) -> FlatGraph:
+    """What `graph` is, in a form that pickles, with of the nodes' meta only what does; `restored` makes it run."""
+    places: dict[Any, Any] = {node: _Place(index) for index, node in enumerate(graph.nodes)}
+    rows = []
+    for node in graph.nodes:
+        args, kwargs = map_arg((node.args, node.kwargs), places.__getitem__)
+        meta = {key: node.meta[key] for key in ("flops", "from_pass") if key in node.meta}
+        rows.append((node.op, _named(node.target), args, kwargs, node.name, node.type, meta))
+    return FlatGraph(tuple(rows), copy.deepcopy(graph._codegen))
+
+
+def restored(flat: FlatGraph) -> Graph:
+    """The graph that `picklable` was given."""
+    graph, made = Graph(), []
+
+    def node_at(leaf: Any) -> Any:
+        return made[leaf.index] if isinstance(leaf, _Place) else leaf
+
+    for op, target, args, kwargs, name, kind, meta in flat.nodes:
+        target = target() if isinstance(target, _Overload | _Region | _Function) else target
+        args, kwargs = map_aggregate((args, kwargs), node_at)
+        made.append(graph.create_node(op, target, args, kwargs, name, kind))
+        made[-1].meta = dict(meta)
+    graph.set_codegen(copy.deepcopy(flat.codegen))
+    return graph
 
 
 def _named(target: Any) -> Any:
@@ -66,16 +99,3 @@ def _named(target: Any) -> Any:
         found = (_Function(m.__name__, name) for m, name in places if getattr(m, name) is target)
         return next(found, target)
     return target
-
-
-def _with_targets(graph: Graph, change: Any) -> Graph:
-    """A copy with other targets and of the nodes' meta only what pickles."""
-    copied, made = Graph(), {}
-    for node in graph.nodes:
-        args, kwargs = map_arg((node.args, node.kwargs), made.__getitem__)
-        made[node] = new = copied.create_node(
-            node.op, change(node.target), args, kwargs, node.name, node.type
-        )
-        new.meta = {key: node.meta[key] for key in ("flops", "from_pass") if key in node.meta}
-    copied.set_codegen(copy.deepcopy(graph._codegen))
-    return copied

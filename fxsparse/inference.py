@@ -30,6 +30,7 @@ from fxsparse.report import Report
 from fxsparse.skeleton import bind, copy_structure, substituted
 from fxsparse.storage import MaskedWeight
 from fxsparse.trace import capture
+from fxsparse.trace.exported import is_exported, opened
 from fxsparse.verify import compare, copied_inputs, largest_error, observe
 
 NEVER_SLOWER = 0.95
@@ -82,7 +83,7 @@ def compile_for_inference(
         InvariantError: the result computes something else than the model (a bug).
     """
     _check(model, example_inputs)
-    model, folded = (model, []) if isinstance(model, SparseModule) else with_plain_weights(model)
+    model, folded = (model, []) if isinstance(model, SparseModule) else with_plain_weights(opened(model))
     source, plan = _capture(model, example_inputs, strict)
     source.notes[:0] = folded
     made = infer_program(model, source, plan, example_inputs, values)
@@ -134,7 +135,9 @@ def infer_program(
         )
         return made.sparse
     made, speed = _never_slower(dense, made, lower)
-    if speed.ratio < NEVER_SLOWER:
+    if speed.ratio < NEVER_SLOWER and not is_exported(
+        model
+    ):  # whose own forward is the same graph, unchecked
         ctx = _unshrunk(source, made.ctx, example_inputs) if made.ctx.shrunk else made.ctx
         return _as_it_came(model, dense, ctx)
     made.sparse.report.notes.append(_told(speed))

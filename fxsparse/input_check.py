@@ -3,6 +3,7 @@
 import inspect
 import operator
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -202,7 +203,17 @@ def _taken_for_granted(gm: GraphModule) -> tuple[tuple[Any, ...], Any]:
     ]
     symbols = {node.expr for node in free}
     guards = [guard.expr for guard in free[0].shape_env.guards] if free else []
+    guards += [bound for node in free for bound in _bounds(node)]
     return wanted, sympy.And(*(g for g in guards if len(g.free_symbols) == 1 and g.free_symbols <= symbols))
+
+
+def _bounds(size: Any) -> list[Any]:
+    """How large a symbolic size may be, as inequalities; PyTorch takes 2 or more to stand for any."""
+    found = size.shape_env.var_to_range.get(size.expr)
+    if found is None:
+        return []
+    lower = [size.expr >= found.lower] if found.lower > 2 else []
+    return [*lower, *([size.expr <= found.upper] if found.upper < sys.maxsize - 1 else [])]
 
 
 def _size(size: int | SymInt) -> Any:

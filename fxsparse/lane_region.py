@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
-from torch.fx import Graph, GraphModule
+from torch.fx import GraphModule
 
-from fxsparse.graph_pickle import picklable, restored
+from fxsparse.graph_pickle import FlatGraph, picklable, restored
 from fxsparse.kernels.library import wants_gradient
 
 _REGIONS: dict[str, "LaneRegion"] = {}
@@ -118,7 +118,7 @@ class LaneRegion(nn.Module):
         self._register()
 
 
-def _described(piece: Any) -> tuple[dict[str, nn.Module], Graph]:
+def _described(piece: Any) -> tuple[dict[str, nn.Module], FlatGraph]:
     called = piece.graph.find_nodes(op="call_module")
     return {str(node.target): piece.get_submodule(str(node.target)) for node in called}, picklable(
         piece.graph

@@ -22,6 +22,7 @@ from fxsparse.plain_weights import with_plain_weights
 from fxsparse.plans import Plan
 from fxsparse.sharding import refuse_shards
 from fxsparse.skeleton import without_values
+from fxsparse.trace.exported import opened, tree_of
 from fxsparse.transformation import transform
 
 _OPTIMIZER = "optimizer/"
@@ -119,9 +120,9 @@ def _inferring(
     """As it was saved where that was measured here; else with kernels chosen again, on random example inputs."""
     row = header["example_inputs"]
     shape_inputs = from_json(row) if example_inputs is None and row is not None else example_inputs
-    made_by = saved_training.made_by(header)
+    made_by, model = saved_training.made_by(header), opened(model)
     given = model if saved_artefact.has_names(header, model) or made_by else with_plain_weights(model)[0]
-    shell = _as_saved(made_by, shape_inputs, without_values(given))
+    shell = _as_saved(made_by, shape_inputs, tree_of(without_values(given)))
     sparse = saved_artefact.restore(header, tensors, shell).to(place)
     changed = saved_artefact.what_differs(header, place)
     if changed is None or header["tier"] == "walk" or shape_inputs is None:

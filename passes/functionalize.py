@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
+from fxsparse.einsum import einsum_call, linear_weights
 from fxsparse.graph import (
     ATEN_SITES,
     PRODUCTS,
@@ -21,6 +22,7 @@ from fxsparse.graph import (
     is_product,
     operand_of,
     replace,
+    swaps_two_axes,
     weight_source,
 )
 from fxsparse.pipeline import PassContext
@@ -36,8 +38,9 @@ _CONVOLUTIONS = {
 class Functionalize:
     """Afterwards each such call is ``F.linear`` or ``F.conv*`` on ``get_attr`` nodes.
 
-    A matrix product ``x @ W`` becomes ``F.linear(x, W.t())``.  Norms and dropouts stay modules.  A module that its
-    functional cannot say (hooks, parametrized weight, padding_mode) stays a call, with a note.
+    A matrix product ``x @ W`` becomes ``F.linear(x, W.t())``, and so does an einsum that is one.  Norms and dropouts
+    stay modules.  A module that its functional cannot say (hooks, parametrized weight, padding_mode) stays a call, with
+    a note.
     """
 
     name: ClassVar[str] = "functionalize"
@@ -47,7 +50,11 @@ class Functionalize:
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         """Rewrite every call that can be; returns how many."""
         names = canonical_names(gm)
-        return sum(_rewrite(gm, node, names, ctx.notes) for node in list(gm.graph.nodes))
+        rewritten = sum(_rewrite(gm, node, names, ctx.notes) for node in list(gm.graph.nodes))
+        for node in reversed(gm.graph.nodes):
+            if node.op != "get_attr" and not node.users and swaps_two_axes(node):
+                gm.graph.erase_node(node)  # it would count as a reader of the weight
+        return rewritten
 
 
 def _rewrite(gm: GraphModule, node: Node, names: dict[str, str], notes: list[str]) -> bool:
@@ -63,6 +70,8 @@ def _rewrite(gm: GraphModule, node: Node, names: dict[str, str], notes: list[str
         return True
     if node.target is torch.ops.aten.convolution.default:
         return _rewrite_convolution(gm, node)
+    if node.target in (torch.einsum, torch.ops.aten.einsum.default):
+        return _rewrite_einsum(gm, node)
     return is_product(node) and _rewrite_product(gm, node)
 
 
@@ -116,15 +125,30 @@ def _rewrite_product(gm: GraphModule, node: Node) -> bool:
     return True
 
 
+def _rewrite_einsum(gm: GraphModule, node: Node) -> bool:
+    equation, given = einsum_call(node.args)
+    for at, transposed in linear_weights(equation).items():
+        x, weight = given[1 - at], given[at]
+        source = weight_source(gm, weight)
+        if source is not None and fetch(gm, str(source[0].target)).dim() == 2:
+            replace(node, F.linear, (x, _transposed(weight) if transposed else weight, None))
+            return True
+    return False
+
+
 def _transposed(weight: Any) -> Any:
     """The transpose of a 2-D weight expression; of a transpose, what it transposes."""
-    if (weight.op == "call_method" and weight.target == "t") or weight.target in (
-        torch.t,
-        torch.ops.aten.t.default,
-    ):
-        return operand_of(weight)
+    if weight.op != "get_attr" and swaps_two_axes(weight):
+        return _without_pairs(operand_of(weight))
     with weight.graph.inserting_after(weight):
         return weight.graph.call_function(torch.t, (weight,))
+
+
+def _without_pairs(weight: Any) -> Any:
+    """What a transpose of a transpose of it reads, and so on."""
+    while swaps_two_axes(weight) and swaps_two_axes(operand_of(weight)):
+        weight = operand_of(operand_of(weight))
+    return weight
 
 
 def _attribute(gm: GraphModule, name: str, before: Node) -> Node:

@@ -17,6 +17,7 @@ from fxsparse.inputs import CPU, has_meta, named_arguments
 from fxsparse.pipeline import Program
 from fxsparse.skeleton import adopt, bind, copy_structure
 from fxsparse.trace.export import trace_export
+from fxsparse.trace.exported import is_exported, tree_of
 from fxsparse.trace.modules import eligible_below
 from fxsparse.trace.recomputation import recomputation_refused
 from fxsparse.trace.symbolic import hidden_weights, trace_symbolic
@@ -60,7 +61,7 @@ def capture(
         return _again(model, example_inputs, arguments, modes, device, tier)
     notes: list[str] = []
     expected, remembers = _expected(model, example_inputs, modes, notes, device)
-    for front_end, inputs in () if remembers else _front_ends(example_inputs):
+    for front_end, inputs in () if remembers else _front_ends(model, example_inputs):
         try:
             with recomputation_refused():
                 program = front_end(model, inputs, arguments, modes, device)
@@ -76,6 +77,11 @@ def capture(
                 program.tier, program.skeleton, program.graphs, notes, program.hidden, accepts=accepts
             )
         notes.append(f"{program.tier}: {difference}{_forgotten(difference, model, example_inputs)}")
+    if is_exported(model):
+        raise TraceError(
+            f"expected example_inputs that the exported program accepts, and its graph to compute what it does: "
+            f"{'; '.join(notes)}."
+        )
     if strict:
         raise TraceError(
             "neither symbolic tracing nor torch.export captured the model, and strict=True refuses the walk "
@@ -84,14 +90,13 @@ def capture(
     return _walk(model, modes, notes)
 
 
-def _front_ends(example_inputs: Any) -> list[tuple[Callable[..., Program], Any]]:
+def _front_ends(model: nn.Module, example_inputs: Any) -> list[tuple[Callable[..., Program], Any]]:
     """In order, with what each is to trace: where inputs are one tensor, the export of a model that does not ask is
-    one for any.
+    one for any; a graph that was exported is exported again, which keeps the sizes it is for.
     """
-    tried = [(_symbolic, example_inputs), (_export, example_inputs)]
-    return (
-        tried if not has_twins(example_inputs) else [tried[0], (_export, regrouped(example_inputs)), tried[1]]
-    )
+    first = [] if is_exported(model) else [(_symbolic, example_inputs)]
+    apart = [(_export, regrouped(example_inputs))] if has_twins(example_inputs) else []
+    return [*first, *apart, (_export, example_inputs)]
 
 
 def _again(
@@ -146,7 +151,7 @@ def _export(
 ) -> Program:
     if example_inputs is None:
         raise TraceError("not tried without example_inputs")
-    skeleton = copy_structure(model)
+    skeleton = tree_of(copy_structure(model))
     graphs: dict[str, GraphModule] = {}
     notes: list[str] = []
     for mode in modes:

@@ -1,5 +1,6 @@
 """Front end E: ``torch.export`` once per mode, for what symbolic tracing cannot follow."""
 
+import copy
 import io
 import logging
 import warnings
@@ -16,7 +17,8 @@ from torch.utils import _pytree as pytree
 
 from fxsparse.errors import TraceError
 from fxsparse.inputs import CPU, has_meta, has_sequence, on_device, split_inputs, stand_in
-from fxsparse.skeleton import substituted
+from fxsparse.skeleton import bind, substituted
+from fxsparse.trace.exported import is_exported
 from fxsparse.trace.modules import has_hooks
 from fxsparse.trace.user_code import reason
 from fxsparse.verify import RUN_FAILURES, copied_inputs
@@ -29,8 +31,14 @@ def trace_export(
 
     Returns a graph module that owns what the graph names, and notes.  Inputs and outputs keep their
     structure (kwargs, output classes).  A module with tensors on meta is exported as if they were on `device`,
-    without their memory.  Raises TraceError where export fails or would forget hooks.
+    without their memory.  A program's module keeps its graph, and the sizes that it is for.  Raises TraceError where
+    export fails or would forget hooks.
     """
+    if is_exported(root):
+        assert isinstance(root, fx.GraphModule)
+        gm = bind(copy.deepcopy(root.graph), root)
+        _clean(gm)
+        return gm, _fixed_batches(gm, "as it was exported")
     if not has_meta(root) and not has_meta(example_inputs):
         return _trace(root, example_inputs)
     fake, device = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True), on_device(root, device)
@@ -55,7 +63,7 @@ def _trace(root: nn.Module, example_inputs: Any) -> tuple[fx.GraphModule, list[s
         except RUN_FAILURES as error:  # torch's own errors (Dynamo, guards, constraints) derive from these
             raise TraceError(f"torch.export failed: {reason(error)}") from error
     _clean(gm)
-    return gm, notes or _fixed_batches(gm)
+    return gm, notes or _fixed_batches(gm, "the model's code depends on it")
 
 
 def _export(root: nn.Module, args: Any, kwargs: Any, shapes: ShapesCollection | None) -> fx.GraphModule:
@@ -117,8 +125,8 @@ def _clean(gm: fx.GraphModule) -> None:
         region.recompile()
 
 
-def _fixed_batches(gm: fx.GraphModule) -> list[str]:
+def _fixed_batches(gm: fx.GraphModule, why: str) -> list[str]:
     vals = [node.meta.get("val") for node in gm.graph.find_nodes(op="placeholder")]
     batches = [v.shape[0] for v in vals if isinstance(v, Tensor) and v.dim()]
     fixed = {int(size) for size in batches if isinstance(size, int) or not size.node.expr.free_symbols}
-    return [f"the batch size is fixed at {sorted(fixed)}: the model's code depends on it"] if fixed else []
+    return [f"the batch size is fixed at {sorted(fixed)}: {why}"] if fixed else []

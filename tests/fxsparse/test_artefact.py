@@ -126,6 +126,18 @@ def test_ops_of_exported_graphs_pickle_by_name() -> None:
     assert torch.equal(torch.fx.GraphModule(nn.Module(), again)(X), X.relu() + X)
 
 
+def test_a_graph_of_thousands_of_nodes_pickles() -> None:
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    for _ in range(3000):
+        x = graph.call_function(torch.add, (x,), {"other": x})
+    graph.output({"y": (x,), "z": [x]})
+    again = restored(pickled(picklable(graph)))
+    assert len(again.nodes) == 3002
+    assert str(again) == str(graph)
+    again.lint()
+
+
 class Pooled(nn.Module):
     """Calls a function that torch builds in another function."""
 

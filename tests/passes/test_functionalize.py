@@ -1,6 +1,8 @@
 """Every Linear, convolution and matrix product with a parameter becomes F.linear or F.conv on get_attr
 nodes."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -108,6 +110,68 @@ def test_products_become_linear_with_a_transposed_weight(kind: str) -> None:
     (site,) = sites(ctx.program.graphs["eval"])
     assert (site.op, site.weight.target, site.transposed) == ("linear", "weight", True)
     assert site.node.args[0].op == "placeholder"
+
+
+class Spelled(nn.Module):
+    def __init__(self, product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.product = product
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.product(x, self.weight)
+
+
+STRAIGHT = {
+    "T": lambda x, w: x @ w.T,
+    "mT": lambda x, w: torch.linalg.matmul(x, w.mT),
+    "transpose": lambda x, w: x.mm(w.transpose(0, 1)),
+    "transpose of the last": lambda x, w: torch.matmul(x, torch.transpose(w, -1, -2)),
+    "swapaxes": lambda x, w: torch.mm(x, w.swapaxes(0, 1)),
+    "permute": lambda x, w: x @ w.permute(1, 0),
+    "permute by name": lambda x, w: x @ torch.permute(w, dims=(1, 0)),
+    "three times": lambda x, w: x @ w.T.t().mT,
+    "einsum": lambda x, w: torch.einsum("bi,oi->bo", x, w),
+    "einsum with the weight first": lambda x, w: torch.einsum("oi, ...i -> ...o", w, x),
+    "einsum by lists": lambda x, w: torch.einsum(x, [0, 1], w, [2, 1], [0, 2]),
+}
+CROSSED = {
+    "as it is": lambda x, w: x @ w,
+    "twice": lambda x, w: x @ w.T.permute(1, 0),
+    "einsum": lambda x, w: torch.einsum("bi,io->bo", x, w),
+}
+OTHER = {
+    "permute that moves nothing": lambda x, w: x @ w.permute(0, 1),
+    "outputs first": lambda x, w: torch.einsum("bi,oi->ob", x, w),
+    "nothing summed": lambda x, w: torch.einsum("bi,bi->bi", x, w[: len(x)]),
+    "no outputs named": lambda x, w: torch.einsum("bi,oi", x, w),
+    "inputs not last": lambda x, w: torch.einsum("ib,oi->bo", x.T, w),
+    "three operands": lambda x, w: torch.einsum("bi,oi,o->bo", x, w, w[0]),
+}
+
+
+@pytest.mark.parametrize(
+    ("product", "transposed"),
+    [
+        *((product, False) for product in STRAIGHT.values()),
+        *((product, True) for product in CROSSED.values()),
+    ],
+    ids=[*STRAIGHT, *(f"{name}, crossed" for name in CROSSED)],
+)
+def test_a_weight_is_read_straight_however_a_product_is_spelled(
+    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], transposed: bool
+) -> None:
+    gm = functionalized(Spelled(product), torch.randn(2, 4)).program.graphs["eval"]
+    (site,) = sites(gm)
+    assert (site.op, site.weight.target, site.transposed) == ("linear", "weight", transposed)
+    assert len(site.weight.users) == 1
+
+
+@pytest.mark.parametrize("product", OTHER.values(), ids=OTHER)
+def test_what_is_no_linear_layer_stays(
+    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> None:
+    assert sites(functionalized(Spelled(product), torch.randn(2, 4)).program.graphs["eval"]) == []
 
 
 def test_a_product_that_scales_its_bias_stays_as_it_is() -> None:
