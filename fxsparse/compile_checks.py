@@ -6,11 +6,11 @@ from torch.export import ExportedProgram
 from torch.optim import Optimizer
 
 from fxsparse.errors import PlanError, TraceError, UnsupportedError
+from fxsparse.exported_program import refuse_exported
 from fxsparse.formats import narrow
 from fxsparse.graph import has_sparse_layout
 from fxsparse.module import SparseModule
 from fxsparse.plans import Plan
-from fxsparse.trace.exported import refuse_exported
 from fxsparse.wrappers import refuse_wrapped
 
 MODES = ("train", "infer")

@@ -22,6 +22,7 @@ from fxsparse.compile_checks import (
 from fxsparse.computes import digest
 from fxsparse.dense_copies import copied_model
 from fxsparse.errors import PlanError
+from fxsparse.exported_program import opened
 from fxsparse.flops import FlopCount
 from fxsparse.graph import comment, set_parameter
 from fxsparse.graph_model import GraphModel
@@ -41,7 +42,6 @@ from fxsparse.storage import CompactWeight
 from fxsparse.summary import add_balance, stored_bytes, summarize, warn_of_nothing
 from fxsparse.topology import TopologyHistory
 from fxsparse.trace import capture
-from fxsparse.trace.exported import opened
 from fxsparse.transformation import fitted, transform
 from fxsparse.undisturbed import without_autocast
 from fxsparse.updates import MaskUpdates

@@ -34,24 +34,6 @@ def labels(equation: str, ranks: Sequence[int]) -> tuple[list[list[Label]], list
     return operands, _expanded(made, longest + len(made.replace("...", "")))
 
 
-def linear_weights(equation: str) -> dict[int, bool]:
-    """{operand: whether it is transposed} that may be the weight of a ``F.linear`` of the other one."""
-    read, _, made = equation.replace(" ", "").partition("->")
-    terms, found = read.split(","), {}
-    for at, (x, weight) in enumerate([(*terms[1:], *terms[:1]), terms]) if len(terms) == 2 else ():
-        summed = x[-1:]
-        out = weight.replace(summed, "")
-        if (
-            len(weight) == 2
-            and len(out) == 1
-            and out not in x
-            and x.count(summed) == 1
-            and made == x[:-1] + out
-        ):
-            found[at] = weight == summed + out
-    return found
-
-
 def _spelled(subscripts: Sequence[Any]) -> str:
     letters = string.ascii_uppercase + string.ascii_lowercase
     return "".join("..." if subscript is ... else letters[subscript] for subscript in subscripts)

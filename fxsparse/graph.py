@@ -63,6 +63,7 @@ _TRANSPOSES = {
     torch.ops.aten.t.default, torch.ops.aten.transpose.int, torch.ops.aten.permute.default,
     torch.ops.aten.numpy_T.default,
 }  # fmt: skip
+_TRANSPOSING = ("t", "transpose", "swapaxes", "swapdims")
 _SLICES = {
     operator.getitem, torch.chunk, torch.split, torch.ops.aten.chunk.default, torch.ops.aten.split.Tensor,
     torch.ops.aten.split_with_sizes.default, torch.ops.aten.slice.Tensor,
@@ -249,10 +250,13 @@ def swaps_two_axes(node: Node) -> bool:
         return node.args[1] in ("T", "mT")
     if node.target in ("permute", torch.permute, torch.ops.aten.permute.default):
         dims = list(pytree.tree_leaves((node.args[1:], node.kwargs.get("dims", ()))))
-        return dims != list(range(len(dims)))
-    if node.op == "call_method":
-        return node.target in ("t", "transpose", "swapaxes", "swapdims")
-    return node.op == "call_function" and node.target in _TRANSPOSES
+        return [dim % len(dims) for dim in dims] != list(range(len(dims)))
+    if node.target not in _TRANSPOSES and not (node.op == "call_method" and node.target in _TRANSPOSING):
+        return False
+    dims = [dim for dim in (*node.args[1:], *node.kwargs.values()) if isinstance(dim, int)]
+    one, other = dims if len(dims) == 2 else (0, 1)
+    mixed = min(one, other) < 0 <= max(one, other)  # of two dimensions 1 and -1 are the same
+    return one != other and not (mixed and (one - other) % 2 == 0)
 
 
 def is_product(node: Node) -> bool:
@@ -331,8 +335,8 @@ def eliminate_dead_code(graph: Graph) -> int:
 
 
 def _site(gm: GraphModule, node: Node) -> Site | None:
-    source = weight_source(gm, argument(node, 1, "weight"))
-    return None if source is None else Site(node, SITE_OPS[node.target], *source)  # type: ignore[index]
+    source, op = weight_source(gm, argument(node, 1, "weight")), SITE_OPS[node.target]  # type: ignore[index]
+    return None if source is None or (source[1] and op != "linear") else Site(node, op, *source)
 
 
 def _takes_a_part(node: Node) -> bool:

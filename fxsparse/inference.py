@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fxsparse.artefact import emit
 from fxsparse.dense_copies import numel_of
 from fxsparse.errors import InvariantError, PlanError
+from fxsparse.exported_program import is_exported, opened
 from fxsparse.formats import narrow
 from fxsparse.graph import attribute_nodes
 from fxsparse.inputs import has_meta
@@ -30,7 +31,6 @@ from fxsparse.report import Report
 from fxsparse.skeleton import bind, copy_structure, substituted
 from fxsparse.storage import MaskedWeight
 from fxsparse.trace import capture
-from fxsparse.trace.exported import is_exported, opened
 from fxsparse.verify import compare, copied_inputs, largest_error, observe
 
 NEVER_SLOWER = 0.95

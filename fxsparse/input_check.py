@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from fxsparse.errors import TraceError
+from fxsparse.exported_program import is_exported
 from fxsparse.inputs import split_inputs
 
 _FUNCTIONS = {"FloorDiv": operator.floordiv, "remainder": operator.mod}
@@ -177,7 +178,7 @@ def input_check(
     structures = tuple(None if spec.is_leaf() else spec for _, spec in flat)
     leaves = [leaf for found, _ in flat for leaf in found]
     same = tuple(next(j for j, other in enumerate(leaves) if other is leaf) for leaf in leaves)
-    wanted, condition = _taken_for_granted(gm) if exported else (None, sympy.true)
+    wanted, condition = _taken_for_granted(gm, is_exported(model)) if exported else (None, sympy.true)
     if wanted is None and not distinct and not any(structures):
         return None
     names = (*_positional(model, len(args)), *kwargs)
@@ -191,9 +192,10 @@ def _positional(model: nn.Module, count: int) -> list[str]:
     return [*named, *(f"*{k}" for k in range(len(named), count))]
 
 
-def _taken_for_granted(gm: GraphModule) -> tuple[tuple[Any, ...], Any]:
+def _taken_for_granted(gm: GraphModule, bounded: bool) -> tuple[tuple[Any, ...], Any]:
     """Of the inputs: sizes and values, and what holds for the sizes that have symbols.
 
+    `bounded`: bounds of symbols are no guards, as in a program that the user exported.
     Conditions that join sizes are left out: PyTorch's own views and broadcasts add many, which no branch depends on.
     """
     values = [node.meta.get("val") for node in gm.graph.find_nodes(op="placeholder")]
@@ -203,7 +205,7 @@ def _taken_for_granted(gm: GraphModule) -> tuple[tuple[Any, ...], Any]:
     ]
     symbols = {node.expr for node in free}
     guards = [guard.expr for guard in free[0].shape_env.guards] if free else []
-    guards += [bound for node in free for bound in _bounds(node)]
+    guards += [bound for node in free for bound in _bounds(node)] if bounded else []
     return wanted, sympy.And(*(g for g in guards if len(g.free_symbols) == 1 and g.free_symbols <= symbols))
 
 

@@ -14,6 +14,7 @@ from fxsparse import checkpoint, saved_artefact, saved_optimizer, saved_training
 from fxsparse.compiler import rebuild
 from fxsparse.dense_copies import versioned
 from fxsparse.errors import CheckpointError, InvariantError, PatternError, PlanError, TraceError
+from fxsparse.exported_program import opened, tree_of
 from fxsparse.graph_model import GraphModel
 from fxsparse.inference import compile_again
 from fxsparse.inputs import drawn, from_json
@@ -22,7 +23,6 @@ from fxsparse.plain_weights import with_plain_weights
 from fxsparse.plans import Plan
 from fxsparse.sharding import refuse_shards
 from fxsparse.skeleton import without_values
-from fxsparse.trace.exported import opened, tree_of
 from fxsparse.transformation import transform
 
 _OPTIMIZER = "optimizer/"

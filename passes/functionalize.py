@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
-from fxsparse.einsum import einsum_call, linear_weights
 from fxsparse.graph import (
     ATEN_SITES,
     PRODUCTS,
@@ -38,9 +37,8 @@ _CONVOLUTIONS = {
 class Functionalize:
     """Afterwards each such call is ``F.linear`` or ``F.conv*`` on ``get_attr`` nodes.
 
-    A matrix product ``x @ W`` becomes ``F.linear(x, W.t())``, and so does an einsum that is one.  Norms and dropouts
-    stay modules.  A module that its functional cannot say (hooks, parametrized weight, padding_mode) stays a call, with
-    a note.
+    A matrix product ``x @ W`` becomes ``F.linear(x, W.t())``.  Norms and dropouts stay modules.  A module that its
+    functional cannot say (hooks, parametrized weight, padding_mode) stays a call, with a note.
     """
 
     name: ClassVar[str] = "functionalize"
@@ -70,8 +68,6 @@ def _rewrite(gm: GraphModule, node: Node, names: dict[str, str], notes: list[str
         return True
     if node.target is torch.ops.aten.convolution.default:
         return _rewrite_convolution(gm, node)
-    if node.target in (torch.einsum, torch.ops.aten.einsum.default):
-        return _rewrite_einsum(gm, node)
     return is_product(node) and _rewrite_product(gm, node)
 
 
@@ -123,17 +119,6 @@ def _rewrite_product(gm: GraphModule, node: Node) -> bool:
         return False
     replace(node, F.linear, (x, _transposed(weight), bias))
     return True
-
-
-def _rewrite_einsum(gm: GraphModule, node: Node) -> bool:
-    equation, given = einsum_call(node.args)
-    for at, transposed in linear_weights(equation).items():
-        x, weight = given[1 - at], given[at]
-        source = weight_source(gm, weight)
-        if source is not None and fetch(gm, str(source[0].target)).dim() == 2:
-            replace(node, F.linear, (x, _transposed(weight) if transposed else weight, None))
-            return True
-    return False
 
 
 def _transposed(weight: Any) -> Any:

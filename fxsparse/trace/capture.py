@@ -11,13 +11,13 @@ from torch.fx import GraphModule
 from torch.nn.parameter import is_lazy
 
 from fxsparse.errors import TraceError
+from fxsparse.exported_program import is_exported, tree_of
 from fxsparse.graph_model import GraphModel
 from fxsparse.input_check import InputCheck, has_twins, input_check, regrouped
 from fxsparse.inputs import CPU, has_meta, named_arguments
 from fxsparse.pipeline import Program
 from fxsparse.skeleton import adopt, bind, copy_structure
 from fxsparse.trace.export import trace_export
-from fxsparse.trace.exported import is_exported, tree_of
 from fxsparse.trace.modules import eligible_below
 from fxsparse.trace.recomputation import recomputation_refused
 from fxsparse.trace.symbolic import hidden_weights, trace_symbolic

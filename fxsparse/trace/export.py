@@ -16,9 +16,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from fxsparse.errors import TraceError
+from fxsparse.exported_program import is_exported
 from fxsparse.inputs import CPU, has_meta, has_sequence, on_device, split_inputs, stand_in
 from fxsparse.skeleton import bind, substituted
-from fxsparse.trace.exported import is_exported
 from fxsparse.trace.modules import has_hooks
 from fxsparse.trace.user_code import reason
 from fxsparse.verify import RUN_FAILURES, copied_inputs

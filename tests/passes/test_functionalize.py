@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
 
+import fxsparse
 from fxsparse.graph import sites
 from fxsparse.passes import Functionalize
 from fxsparse.pipeline import PassContext, run_passes
@@ -131,22 +132,18 @@ STRAIGHT = {
     "permute": lambda x, w: x @ w.permute(1, 0),
     "permute by name": lambda x, w: x @ torch.permute(w, dims=(1, 0)),
     "three times": lambda x, w: x @ w.T.t().mT,
-    "einsum": lambda x, w: torch.einsum("bi,oi->bo", x, w),
-    "einsum with the weight first": lambda x, w: torch.einsum("oi, ...i -> ...o", w, x),
-    "einsum by lists": lambda x, w: torch.einsum(x, [0, 1], w, [2, 1], [0, 2]),
 }
 CROSSED = {
     "as it is": lambda x, w: x @ w,
     "twice": lambda x, w: x @ w.T.permute(1, 0),
-    "einsum": lambda x, w: torch.einsum("bi,io->bo", x, w),
 }
 OTHER = {
     "permute that moves nothing": lambda x, w: x @ w.permute(0, 1),
-    "outputs first": lambda x, w: torch.einsum("bi,oi->ob", x, w),
-    "nothing summed": lambda x, w: torch.einsum("bi,bi->bi", x, w[: len(x)]),
-    "no outputs named": lambda x, w: torch.einsum("bi,oi", x, w),
-    "inputs not last": lambda x, w: torch.einsum("ib,oi->bo", x.T, w),
-    "three operands": lambda x, w: torch.einsum("bi,oi,o->bo", x, w, w[0]),
+    "permute from the last that moves nothing": lambda x, w: x @ w.permute(0, -1),
+    "transpose of a dimension with itself": lambda x, w: x @ w.transpose(1, -1),
+    "swapaxes of a dimension with itself": lambda x, w: x @ torch.swapaxes(w, 0, -2),
+    "transpose by name of a dimension with itself": lambda x, w: x @ torch.transpose(w, dim0=1, dim1=1),
+    "einsum": lambda x, w: torch.einsum("bi,oi->bo", x, w),
 }
 
 
@@ -172,6 +169,16 @@ def test_what_is_no_linear_layer_stays(
     product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> None:
     assert sites(functionalized(Spelled(product), torch.randn(2, 4)).program.graphs["eval"]) == []
+
+
+def test_a_convolution_on_a_transposed_weight_is_no_site() -> None:
+    model = Spelled(lambda x, w: F.conv2d(x, w.transpose(0, 1)))
+    model.weight = nn.Parameter(torch.randn(4, 4, 3, 3))
+    x = torch.randn(2, 4, 8, 8)
+    assert sites(functionalized(model, x).program.graphs["eval"]) == []
+    fast = fxsparse.compile(model, mode="infer", example_inputs=x)
+    torch.testing.assert_close(fast(x), model(x))
+    assert [row["name"] for row in fast.report.untouched] == ["weight"]
 
 
 def test_a_product_that_scales_its_bias_stays_as_it_is() -> None:

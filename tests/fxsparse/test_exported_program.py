@@ -14,7 +14,7 @@ from torchvision import models
 import fxsparse
 from fxsparse import Plan
 from fxsparse.errors import PlanError, TraceError
-from fxsparse.trace.exported import opened
+from fxsparse.exported_program import opened
 
 X = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
 
