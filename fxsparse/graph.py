@@ -63,7 +63,7 @@ _TRANSPOSES = {
     torch.ops.aten.t.default, torch.ops.aten.transpose.int, torch.ops.aten.permute.default,
     torch.ops.aten.numpy_T.default,
 }  # fmt: skip
-_TRANSPOSING = ("t", "transpose", "swapaxes", "swapdims")
+_TRANSPOSING = ("t", "transpose", "swapaxes", "swapdims", "permute")
 _SLICES = {
     operator.getitem, torch.chunk, torch.split, torch.ops.aten.chunk.default, torch.ops.aten.split.Tensor,
     torch.ops.aten.split_with_sizes.default, torch.ops.aten.slice.Tensor,
@@ -248,12 +248,12 @@ def swaps_two_axes(node: Node) -> bool:
     """Whether a node transposes."""
     if node.target is getattr:
         return node.args[1] in ("T", "mT")
-    if node.target in ("permute", torch.permute, torch.ops.aten.permute.default):
-        dims = list(pytree.tree_leaves((node.args[1:], node.kwargs.get("dims", ()))))
-        return [dim % len(dims) for dim in dims] != list(range(len(dims)))
-    if node.target not in _TRANSPOSES and not (node.op == "call_method" and node.target in _TRANSPOSING):
+    known = _TRANSPOSING if node.op == "call_method" else _TRANSPOSES
+    if node.op not in ("call_method", "call_function") or node.target not in known:
         return False
-    dims = [dim for dim in (*node.args[1:], *node.kwargs.values()) if isinstance(dim, int)]
+    dims = [dim for dim in pytree.tree_leaves((node.args[1:], node.kwargs)) if isinstance(dim, int)]
+    if node.target in ("permute", torch.permute, torch.ops.aten.permute.default):
+        return [dim % len(dims) for dim in dims] != list(range(len(dims)))
     one, other = dims if len(dims) == 2 else (0, 1)
     mixed = min(one, other) < 0 <= max(one, other)  # of two dimensions 1 and -1 are the same
     return one != other and not (mixed and (one - other) % 2 == 0)
@@ -345,43 +345,12 @@ def _takes_a_part(node: Node) -> bool:
     return node.op == "call_function" and node.target in _SLICES
 
 
-_PURE_METHODS = frozenset(
-    [
-        "size",
-        "dim",
-        "view",
-        "reshape",
-        "permute",
-        "transpose",
-        "swapaxes",
-        "swapdims",
-        "t",
-        "flatten",
-        "unflatten",
-        "chunk",
-        "split",
-        "unbind",
-        "squeeze",
-        "unsqueeze",
-        "expand",
-        "contiguous",
-        "to",
-        "float",
-        "detach",
-        "add",
-        "sub",
-        "mul",
-        "div",
-        "matmul",
-        "mean",
-        "sum",
-        "softmax",
-        "movedim",
-        "type_as",
-        "new_zeros",
-        "new_ones",
-    ]
-)
+_PURE_METHODS = frozenset({
+    "size", "dim", "view", "reshape", "permute", "transpose", "swapaxes", "swapdims", "t", "flatten",
+    "unflatten", "chunk", "split", "unbind", "squeeze", "unsqueeze", "expand", "contiguous", "to", "float",
+    "detach", "add", "sub", "mul", "div", "matmul", "mean", "sum", "softmax", "movedim", "type_as", "new_zeros",
+    "new_ones",
+})  # fmt: skip
 _PURE_FUNCTIONS = frozenset(
     {
         *(getattr, *_TRANSPOSES, *_SLICES, *SITE_OPS, *PRODUCTS),

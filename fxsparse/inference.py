@@ -135,9 +135,8 @@ def infer_program(
         )
         return made.sparse
     made, speed = _never_slower(dense, made, lower)
-    if speed.ratio < NEVER_SLOWER and not is_exported(
-        model
-    ):  # whose own forward is the same graph, unchecked
+    own_forward = not is_exported(model)  # that of a program is the same graph, unchecked
+    if speed.ratio < NEVER_SLOWER and own_forward:
         ctx = _unshrunk(source, made.ctx, example_inputs) if made.ctx.shrunk else made.ctx
         return _as_it_came(model, dense, ctx)
     made.sparse.report.notes.append(_told(speed))

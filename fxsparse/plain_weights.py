@@ -90,8 +90,5 @@ def _values(module: nn.Module) -> Mapping[str, Tensor]:
             first, again = ({name: getattr(module, name).detach() for name in names} for _ in range(2))
     except RUN_FAILURES:  # as the model itself does, which whoever runs it says
         return {}
-    return (
-        first
-        if all(value.is_meta or torch.equal(value, again[name]) for name, value in first.items())
-        else {}
-    )
+    same = (value.is_meta or torch.equal(value, again[name]) for name, value in first.items())
+    return first if all(same) else {}

@@ -50,7 +50,7 @@ class Functionalize:
         names = canonical_names(gm)
         rewritten = sum(_rewrite(gm, node, names, ctx.notes) for node in list(gm.graph.nodes))
         for node in reversed(gm.graph.nodes):
-            if node.op != "get_attr" and not node.users and swaps_two_axes(node):
+            if not node.users and swaps_two_axes(node):
                 gm.graph.erase_node(node)  # it would count as a reader of the weight
         return rewritten
 
@@ -123,7 +123,7 @@ def _rewrite_product(gm: GraphModule, node: Node) -> bool:
 
 def _transposed(weight: Any) -> Any:
     """The transpose of a 2-D weight expression; of a transpose, what it transposes."""
-    if weight.op != "get_attr" and swaps_two_axes(weight):
+    if swaps_two_axes(weight):
         return _without_pairs(operand_of(weight))
     with weight.graph.inserting_after(weight):
         return weight.graph.call_function(torch.t, (weight,))

@@ -63,9 +63,8 @@ class Reader:
             if module is None or has_hooks(module):
                 return None
             return "dropout" if isinstance(module, _DropoutNd) else _MODULES.get(type(module))
-        if (
-            getattr(node.target, "__name__", "") == "stochastic_depth"
-        ):  # torchvision's, which need not be installed
+        name = getattr(node.target, "__name__", "")
+        if name == "stochastic_depth":  # torchvision's, which need not be installed
             return "dropout"
         return operation(node)
 

@@ -92,7 +92,7 @@ def capture(
 
 def _front_ends(model: nn.Module, example_inputs: Any) -> list[tuple[Callable[..., Program], Any]]:
     """In order, with what each is to trace: where inputs are one tensor, the export of a model that does not ask is
-    one for any; a graph that was exported is exported again, which keeps the sizes it is for.
+    one for any; an exported program's graph is taken as it is, with the sizes that it is for.
     """
     first = [] if is_exported(model) else [(_symbolic, example_inputs)]
     apart = [(_export, regrouped(example_inputs))] if has_twins(example_inputs) else []
