@@ -21,15 +21,17 @@ _FUNCTIONS = {"FloorDiv": operator.floordiv, "remainder": operator.mod}
 """PyTorch's integer functions of sizes, by the names that sympy prints."""
 _REMAINDERS = ("Mod", "PythonMod")
 """Functions that sympy would print as ``a % b``, without brackets around a product `b`."""
+_MISSING = inspect.Parameter.empty
+"""In the place of an argument that a call does not give."""
 
 
 @dataclass(frozen=True)
 class InputCheck:
     """Raises TraceError for a call that the graph would answer with something else than the model.
 
-    It asks for the containers of the example inputs; for the sizes and values that ``torch.export`` took for granted;
-    and for one tensor at the places where the example had one, if that makes a difference.  Arguments that are missing
-    or too many are left to the graph.
+    It asks for the containers and tensors of the example inputs; for the sizes and values that ``torch.export`` took
+    for granted; and for one tensor at the places where the example had one, if that makes a difference.  Arguments
+    that the example does not have are left to the graph.
     """
 
     names: tuple[str, ...]
@@ -42,6 +44,8 @@ class InputCheck:
     """Of the symbols."""
     same: tuple[int, ...] | None = None
     """For each leaf the first one that is the same tensor; None where that makes no difference."""
+    tensors: tuple[int, ...] = ()
+    """The leaves that have to be tensors, of any sizes."""
     shapes: tuple[Any, ...] = field(init=False, repr=False, compare=False)
     """`wanted` with the names of symbols: what Dynamo of torch 2.11 can look up."""
     symbols: list[str] = field(init=False, repr=False, compare=False)
@@ -60,26 +64,20 @@ class InputCheck:
         object.__setattr__(self, "holds", sympy.lambdify(symbols, spelled, [_FUNCTIONS, "math"]))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.names, self.structures, self.wanted, self.condition, self.same)
+        return type(self), (self.names, self.structures, self.wanted, self.condition, self.same, self.tensors)
 
     def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        given = self._arguments(args, kwargs)
-        if given is None:
-            return
         leaves: list[Any] = []
-        for name, value, structure in zip(self.names, given, self.structures, strict=True):
+        for k, (name, structure) in enumerate(zip(self.names, self.structures, strict=True)):
+            value = args[k] if k < len(args) else kwargs.get(name, _MISSING)
             leaves += [value] if structure is None else _leaves(name, value, structure)
+        for k in self.tensors:
+            if not isinstance(leaves[k], Tensor):
+                raise _refused(f"expected a tensor as {self._place(k)}, as in the example", _said(leaves[k]))
         if self.wanted is not None:
             self._check_sizes(leaves)
         if self.same is not None:
             self._check_same(leaves)
-
-    def _arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any] | None:
-        """The arguments in the example's order; None where they are not those of the example."""
-        rest = self.names[len(args) :]
-        if len(args) > len(self.names) or kwargs.keys() != set(rest):
-            return None
-        return [*args, *(kwargs[name] for name in rest)]
 
     def _check_sizes(self, leaves: Sequence[Any]) -> None:
         sizes: dict[str, int] = {}
@@ -118,7 +116,8 @@ class InputCheck:
 def _leaves(name: str, value: Any, wanted: pytree.TreeSpec) -> list[Any]:
     leaves, structure = pytree.tree_flatten(value)
     if structure != wanted:
-        raise _refused(f"expected {wanted} as {name!r}, as in the example", f"{structure}")
+        got = _said(value) if structure.is_leaf() else f"{structure}"
+        raise _refused(f"expected {wanted} as {name!r}, as in the example", got)
     return leaves
 
 
@@ -143,6 +142,8 @@ def _sizes(wanted: tuple[int | str, ...]) -> str:
 
 
 def _said(leaf: Any) -> str:
+    if leaf is _MISSING:
+        return "no such argument"
     return f"a tensor {list(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)
 
 
@@ -179,15 +180,21 @@ def input_check(
     leaves = [leaf for found, _ in flat for leaf in found]
     same = tuple(next(j for j, other in enumerate(leaves) if other is leaf) for leaf in leaves)
     wanted, condition = _taken_for_granted(gm, is_exported(model)) if exported else (None, sympy.true)
-    if wanted is None and not distinct and not any(structures):
-        return None
-    names = (*_positional(model, len(args)), *kwargs)
-    return InputCheck(names, structures, wanted, condition, same if distinct else None)
-
-
-def _positional(model: nn.Module, count: int) -> list[str]:
-    """Names of the first arguments; those that a `*args` takes have none that a keyword could give."""
     parameters = [*inspect.signature(type(model).forward).parameters.values()][1:]
+    names = (*_positional(parameters, len(args)), *kwargs)
+    if wanted is None and not distinct and not any(structures) and _is_one_tensor(parameters, names):
+        return None
+    tensors = () if exported else tuple(k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+    return InputCheck(names, structures, wanted, condition, same if distinct else None, tensors)
+
+
+def _is_one_tensor(parameters: Sequence[inspect.Parameter], names: tuple[str, ...]) -> bool:
+    """Whether the arguments are just one, which every call has to give: a call without it fails in any graph."""
+    return len(names) == 1 and all(p.default is p.empty for p in parameters if p.name == names[0])
+
+
+def _positional(parameters: Sequence[inspect.Parameter], count: int) -> list[str]:
+    """Names of the first arguments; those that a `*args` takes have none that a keyword could give."""
     named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:count]
     return [*named, *(f"*{k}" for k in range(len(named), count))]
 

@@ -36,6 +36,7 @@ def to_json(check: InputCheck) -> dict[str, Any]:
         "wanted": wanted,
         "condition": expression_to_json(check.condition),
         "same": None if check.same is None else list(check.same),
+        "tensors": list(check.tensors),
     }
 
 
@@ -48,6 +49,7 @@ def from_json(row: Mapping[str, Any]) -> InputCheck:
         None if wanted is None else tuple(_from_leaf(leaf) for leaf in wanted),
         expression_from_json(row["condition"]),
         None if same is None else tuple(map(int, same)),
+        tuple(map(int, row.get("tensors", ()))),
     )
 
 

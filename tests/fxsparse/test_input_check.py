@@ -177,6 +177,49 @@ def test_values_that_an_export_took_for_granted_hold() -> None:
         sparse(x, 4)
 
 
+class Masked(Two):
+    def forward(self, x: Tensor, mask: Tensor | None = None, times: int = 1) -> Tensor:
+        y = self.b(self.a(x))
+        return (y if mask is None else -y) * times
+
+
+@pytest.mark.parametrize("call", [(), (None,), (2.0,)])
+def test_a_tensor_of_the_example_is_one_in_every_call(
+    call: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference, "NEVER_SLOWER", 0.0)
+    model, x, mask = Masked().eval(), torch.randn(4, 8), torch.ones(4, 8)
+    fast = fxsparse.compile(model, mode="infer", example_inputs=(x, mask))
+    got = "no such argument" if not call else call[0]
+    for sparse in (compiled(model, x, mask), compiled(model, x, {"mask": mask}), fast):
+        for inputs in ((x, mask), (x, mask, 1)):
+            assert_serves(sparse, model, *inputs)
+        assert_serves(sparse, model.eval(), torch.randn(7, 8), torch.ones(7, 8))
+        with pytest.raises(TraceError, match=f"expected a tensor as 'mask', as in the example, got {got}"):
+            sparse(x, *call)
+
+
+def test_what_the_example_leaves_to_a_default_may_be_left_out_or_given() -> None:
+    model, x = Masked(), torch.randn(4, 8)
+    sparse = compiled(model, x, None)
+    for inputs in ((x,), (x, None), (x, None, 1)):
+        assert_serves(sparse, model, *inputs)
+    with pytest.raises(TraceError, match="expected mask=None"):
+        sparse(x, torch.ones(4, 8))
+
+
+def test_an_export_asks_for_every_tensor_of_its_example() -> None:
+    class Rest(Two):
+        def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
+            return self.a(x) if rest else self.b(x)
+
+    model, x = Rest(), torch.randn(4, 8)
+    sparse = compiled(model, x, x.clone())
+    assert_serves(sparse, model, x, x.clone())
+    with pytest.raises(TraceError, match=r"expected a tensor \[s\d+, 8\] as '\*1', got no such argument"):
+        sparse(x)
+
+
 def test_a_symbolic_graph_of_plain_tensors_asks_for_nothing() -> None:
     program = capture(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), torch.randn(2, 8))
     assert (program.tier, program.accepts) == ("symbolic", {})
