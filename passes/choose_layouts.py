@@ -64,11 +64,13 @@ class ChooseLayouts:
 
 
 def _convolutions(gm: GraphModule, ctx: PassContext) -> dict[str, Site]:
-    """{weight: its only call site} of the convolutions of images that were measured."""
+    """{weight: its only call site} of the convolutions of images that were measured, and whose shapes are known."""
     if ctx.program.tier == "walk" or DENSE_LAST not in kernel.registered():
         return {}
     measured = {name: sites(gm, name) for name, d in ctx.decisions.items() if d.dense_us is not None}
-    return {n: found[0] for n, found in measured.items() if len(found) == 1 and found[0].op == "conv2d"}
+    alone = {name: found[0] for name, found in measured.items() if len(found) == 1}
+    images = {name: (site.node, site.node.args[0]) for name, site in alone.items() if site.op == "conv2d"}
+    return {name: alone[name] for name, values in images.items() if all(map(_is_images, values))}
 
 
 @dataclass(frozen=True)

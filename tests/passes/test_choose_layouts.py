@@ -61,3 +61,27 @@ def test_what_saves_less_than_its_copies_stays(priced):
 def test_one_convolution_holds_channels_last_alone_where_it_saves_enough(priced):
     last, copies = priced(a=(1, 9e9), b=(9e9, 1), c=(1, 9e9))
     assert (last, copies) == ({"b"}, [channels_last, channels_first])
+
+
+@torch.library.custom_op("fxsparse_layouts::doubled", mutates_args=())
+def doubled(x: Tensor) -> Tensor:
+    """An op whose result has no shape before it ran."""
+    return 2 * x
+
+
+def test_a_convolution_behind_an_op_without_shapes_keeps_its_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Doubled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(doubled(self.a(x)))
+
+    monkeypatch.setattr(choose_layouts, "_costs", lambda *_: _Costs(9e9, 1.0, 1.0))
+    monkeypatch.setattr(inference, "NEVER_SLOWER", 0.0)
+    model, x = Doubled().eval(), torch.randn(2, 3, 8, 8)
+    fast = fxsparse.compile(model, mode="infer", example_inputs=x)
+    torch.testing.assert_close(fast(x), model(x).detach(), rtol=1e-4, atol=1e-5)
+    held = {row["name"] for row in fast.report.layers if row["reason"].startswith("channels last")}
+    assert held == {"a.weight"}
