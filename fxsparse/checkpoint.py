@@ -31,7 +31,8 @@ _HEADER, _HASH = "fxsparse", "fxsparse_hash"
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Write a file that appears at `path` whole or not at all, whenever the process is killed.
 
-    `header`: plain JSON values.  Tensors that are the same memory are written once.  The file has the mode that the
+    `header`: plain JSON values.  Tensors that are the same memory are written once, and all are read with the order of
+    dimensions in memory that they have here.  The file has the mode that the
     umask gives, and the target of a link is written, not the link.  What a killed process leaves, the next write of
     the same path on the same machine removes.
 
@@ -40,8 +41,14 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: M
             layout that safetensors does not have.
     """
     path = destination(path)
-    unique, aliases = _without_repeats(tensors)
-    text = json.dumps({"format": FORMAT, **header, "aliases": aliases})
+    found, aliases = _without_repeats(tensors)
+    orders = {name: order for name, tensor in found.items() if (order := _order(tensor))}
+    pairs = [name for name, tensor in found.items() if tensor.dtype == torch.complex128]
+    unique = {
+        name: (torch.view_as_real(tensor) if name in pairs else tensor).contiguous()
+        for name, tensor in found.items()
+    }
+    text = json.dumps({"format": FORMAT, **header, "aliases": aliases, "orders": orders, "pairs": pairs})
     partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
     try:
         _remove_leftovers(path)
@@ -55,7 +62,12 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: M
         os.replace(whole, path)
         partial.rmdir()
         _sync_folder(path.parent)
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+    except KeyError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"{path}: expected tensors of dtypes that safetensors has, got {error}."
+        ) from error
+    except (OSError, SafetensorError, ValueError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
             f"{path}: expected a file in a folder that exists and may be written, with room for it; got "
@@ -86,9 +98,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
             f"{path}: its contents do not match the hash written with them, so it was changed or damaged after "
             "fxsparse.save; take another checkpoint."
         )
-    # Views of the file lie at any address, where kernels give other last bits, and change with the file.
-    tensors = {name: view.clone() for name, view in views.items()}
     try:
+        tensors = {name: _placed(view, name, header) for name, view in views.items()}
         return tensors | {alias: tensors[name] for alias, name in header["aliases"].items()}, header
     except MALFORMED as error:
         raise CheckpointError(
@@ -126,7 +137,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _without_repeats(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(name: contiguous tensor) of different memory, and {other name: name of the same tensor}."""
+    """(name: tensor) of different memory, and {other name: name of the same tensor}."""
     unique: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[Any, str] = {}
@@ -148,8 +159,32 @@ def _without_repeats(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
             tensor.numel() * tensor.element_size() != tensor.untyped_storage().nbytes() or place in memory
         )
         memory.add(place)
-        unique[name] = tensor.clone(memory_format=torch.contiguous_format) if partial else tensor.contiguous()
+        unique[name] = (tensor.clone() if partial else tensor).resolve_conj().resolve_neg()
     return unique, aliases
+
+
+def _order(tensor: Tensor) -> list[int] | None:
+    """The dimensions from the slowest to the fastest in memory; None where that is how they are numbered."""
+    order = sorted(range(tensor.dim()), key=lambda dim: -tensor.stride(dim))
+    return None if tensor.is_contiguous() or not tensor.permute(order).is_contiguous() else order
+
+
+def _placed(view: Tensor, name: str, header: Mapping[str, Any]) -> Tensor:
+    """A tensor as it was written: views of the file lie at any address, where kernels give other last bits, and change
+    with the file.
+    """
+    tensor = _complex(view, name) if name in header.get("pairs", ()) else view
+    order = header.get("orders", {}).get(name, [*range(tensor.dim())])
+    if sorted(order) != [*range(tensor.dim())]:
+        raise ValueError(f"{name!r} has its dimensions in the order {order}")
+    made = torch.empty_like(tensor.permute(order), memory_format=torch.contiguous_format)
+    return made.permute([order.index(dim) for dim in range(tensor.dim())]).copy_(tensor)
+
+
+def _complex(view: Tensor, name: str) -> Tensor:
+    if view.dtype != torch.float64 or view.shape[-1:] != (2,):
+        raise ValueError(f"{name!r} should hold pairs of numbers, got {view.dtype} {list(view.shape)}")
+    return torch.view_as_complex(view.clone())
 
 
 def _hash(text: str, tensors: Mapping[str, Tensor]) -> str:

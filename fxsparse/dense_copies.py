@@ -2,11 +2,14 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from fxsparse.errors import PlanError
 from fxsparse.graph import canonical_names, owner
@@ -39,16 +42,34 @@ def versioned(values: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
 
 
 def copied_model(model: nn.Module, call: str) -> nn.Module:
-    """A deep copy; PlanError that names the tensor where a module holds one that was computed."""
+    """A deep copy; PlanError that names the tensor where a module holds one that was computed for good."""
+    recomputed = _before_calls(model)
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            if isinstance(value, Tensor) and not value.is_leaf:
+            if isinstance(value, Tensor) and not value.is_leaf and id(value) not in recomputed:
                 raise PlanError(
                     f"{call}: expected a model that can be copied, got {f'{path}.{name}'.lstrip('.')!r}, a tensor "
-                    "computed from parameters. Call torch.nn.utils.prune.remove where it has a mask; use "
-                    "torch.nn.utils.parametrizations.weight_norm and spectral_norm, not those of torch.nn.utils."
+                    "computed from parameters. Detach it, or compute it in the forward."
                 )
-    return copy.deepcopy(model)
+    return deep_copied(model, {})
+
+
+def deep_copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """``copy.deepcopy``, also of a model with tensors that hooks of ``torch.nn.utils`` compute before every call."""
+    memo |= _before_calls(model)
+    return copy.deepcopy(model, memo)
+
+
+def _before_calls(model: nn.Module) -> dict[int, Any]:
+    """{id: copy} of these tensors; a copy of the model computes its own."""
+    names = [
+        (module, hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name)
+        for module in model.modules()
+        for hook in module._forward_pre_hooks.values()
+        if isinstance(hook, BasePruningMethod | WeightNorm | SpectralNorm)
+    ]
+    values = [vars(module).get(name) for module, name in names]
+    return {id(value): value.detach().clone() for value in values if isinstance(value, Tensor)}
 
 
 def under_every_name(
@@ -80,6 +101,14 @@ def check_bytes(needed: int, max_bytes: int, call: str) -> None:
         )
 
 
-def listed(names: Iterable[str]) -> tuple[str, ...]:
-    """One name alone stands for itself, not for its letters."""
-    return (names,) if isinstance(names, str) else tuple(names)
+def chosen(names: Iterable[str] | None, known: Collection[str], kind: str) -> tuple[str, ...]:
+    """The names that were asked for, one alone or several; all that are known for None.
+
+    PlanError for one that is not known.
+    """
+    found = tuple(known if names is None else [names] if isinstance(names, str) else names)
+    for name in found:
+        if name not in known:
+            some = ", ".join([*known][:10]) + (", ..." if len(known) > 10 else "")
+            raise PlanError(f"no {kind} {name!r}: expected some of {some or 'none'}.")
+    return found

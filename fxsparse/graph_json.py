@@ -110,6 +110,8 @@ def plain(value: Any, where: str) -> Any:
         return {"slice": [plain(item, where) for item in (value.start, value.stop, value.step)]}
     if value is Ellipsis:
         return {"ellipsis": True}
+    if isinstance(value, complex):
+        return {"complex": [value.real, value.imag]}
     if isinstance(value, torch.device):
         return {"device": str(value)}
     for kind, cls in _NAMED.items():
@@ -138,6 +140,8 @@ def value(row: Any, made: Mapping[str, Node]) -> Any:
         return slice(*(value(item, made) for item in inside))
     if kind == "ellipsis":
         return ...
+    if kind == "complex":
+        return complex(*inside)
     if kind == "device":
         return _device(inside)
     found = getattr(torch, inside)

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from torch.optim import Optimizer
 
 from fxsparse import dense_copies, plain_weights, sharding
-from fxsparse.dense_copies import check_bytes, copied_model, fill, listed, mask_of, numel_of, versioned
+from fxsparse.dense_copies import check_bytes, chosen, copied_model, fill, mask_of, numel_of, versioned
 from fxsparse.errors import CheckpointError, FxSparseError, PlanError, TraceError
 from fxsparse.graph import owner
 from fxsparse.input_check import InputCheck, refuse_another_value
@@ -228,9 +228,9 @@ class SparseModule(nn.Module):
     ) -> dict[str, Tensor]:
         """{weight name: bool tensor in the dense shape}, copies."""
         self._training()
-        chosen = self._chosen(names)
-        check_bytes(sum(numel_of(weight) for weight in chosen.values()), max_bytes, "masks")
-        return {name: mask_of(weight) for name, weight in chosen.items()}
+        weights = self._chosen(names)
+        check_bytes(sum(numel_of(weight) for weight in weights.values()), max_bytes, "masks")
+        return {name: mask_of(weight) for name, weight in weights.items()}
 
     def coordinates(self, names: Iterable[str] | None = None) -> dict[str, tuple[Tensor, Tensor]]:
         """{weight name: (rows, columns)} of the active entries in [out, fan-in], int64, row-major."""
@@ -257,12 +257,7 @@ class SparseModule(nn.Module):
         """The user's keys with the masks folded in and zeros filled in; `names` limits it to some keys."""
         self.check_masks()
         sharding.reshard(self)
-        keys = self._emitted.user_keys if names is None else listed(names)
-        unknown = [key for key in keys if key not in self._emitted.user_keys]
-        if unknown:
-            raise PlanError(
-                f"no entry {unknown[0]!r} in the model's state dict; expected some of its own keys."
-            )
+        keys = chosen(names, self._emitted.user_keys, "entry of the model's state dict")
         weights = dense_copies.under_every_name(dict(self.weights()), self._emitted.recipe.shell)
         check_bytes(sum(self._dense_bytes(key, weights) for key in keys), max_bytes, "dense_state_dict")
         state = self.state_dict()
@@ -279,13 +274,13 @@ class SparseModule(nn.Module):
         self.check_masks()
         sharding.reshard(self)
         weights = dense_copies.under_every_name(dict(self.weights()), self._emitted.recipe.shell)
-        chosen = self._chosen(names)
-        check_bytes(sum(self._dense_bytes(key, weights) for key in chosen), max_bytes, "to_dense")
+        filled = self._chosen(names)
+        check_bytes(sum(self._dense_bytes(key, weights) for key in filled), max_bytes, "to_dense")
         dense = copied_model(self._emitted.recipe.shell, "to_dense")
         state = self.state_dict()
         others = {key: state[key] for key in self._emitted.user_keys if key not in weights}
         values = {key: whole(value) if isinstance(value, Tensor) else value for key, value in others.items()}
-        fill(dense, values | {name: self._folded(name, weights) for name in chosen})
+        fill(dense, values | {name: self._folded(name, weights) for name in filled})
         for path, buffer in self._user_buffers():
             module, leaf = owner(dense, path)
             module._buffers[leaf] = buffer.clone()
@@ -314,7 +309,7 @@ class SparseModule(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> "SparseModule":
         before_reading(self)
         emitted = self._emitted
-        skeleton = copy.deepcopy(emitted.program.skeleton, memo)
+        skeleton = dense_copies.deep_copied(emitted.program.skeleton, memo)
         switch = copy.deepcopy(emitted.program.switch, memo)
         graphs = copy_graphs(emitted.program.graphs, skeleton)
         updates, report = emitted.updates, copy.deepcopy(emitted.report)
@@ -328,7 +323,7 @@ class SparseModule(nn.Module):
                 emitted,
                 program=replace(emitted.program, skeleton=skeleton, graphs=graphs, switch=switch),
                 updates=updates,
-                recipe=replace(emitted.recipe, shell=copy.deepcopy(emitted.recipe.shell, memo)),
+                recipe=replace(emitted.recipe, shell=dense_copies.deep_copied(emitted.recipe.shell, memo)),
                 report=report,
             )
         )
@@ -369,15 +364,7 @@ class SparseModule(nn.Module):
 
     def _chosen(self, names: Iterable[str] | None) -> dict[str, CompactWeight | MaskedWeight]:
         weights = dict(self.weights())
-        if names is None:
-            return weights
-        names = listed(names)
-        unknown = [name for name in names if name not in weights]
-        if unknown:
-            raise PlanError(
-                f"no sparse weight {unknown[0]!r}: expected some of {', '.join(weights) or 'none'}."
-            )
-        return {name: weights[name] for name in names}
+        return {name: weights[name] for name in chosen(names, weights, "sparse weight")}
 
     def _folded(self, name: str, weights: dict[str, CompactWeight | MaskedWeight]) -> Tensor:
         weight = weights[name]

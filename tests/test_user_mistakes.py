@@ -81,13 +81,6 @@ def test_a_plan_that_selects_nothing_warns():
         fxsparse.prune(lstm, Plan(sparsity=0.5, method=wanda()), calibration=[x])
 
 
-@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
-def test_a_model_that_cannot_be_copied_is_refused_by_name():
-    model = nn.Sequential(nn.utils.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 4))
-    with pytest.raises(PlanError, match=r"prune: .* '0.weight', .*parametrizations.weight_norm"):
-        fxsparse.prune(model, PLAN)
-
-
 def test_what_a_tokenizer_returns_is_a_dict_of_inputs():
     model, x = nn.Linear(8, 4), torch.randn(5, 8)
     batch = UserDict(input=x)  # as transformers' BatchEncoding

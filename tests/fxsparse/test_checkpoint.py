@@ -50,6 +50,48 @@ def test_what_is_read_lies_where_new_tensors_lie_and_outlives_the_file(tmp_path)
     assert all(torch.equal(tensors[name], odd[name]) for name in odd)
 
 
+def test_what_is_read_has_the_dtype_and_the_order_in_memory_that_was_written(tmp_path):
+    image = torch.randn(2, 3, 4, 5)
+    number = torch.randn(3, 4, dtype=torch.complex128)
+    given = {
+        "last": image.contiguous(memory_format=torch.channels_last),
+        "transposed": torch.randn(4, 3).t(),
+        "permuted": image.permute(3, 0, 2, 1),
+        "gaps": image[:, ::2],
+        "spread": torch.randn(3, 1).expand(3, 4),
+        "pairs": number.t(),
+        "one": torch.tensor(1 + 2j, dtype=torch.complex128),
+        "none": torch.empty(2, 0, dtype=torch.complex128),
+        "conjugate": number.conj(),
+        "negative": number.conj().imag,
+        "single": torch.randn(2, 3, dtype=torch.complex64).t(),
+    }
+    checkpoint.write(tmp_path / "file", given, {})
+    tensors, _ = checkpoint.read(tmp_path / "file")
+    assert all(torch.equal(tensors[name], given[name]) for name in given)
+    assert {name: tensor.dtype for name, tensor in tensors.items()} == {n: t.dtype for n, t in given.items()}
+    dense = {"last", "transposed", "permuted", "pairs", "single"}
+    assert {name for name in given if not tensors[name].is_contiguous()} == dense
+    assert all(tensors[name].stride() == given[name].stride() for name in dense)
+
+
+@pytest.mark.parametrize(
+    ("field", "found"), [("orders", {"a": [0, 0]}), ("orders", {"a": [1]}), ("pairs", ["a"]), ("pairs", 3)]
+)
+def test_an_order_or_a_dtype_that_cannot_be_is_refused(tmp_path, monkeypatch, field, found):
+    whole = json.dumps
+    monkeypatch.setattr(json, "dumps", lambda header: whole({**header, field: found}))
+    checkpoint.write(tmp_path / "file", {"a": torch.randn(3, 4)}, {})
+    with pytest.raises(CheckpointError, match="its header is damaged"):
+        checkpoint.read(tmp_path / "file")
+
+
+def test_a_dtype_that_no_file_has_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"dtypes that safetensors has, got torch\.uint2"):
+        checkpoint.write(tmp_path / "file", {"a": torch.empty(4, dtype=torch.uint8).view(torch.uint2)}, {})
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_same_memory_is_written_once_and_a_part_of_it_alone(tmp_path):
     whole = torch.randn(1000)
     checkpoint.write(tmp_path / "file", {"a": whole, "tied": whole, "part": whole[:10]}, {})

@@ -6,6 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_model
 from torch import nn
+from torch.nn.utils import prune
+from torch.optim.swa_utils import AveragedModel
 
 import fxsparse
 from fxsparse import Plan
@@ -74,3 +76,45 @@ def test_the_module_walk_leaves_a_weight_dense_that_two_modules_hold():
     reasons = {row["name"]: row["reason"] for row in sparse.report.to_dict()["untouched"]}
     assert reasons["a.weight"] == "tied to 'b.weight': the module walk masks a weight in one module only"
     torch.testing.assert_close(sparse.to_dense()(x), sparse(x))
+
+
+HOOKED = {
+    "mask": lambda layer: prune.l1_unstructured(layer, "weight", 0.75),
+    "two masks": lambda layer: prune.random_unstructured(
+        prune.l1_unstructured(layer, "weight", 0.5), "weight", 0.5
+    ),
+    "weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("kind", HOOKED)
+def test_a_model_whose_weights_are_computed_before_a_call_is_copied_and_goes_on(kind):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2)), torch.randn(4, 16)
+    HOOKED[kind](model[0])
+    assert fxsparse.prune(model, Plan(sparsity=0.5))[2].weight.eq(0).sum() == 16
+    sparse = fxsparse.compile(model, Plan(sparsity=0.5), example_inputs=x)
+    optimizer = torch.optim.SGD(sparse.parameters(), 0.1)
+    sparse.attach(optimizer)
+    for _ in range(3):
+        optimizer.zero_grad()
+        sparse(x).square().mean().backward()
+        optimizer.step()
+    sparse.eval()
+    expected = sparse(x).detach()
+    for made in (sparse.to_dense(), copy.deepcopy(sparse), AveragedModel(sparse)):
+        torch.testing.assert_close(made(x).detach(), expected)
+        made(x).sum().backward()  # the copy's weight is computed anew from its own parameters
+        assert made(x).grad_fn is not None
+        assert all(parameter.grad is not None for parameter in made.parameters() if parameter.requires_grad)
+    fast = fxsparse.compile(sparse, mode="infer", example_inputs=x)
+    torch.testing.assert_close(fast(x), expected)
+
+
+def test_a_tensor_that_was_computed_once_is_named():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].cache = model[0].weight * 2
+    with pytest.raises(PlanError, match=r"got .0\.cache., a tensor computed from parameters\. Detach it"):
+        fxsparse.prune(model, Plan(sparsity=0.5))
