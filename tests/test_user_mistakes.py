@@ -9,7 +9,7 @@ from torch import nn
 
 import fxsparse
 from fxsparse import Plan
-from fxsparse.errors import PlanError, TraceError
+from fxsparse.errors import TraceError
 from fxsparse.methods import static, wanda
 
 PLAN = Plan(sparsity=0.5, method=static("magnitude"), storage="masked")

@@ -1,6 +1,6 @@
 """What counting has to know about a graph to read one of its calls."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -172,27 +172,54 @@ def _product(reading: Reading, node: Node, op: str) -> CallSite:
         given = factors(node, 1 if op == "addmm" else 0)
     shapes = tuple(reading.shape(factor) for factor in given)
     output = reading.shape(node)
-    # Attention is two products of two factors each, so its backward has four products.
-    needed = reading.gradients(*given)
-    times = 2 * bool(needed) if op == "attention" else needed
-    products = _multiply_adds(op, equation, shapes, output)
+    needs = [factor in reading.differentiable for factor in given]
+    products, gradients = _multiply_adds(op, equation, shapes, output, needs)
     kind = "attention" if op == "attention" else "matmul"
-    return CallSite(node.name, kind, shapes, output, products=products, grad_input=times)
+    return CallSite(node.name, kind, shapes, output, products=products, grad_products=gradients)
 
 
-def _multiply_adds(op: str, equation: str, shapes: tuple[Shape, ...], output: Shape) -> Expr:
+def _multiply_adds(
+    op: str, equation: str, shapes: tuple[Shape, ...], output: Shape, needs: Sequence[bool]
+) -> tuple[Expr, Expr]:
+    """(multiply-adds of the forward, those of the gradients of the factors that need one)."""
+    if op == "einsum":
+        read, made = labels(equation, [*map(len, shapes)])
+        # A dimension of 1 is broadcast along those of the others.
+        sizes = [
+            {label: size for label, size in zip(of, shape, strict=True) if size != 1}
+            for of, shape in zip(read, shapes, strict=True)
+        ]
+        return _pairwise([*zip(sizes, needs, strict=True)], made)
     if op == "attention":
         query, key, value = shapes
-        return prod(query[:-1], start=Integer(1)) * key[-2] * (query[-1] + value[-1])
-    if op == "einsum":
-        sizes: dict[Label, Expr] = {}
-        for of, shape in zip(labels(equation, [*map(len, shapes)])[0], shapes, strict=True):
-            # A dimension of 1 is broadcast along those of the others.
-            sizes |= {
-                label: size for label, size in zip(of, shape, strict=True) if size != 1 or label not in sizes
-            }
-        return prod(sizes.values(), start=Integer(1))
-    return prod(output, start=Integer(1)) * shapes[0][-1]
+        products = prod(query[:-1], start=Integer(1)) * key[-2] * (query[-1] + value[-1])
+        return products, Integer(2 * any(needs)) * products  # two products of two factors each
+    products = prod(output, start=Integer(1)) * shapes[0][-1]
+    return products, Integer(sum(needs)) * products
+
+
+def _pairwise(
+    factors: Sequence[tuple[Mapping[Label, Expr], bool]], made: Sequence[Label]
+) -> tuple[Expr, Expr]:
+    """The same of factors, {label: size} and whether one needs a gradient, that are multiplied from left to right.
+
+    As PyTorch does where opt_einsum chooses no other order: labels that only one factor has are summed before; a pair
+    that nothing is summed over is multiplied by elements, and no product of matrices.
+    """
+    forward = backward = Integer(0)
+    (left, trained), *rest = factors
+    for k, (right, also) in enumerate(rest, 1):
+        later = {*made, *(label for sizes, _ in factors[k + 1 :] for label in sizes)}
+        both = {
+            label: size
+            for label, size in {**left, **right}.items()
+            if label in later or (label in left and label in right)
+        }
+        left = {label: size for label, size in both.items() if label in later}
+        products = prod(both.values(), start=Integer(1)) if len(left) < len(both) else Integer(0)
+        forward, backward = forward + products, backward + (trained + also) * products
+        trained = trained or also
+    return forward, backward
 
 
 def _norm_or_pool(reading: Reading, node: Node, op: str) -> CallSite:

@@ -42,8 +42,10 @@ class CallSite:
     """Window of a pool."""
     products: Expr = ZERO
     """Multiply-adds of an op without a weight."""
+    grad_products: Expr = ZERO
+    """Those of the gradients of its factors."""
     grad_input: int = 0
-    """How many times the forward's products the gradients of the activations take."""
+    """How many times the FLOPs of the forward the gradients of the inputs of other ops take."""
     grad_weight: bool = False
     """The weight needs a gradient."""
 
@@ -72,6 +74,11 @@ class CallSite:
         """Whether the op multiplies with a weight."""
         return self.op == "linear" or self.op.startswith("conv")
 
+    @property
+    def is_product(self) -> bool:
+        """Whether the op multiplies activations."""
+        return self.op in ("matmul", "attention")
+
     def at(self, sizes: Mapping[Symbol, int]) -> "CallSite":
         """The same call with these symbols replaced."""
         values = {symbol: Integer(size) for symbol, size in sizes.items()}
@@ -80,6 +87,7 @@ class CallSite:
             operands=tuple(tuple(with_sizes(size, values) for size in shape) for shape in self.operands),
             output=tuple(with_sizes(size, values) for size in self.output),
             products=with_sizes(self.products, values),
+            grad_products=with_sizes(self.grad_products, values),
         )
 
 

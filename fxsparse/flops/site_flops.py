@@ -84,4 +84,6 @@ def nonzeros(site: CallSite, nnz: float) -> Expr:
 
 def _phases(site: CallSite, convention: Convention, nnz: Expr) -> Phases:
     forward = convention.forward(site, nnz)
+    if site.is_product:
+        return Phases(forward, convention.forward(replace(site, products=site.grad_products), nnz))
     return Phases(forward, site.grad_input * forward, forward if site.grad_weight else ZERO)

@@ -43,8 +43,8 @@ OPERATIONS: dict[str, str] = {
     "scaled_dot_product_attention": "attention",
 }
 WITHOUT_FORMULA = {
-    "tensordot", "addbmm", "chain_matmul", "linalg_multi_dot", "linalg_vecdot", "matrix_power", "linalg_matrix_power",
-    "bilinear", "_trilinear", "conv_tbc", "convolution", "_convolution", "cdist", "cov", "corrcoef",
+    "tensordot", "addbmm", "chain_matmul", "matrix_power", "bilinear", "_trilinear", "conv_tbc", "convolution",
+    "_convolution", "cdist", "cov", "corrcoef",
     "_sparse_mm", "_sparse_addmm", "sparse_sampled_addmm", "sspaddmm", "smm", "hspmm", "spmm", "dsmm", "hsmm", "saddmm",
     "_int_mm", "_addmm_activation", "grouped_mm", "_grouped_mm", "scaled_mm", "_scaled_mm", "scaled_grouped_mm",
     "_scaled_grouped_mm", "linear_cross_entropy", "_weight_int8pack_mm", "_weight_int4pack_mm",
@@ -54,8 +54,13 @@ WITHOUT_FORMULA = {
     "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention", "_flash_attention_forward",
     "_efficient_attention_forward",
+    "matrix_exp", "orgqr", "ormqr", "geqrf", "svd", "svd_lowrank", "pca_lowrank", "lobpcg", "cholesky_inverse",
+    "cholesky_solve", "inverse", "pinverse", "triangular_solve", "lu", "lu_solve", "det", "logdet", "slogdet",
+    "nuclear_norm",
 }  # fmt: skip
-"""Names of the other ops that multiply matrices."""
+"""Names of the other ops that multiply matrices, or solve with or factorize one."""
+CHEAP_LINALG = ("norm", "vector_norm", "matrix_norm", "cross", "diagonal", "vander")
+"""Functions of ``torch.linalg`` that do neither, all others do one."""
 OUT_OF_SIGHT = "what is no plain layer, and a layer's calls but the last: the module walk does not see them"
 WITHOUT_PRODUCTS = (nn.Embedding, nn.EmbeddingBag, nn.modules.batchnorm._NormBase, nn.LayerNorm)
 
@@ -110,8 +115,10 @@ def _without_formula(gm: GraphModule, node: Node) -> str | None:
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
         return f"a {type(module).__name__} is called as a whole" if _holds_matrix(module) else None
-    if operation(node) in WITHOUT_FORMULA:
-        return "it multiplies matrices, and has no formula here"
+    name = operation(node) or ""
+    of_linalg = name.removeprefix("_").startswith("linalg_")
+    if name in WITHOUT_FORMULA or (of_linalg and not name.endswith(CHEAP_LINALG)):
+        return "it computes with matrices, and has no formula here"
     if any(_multiplies(region) for region in _regions(gm, node)):
         return f"layers and products inside of its {node.target}"
     return None

@@ -1,7 +1,10 @@
+from typing import ClassVar
+
 import pytest
 import torch
-from sympy import Add, Integer, symbols
+from sympy import Add, Integer, symbols, sympify
 from torch import nn
+from torch.backends import opt_einsum
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxsparse
@@ -149,6 +152,43 @@ def test_a_tensor_inside_a_dict_or_list_has_its_symbols(transform, at, given):
     assert sparse.report.totals["flops_dense"] == (
         dense if transform is None else 2 * 5 * (8 * 32 + 32 * 64 + 64 * 3)
     )
+
+
+class Einsum(nn.Module):
+    """An input and trained factors of the sizes that letters stand for."""
+
+    SIZES: ClassVar = {"a": 2, "b": 3, "c": 4, "d": 5, "e": 6, "o": 1}
+
+    def __init__(self, equation):
+        super().__init__()
+        self.equation, (first, *rest) = equation, equation.partition("->")[0].split(",")
+        self.x = self.drawn(first)
+        self.factors = nn.ParameterList(nn.Parameter(self.drawn(term)) for term in rest)
+
+    def drawn(self, term):
+        return torch.randn([self.SIZES[letter] for letter in term])
+
+    def forward(self, x):
+        return torch.einsum(self.equation, x, *self.factors)
+
+
+@pytest.mark.parametrize(
+    "equation",
+    [
+        "ab,bc->ac", "ab,bc,cd->ad", "ab,cd,bc->ad", "ab,bc,cd,de->ae", "ab,b,bc->ac", "ab,ab,ab->a", "ab,cb,db->acd",
+        "abc->acb", "aab->b", "ab,ab->ab", "a,b->ab", "ab,bc->c", "ab,cd->", "ao,oc->ac", "ao,bo->ab", "abc,cd,bd->ad",
+    ],
+)  # fmt: skip
+def test_an_einsum_costs_what_pytorch_multiplies(equation):
+    model = Einsum(equation)
+    with opt_einsum.flags(enabled=False), FlopCounterMode(display=False) as forward:
+        y = model(model.x)
+    with FlopCounterMode(display=False) as backward:
+        y.sum().backward() if y.requires_grad else None
+    layers = fxsparse.count_flops(model, model.x).layers
+    phases = [(layer.flops.dense.forward, layer.flops.dense.grad_input) for layer in layers] or [(0, 0)]
+    found = [sympify(phase).subs(BATCH, len(model.x)) for phase in phases[0]]
+    assert found == [forward.get_total_flops(), backward.get_total_flops()]
 
 
 def test_products_under_an_ellipsis_and_of_broadcast_sizes_are_counted():

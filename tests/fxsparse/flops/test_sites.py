@@ -165,13 +165,35 @@ def test_what_pytorch_counts_is_counted_or_said():
     assert forward - of_devices <= OPERATIONS.keys() | WITHOUT_FORMULA
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        torch.linalg.inv, torch.inverse, torch.linalg.pinv, torch.det, torch.linalg.svd, torch.linalg.eigvalsh,
+        torch.matrix_exp, lambda x: torch.linalg.solve(x, x), lambda x: torch.linalg.householder_product(x, x[0]),
+        lambda x: torch.ormqr(x, x[0], x), lambda x: torch.linalg.cholesky(x),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("model", [Traced, Exported])
+def test_factorizations_and_solutions_are_said(model, call):
+    count = fxsparse.count_flops(model(lambda model, x: call(x)), 4 * torch.eye(6) + 1)
+    assert any("computes with matrices" in said for said in count.uncounted)
+
+
+@pytest.mark.parametrize("model", [Traced, Exported])
+def test_norms_and_diagonals_are_free(model):
+    def call(model, x):
+        return torch.linalg.norm(x) + torch.linalg.vector_norm(x) + torch.linalg.diagonal(x)
+
+    assert fxsparse.count_flops(model(call), torch.eye(6)).uncounted == ()
+
+
 def sparse_product(model, x):
     return torch.sparse.mm(model.weight.to_sparse(), x)
 
 
 def test_a_sparse_product_is_said():
     (said,) = fxsparse.count_flops(Traced(sparse_product), torch.randn(6, 6)).uncounted
-    assert said == "_sparse_mm: it multiplies matrices, and has no formula here"
+    assert said == "_sparse_mm: it computes with matrices, and has no formula here"
 
 
 def test_a_model_whose_shapes_nothing_tells_is_refused_with_the_reason():
