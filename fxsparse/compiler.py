@@ -24,7 +24,7 @@ from fxsparse.dense_copies import copied_model
 from fxsparse.errors import PlanError
 from fxsparse.exported_program import opened
 from fxsparse.flops import FlopCount
-from fxsparse.graph import comment, set_parameter
+from fxsparse.graph import comment, owner, set_parameter
 from fxsparse.graph_model import GraphModel
 from fxsparse.inference import compile_for_inference
 from fxsparse.initial import target_of
@@ -286,9 +286,17 @@ def rebuild(
     )
     run_passes(training_pipeline, ctx)
     sparse = _emit(model, ctx)
-    sparse.load_state_dict(state)
+    loaded: Any = copy.copy(state)
+    loaded |= {name: value for name, value in (more or {}).items() if _is_persistent(sparse, name)}
+    sparse.load_state_dict(loaded)
     sparse.report.topology.load_state_dict(history)
     return sparse.train(training)
+
+
+def _is_persistent(module: nn.Module, name: str) -> bool:
+    """Whether ``load_state_dict`` asks for a buffer; those of FakeSparsity of ``torch.ao`` are in no ``state_dict``."""
+    holder, leaf = owner(module, name)
+    return leaf not in holder._non_persistent_buffers_set
 
 
 def _transformed(

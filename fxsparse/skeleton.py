@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule
 
 from fxsparse.errors import TraceError
@@ -169,6 +170,11 @@ def _lift(value: Any, target: str, skeleton: nn.Module) -> str:
     if not isinstance(value, Tensor):
         raise TraceError(
             f"the graph reads {target!r}, a {type(value).__name__}; only tensors can be kept in it"
+        )
+    if isinstance(value, FakeTensor):
+        raise TraceError(
+            f"the graph reads {target!r}, a tensor without values, which torch.export leaves of what it does not "
+            "follow, such as torch.func.grad"
         )
     value = value.detach()
     for name, buffer in skeleton._buffers.items():

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.ao.pruning import FakeSparsity
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import fxsparse
@@ -189,6 +190,22 @@ def test_a_parametrized_module_in_training_does_not_pickle_and_says_what_does(tm
         pickle.dumps(sparse)
     fxsparse.save(sparse, tmp_path / "model.fxs")
     assert torch.equal(fxsparse.load(tmp_path / "model.fxs", model)(x), sparse(x))
+
+
+def test_a_mask_that_no_state_dict_holds_is_saved(tmp_path: Path) -> None:
+    def prepared(mask: Tensor) -> nn.Sequential:
+        model = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 4))
+        parametrize.register_parametrization(model[0], "weight", FakeSparsity(mask))
+        return model
+
+    mask, x = torch.rand(12, 16) < 0.5, torch.randn(3, 16)
+    model = prepared(mask)
+    assert not any("mask" in name for name in model.state_dict())
+    sparse = fxsparse.compile(model, fxsparse.Plan(sparsity=0.5), example_inputs=x)
+    fxsparse.save(sparse, tmp_path / "model.fxs")
+    loaded = fxsparse.load(tmp_path / "model.fxs", prepared(torch.zeros_like(mask)))
+    assert torch.equal(loaded(x), sparse(x))
+    assert torch.equal(loaded.get_buffer("0.parametrizations.weight.0.mask"), mask)
 
 
 def test_a_mask_of_prune_in_training_says_how_to_make_it_a_parameter() -> None:

@@ -155,6 +155,20 @@ def test_the_walk_takes_what_nothing_else_can() -> None:
         capture(Stubborn(), torch.randn(2, 4), strict=True)
 
 
+def test_a_tensor_without_values_in_an_export_is_no_constant() -> None:
+    class Gradient(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.weight = nn.Linear(4, 4), nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.func.grad(lambda v: (v @ self.weight).sum())(self.layer(x))
+
+    program = capture(Gradient(), torch.randn(2, 4))
+    assert program.tier == "walk"
+    assert program.notes[1].startswith("export: ")
+
+
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
