@@ -9,7 +9,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule
 
 from fxsparse.graph_pickle import picklable, restored
-from fxsparse.input_check import InputCheck
+from fxsparse.input_check import InputCheck, refuse_another_value
 from fxsparse.pipeline import Program
 from fxsparse.plans import Plan
 from fxsparse.skeleton import SHARED_DICTS, bind, copy_structure
@@ -53,7 +53,11 @@ class GraphModel(nn.Module):
         mode = "train" if self.training else "eval"
         if mode in self.origin.accepts:
             self.origin.accepts[mode](args, kwargs)
-        return self._bound(mode)(*args, **kwargs)
+        try:
+            return self._bound(mode)(*args, **kwargs)
+        except AssertionError as error:
+            refuse_another_value(error)
+            raise
 
     def program(self) -> Program:
         """A program that runs copies of the graphs on a structural copy of this model."""

@@ -57,6 +57,12 @@ class Sum(Two):
         return sum((self.b(self.a(x)) for x in xs), torch.zeros(()))
 
 
+class Masked(Two):
+    def forward(self, x: Tensor, mask: Tensor | None = None, times: int = 1) -> Tensor:
+        y = self.b(self.a(x))
+        return (y if mask is None else -y) * times
+
+
 def compiled(model: nn.Module, *example: Any) -> nn.Module:
     """As it trains, in evaluation mode, where its outputs are the model's."""
     return fxsparse.compile(model, Plan(sparsity=0.0), example_inputs=example).eval()
@@ -118,6 +124,24 @@ def test_a_transformed_model_refuses_what_its_model_was_not_captured_for() -> No
                 again(torch.randn(17, 8))
 
 
+def test_a_transformed_model_refuses_another_value() -> None:
+    class Three(Masked):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, mask: Tensor | None = None, times: int = 1) -> Tensor:
+            return self.c(super().forward(x, mask, times))
+
+    x = torch.randn(4, 8)
+    model = transform(Three(), Plan(transform=SparseParallel(), sparsity=0.5), x)
+    assert torch.equal(model(x), model(x, None, 1))
+    with pytest.raises(TraceError, match="expected times=1, as in the example inputs"):
+        model(x, None, 2)
+    with pytest.raises(TraceError, match="expected mask=None, as in the example inputs"):
+        model(x, x)
+
+
 def test_one_tensor_or_two_matters_where_the_model_asks() -> None:
     model, x, y = Identity(), torch.randn(4, 8), torch.randn(4, 8)
     same = compiled(model, x, x)
@@ -175,12 +199,6 @@ def test_values_that_an_export_took_for_granted_hold() -> None:
     assert_serves(sparse, model, x, 3)
     with pytest.raises(TraceError, match="expected 3 as 'times', as in the example, got 4"):
         sparse(x, 4)
-
-
-class Masked(Two):
-    def forward(self, x: Tensor, mask: Tensor | None = None, times: int = 1) -> Tensor:
-        y = self.b(self.a(x))
-        return (y if mask is None else -y) * times
 
 
 @pytest.mark.parametrize("call", [(), (None,), (2.0,)])
