@@ -1,12 +1,13 @@
 """What the inputs of a captured graph have to be: a graph forgets the branches that its example inputs did not take."""
 
 import inspect
+import itertools
 import operator
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import sympy
 from torch import SymInt, Tensor, nn
@@ -30,8 +31,8 @@ class InputCheck:
     """Raises TraceError for a call that the graph would answer with something else than the model.
 
     It asks for the containers and tensors of the example inputs; for the sizes and values that ``torch.export`` took
-    for granted; and for one tensor at the places where the example had one, if that makes a difference.  Arguments
-    that the example does not have are left to the graph.
+    for granted, and its order of arguments; and for one tensor at the places where the example had one, if that makes a
+    difference.  Other arguments than the example's are left to the graph.
     """
 
     names: tuple[str, ...]
@@ -46,6 +47,10 @@ class InputCheck:
     """For each leaf the first one that is the same tensor; None where that makes no difference."""
     tensors: tuple[int, ...] = ()
     """The leaves that have to be tensors, of any sizes."""
+    positional: tuple[str, ...] | None = None
+    """Names of the arguments that may be given by position, in the model's order; None: all, in the example's order."""
+    in_order: int = field(init=False, repr=False, compare=False)
+    """How many of them have the place that they have in an export, where arguments are in the example's order."""
     shapes: tuple[Any, ...] = field(init=False, repr=False, compare=False)
     """`wanted` with the names of symbols: what Dynamo of torch 2.11 can look up."""
     symbols: list[str] = field(init=False, repr=False, compare=False)
@@ -54,6 +59,11 @@ class InputCheck:
     """The condition as a function of them."""
 
     def __post_init__(self) -> None:
+        if self.positional is None:
+            object.__setattr__(self, "positional", self.names)
+        pairs = zip(self.names, self.positional or (), strict=False)
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
+        object.__setattr__(self, "in_order", len(list(same)))
         symbols = sorted(self.condition.free_symbols, key=str)
         object.__setattr__(self, "symbols", list(map(str, symbols)))
         object.__setattr__(self, "shapes", tuple(map(_named, self.wanted or ())))
@@ -64,12 +74,16 @@ class InputCheck:
         object.__setattr__(self, "holds", sympy.lambdify(symbols, spelled, [_FUNCTIONS, "math"]))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.names, self.structures, self.wanted, self.condition, self.same, self.tensors)
+        fields = (self.names, self.structures, self.wanted, self.condition, self.same, self.tensors)
+        return type(self), (*fields, self.positional)
 
     def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        if self.wanted is not None and len(args) > self.in_order:
+            self._refuse_order(len(args))
+        given = {**dict(zip(self.positional or (), args, strict=False)), **kwargs}
         leaves: list[Any] = []
-        for k, (name, structure) in enumerate(zip(self.names, self.structures, strict=True)):
-            value = args[k] if k < len(args) else kwargs.get(name, _MISSING)
+        for name, structure in zip(self.names, self.structures, strict=True):
+            value = given.get(name, _MISSING)
             leaves += [value] if structure is None else _leaves(name, value, structure)
         for k in self.tensors:
             if not isinstance(leaves[k], Tensor):
@@ -78,6 +92,11 @@ class InputCheck:
             self._check_sizes(leaves)
         if self.same is not None:
             self._check_same(leaves)
+
+    def _refuse_order(self, count: int) -> NoReturn:
+        named = ", ".join(map(repr, self.names[self.in_order :]))
+        expected = f"{named} by name" if named else f"at most {self.in_order} by position"
+        raise _refused(f"expected {expected}, as in the example", f"{count} arguments by position")
 
     def _check_sizes(self, leaves: Sequence[Any]) -> None:
         sizes: dict[str, int] = {}
@@ -181,11 +200,12 @@ def input_check(
     same = tuple(next(j for j, other in enumerate(leaves) if other is leaf) for leaf in leaves)
     wanted, condition = _taken_for_granted(gm, is_exported(model)) if exported else (None, sympy.true)
     parameters = [*inspect.signature(type(model).forward).parameters.values()][1:]
-    names = (*_positional(parameters, len(args)), *kwargs)
+    positional = _positional(parameters, len(args))
+    names = (*positional[: len(args)], *kwargs)
     if wanted is None and not distinct and not any(structures) and _is_one_tensor(parameters, names):
         return None
     tensors = () if exported else tuple(k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
-    return InputCheck(names, structures, wanted, condition, same if distinct else None, tensors)
+    return InputCheck(names, structures, wanted, condition, same if distinct else None, tensors, positional)
 
 
 def _is_one_tensor(parameters: Sequence[inspect.Parameter], names: tuple[str, ...]) -> bool:
@@ -193,10 +213,10 @@ def _is_one_tensor(parameters: Sequence[inspect.Parameter], names: tuple[str, ..
     return len(names) == 1 and all(p.default is p.empty for p in parameters if p.name == names[0])
 
 
-def _positional(parameters: Sequence[inspect.Parameter], count: int) -> list[str]:
-    """Names of the first arguments; those that a `*args` takes have none that a keyword could give."""
-    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:count]
-    return [*named, *(f"*{k}" for k in range(len(named), count))]
+def _positional(parameters: Sequence[inspect.Parameter], count: int) -> tuple[str, ...]:
+    """Names of at least `count` arguments by position; no keyword could give those that a `*args` takes."""
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return (*named, *(f"*{k}" for k in range(len(named), count)))
 
 
 def _taken_for_granted(gm: GraphModule, bounded: bool) -> tuple[tuple[Any, ...], Any]:

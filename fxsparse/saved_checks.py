@@ -37,6 +37,7 @@ def to_json(check: InputCheck) -> dict[str, Any]:
         "condition": expression_to_json(check.condition),
         "same": None if check.same is None else list(check.same),
         "tensors": list(check.tensors),
+        "positional": list(check.positional or ()),
     }
 
 
@@ -50,6 +51,7 @@ def from_json(row: Mapping[str, Any]) -> InputCheck:
         expression_from_json(row["condition"]),
         None if same is None else tuple(map(int, same)),
         tuple(map(int, row.get("tensors", ()))),
+        None if (positional := row.get("positional")) is None else tuple(positional),
     )
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -224,6 +225,40 @@ def test_what_the_example_leaves_to_a_default_may_be_left_out_or_given() -> None
         assert_serves(sparse, model, *inputs)
     with pytest.raises(TraceError, match="expected mask=None"):
         sparse(x, torch.ones(4, 8))
+
+
+class Sides(Two):
+    def forward(self, x: Tensor, plus: Tensor | None = None, times: Tensor | None = None) -> Tensor:
+        y = self.a(x) if plus is None else self.a(x) + plus
+        return y if times is None else y * times
+
+
+class SidesOfMatrix(Sides):
+    """Only ``torch.export`` follows it, whose graphs have arguments in the example's order."""
+
+    def forward(self, x: Tensor, plus: Tensor | None = None, times: Tensor | None = None) -> Tensor:
+        return super().forward(x, plus, times) if x.dim() == 2 else self.b(x)
+
+
+@pytest.mark.parametrize("make", [Sides, SidesOfMatrix])
+@pytest.mark.parametrize("names", [("times",), ("times", "plus"), ("plus", "times")])
+def test_an_argument_by_position_is_the_models_and_not_the_examples(
+    make: type[Sides], names: tuple[str, ...], tmp_path: Path
+) -> None:
+    model, x = make(), torch.randn(4, 8)
+    given = {name: torch.rand(4, 8) for name in names}
+    first = compiled(model, x, given)
+    fxsparse.save(first, tmp_path / "file")
+    both = given.get("plus"), given["times"]
+    for sparse in (first, pickle.loads(pickle.dumps(first)), fxsparse.load(tmp_path / "file", model).eval()):
+        torch.testing.assert_close(sparse(x, **given), model(x, **given))
+        if make is Sides or names == ("plus", "times"):
+            torch.testing.assert_close(sparse(x, *both), model(x, *both))
+            continue
+        with pytest.raises(TraceError, match=r"expected 'times'.* by name, .* got 3 arguments by position"):
+            sparse(x, *both)
+        with pytest.raises(TraceError, match=r"expected 'times'.* by name, .* got 2 arguments by position"):
+            sparse(x, given["times"])
 
 
 def test_an_export_asks_for_every_tensor_of_its_example() -> None:
