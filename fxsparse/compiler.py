@@ -29,6 +29,7 @@ from fxsparse.graph_model import GraphModel
 from fxsparse.inference import compile_for_inference
 from fxsparse.initial import target_of
 from fxsparse.initial_scores import check_scores
+from fxsparse.input_check import as_captured
 from fxsparse.inputs import CPU
 from fxsparse.module import Emitted, Recipe, SparseModule
 from fxsparse.one_shot import check_pruning, prune_program
@@ -277,7 +278,7 @@ def rebuild(
     `history`: the state of the record of its updates.  `more`: values of tensors on meta that a state dict leaves out.
     """
     model = copy_structure(recipe.shell)
-    program = capture(model, recipe.example_inputs, tier=recipe.tier)
+    program = capture(model, as_captured(recipe.example_inputs, recipe.accepts), tier=recipe.tier)
     program.accepts |= recipe.accepts
     program.computes = digest(program)
     decisions, known = copy.deepcopy(recipe.decisions), {**state, **(more or {})}

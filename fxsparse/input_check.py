@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import sympy
+import torch
 from torch import SymInt, Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
@@ -49,6 +50,8 @@ class InputCheck:
     """The leaves that have to be tensors, of any sizes."""
     positional: tuple[str, ...] | None = None
     """Names of the arguments that may be given by position, in the model's order; None: all, in the example's order."""
+    dtypes: tuple[torch.dtype | None, ...] = ()
+    """Of the tensors among the leaves of an export; a float stands for all of them, which modules are moved between."""
     in_order: int = field(init=False, repr=False, compare=False)
     """How many of them have the place that they have in an export, where arguments are in the example's order."""
     shapes: tuple[Any, ...] = field(init=False, repr=False, compare=False)
@@ -75,7 +78,7 @@ class InputCheck:
 
     def __reduce__(self) -> tuple[Any, ...]:
         fields = (self.names, self.structures, self.wanted, self.condition, self.same, self.tensors)
-        return type(self), (*fields, self.positional)
+        return type(self), (*fields, self.positional, self.dtypes)
 
     def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         if self.wanted is not None and len(args) > self.in_order:
@@ -90,6 +93,10 @@ class InputCheck:
                 raise _refused(f"expected a tensor as {self._place(k)}, as in the example", _said(leaves[k]))
         if self.wanted is not None:
             self._check_sizes(leaves)
+        for k, dtype in enumerate(self.dtypes):
+            if dtype is not None and leaves[k].dtype != dtype and not _are_floats(leaves[k].dtype, dtype):
+                got = f"one of {leaves[k].dtype}"
+                raise _refused(f"expected a tensor of {dtype} as {self._place(k)}, as in the example", got)
         if self.same is not None:
             self._check_same(leaves)
 
@@ -156,6 +163,10 @@ def _fits(shape: Sequence[int], wanted: tuple[int | str, ...], sizes: dict[str, 
     )
 
 
+def _are_floats(one: torch.dtype, other: torch.dtype) -> bool:
+    return one.is_floating_point and other.is_floating_point
+
+
 def _sizes(wanted: tuple[int | str, ...]) -> str:
     return ", ".join(map(str, wanted))
 
@@ -204,8 +215,18 @@ def input_check(
     names = (*positional[: len(args)], *kwargs)
     if wanted is None and not distinct and not any(structures) and _is_one_tensor(parameters, names):
         return None
-    tensors = () if exported else tuple(k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
-    return InputCheck(names, structures, wanted, condition, same if distinct else None, tensors, positional)
+    tensors = tuple(k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+    dtypes = tuple(leaf.dtype if isinstance(leaf, Tensor) else None for leaf in leaves)
+    return InputCheck(
+        names,
+        structures,
+        wanted,
+        condition,
+        same if distinct else None,
+        () if exported else tensors,
+        positional,
+        dtypes if exported else (),
+    )
 
 
 def _is_one_tensor(parameters: Sequence[inspect.Parameter], names: tuple[str, ...]) -> bool:
@@ -273,6 +294,14 @@ def regrouped(example_inputs: Any) -> Any:
         made = [kinds[leaf.shape, leaf.dtype] if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     args, kwargs = pytree.tree_unflatten(made, spec)
     return (*args, kwargs)
+
+
+def as_captured(example_inputs: Any, accepts: Mapping[str, InputCheck]) -> Any:
+    """Example inputs with which tracing again gives the graphs that `accepts` is of: with tensors that are one apart,
+    where the model does not ask.
+    """
+    asks = any(check.same is not None for check in accepts.values())
+    return example_inputs if asks or not has_twins(example_inputs) else regrouped(example_inputs)
 
 
 def _other(leaf: Any) -> Any:

@@ -103,7 +103,7 @@ def restore(header: Mapping[str, Any], tensors: Mapping[str, Tensor], shell: nn.
             module.add_module(leaf, packed)
     saved_modules.put_regions(header["regions"], shell)
     report = Report(**{part: header["report"][part] for part in _REPORT})
-    accepts = {mode: saved_checks.from_json(row) for mode, row in header["accepts"].items()}
+    accepts = saved_checks.of_header(header)
     recipe = InferenceRecipe(shell, header["tier"], graph, report, accepts, _source(header))
     sparse = assembled(recipe)
     if graph is not None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import sympy
+import torch
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 
@@ -38,6 +39,7 @@ def to_json(check: InputCheck) -> dict[str, Any]:
         "same": None if check.same is None else list(check.same),
         "tensors": list(check.tensors),
         "positional": list(check.positional or ()),
+        "dtypes": [None if dtype is None else str(dtype).removeprefix("torch.") for dtype in check.dtypes],
     }
 
 
@@ -52,7 +54,20 @@ def from_json(row: Mapping[str, Any]) -> InputCheck:
         None if same is None else tuple(map(int, same)),
         tuple(map(int, row.get("tensors", ()))),
         None if (positional := row.get("positional")) is None else tuple(positional),
+        tuple(map(_dtype, row.get("dtypes", ()))),
     )
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    dtype = None if name is None else getattr(torch, name)
+    if not isinstance(dtype, torch.dtype | None):
+        raise TypeError(f"torch.{name} is no dtype")
+    return dtype
+
+
+def of_header(header: Mapping[str, Any]) -> dict[str, InputCheck]:
+    """{mode: its check} of a file."""
+    return {mode: from_json(row) for mode, row in header.get("accepts", {}).items()}
 
 
 def structure_text(spec: pytree.TreeSpec) -> str:

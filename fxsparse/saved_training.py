@@ -83,7 +83,7 @@ def read(header: Mapping[str, Any], example_inputs: Any) -> SavedRun:
         decisions,
         header["tier"],
         bool(header["training"]),
-        {mode: saved_checks.from_json(row) for mode, row in header.get("accepts", {}).items()},
+        saved_checks.of_header(header),
         {name: list(map(int, shape)) for name, shape in header["weights"].items()},
         str(header["model"]),
         made_by(header),

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fxsparse import checkpoint, saved_artefact, saved_optimizer, saved_training
+from fxsparse import checkpoint, saved_artefact, saved_checks, saved_optimizer, saved_training
 from fxsparse.compiler import rebuild
 from fxsparse.dense_copies import versioned
 from fxsparse.errors import CheckpointError, InvariantError, PatternError, PlanError, TraceError
 from fxsparse.exported_program import opened, tree_of
 from fxsparse.graph_model import GraphModel
 from fxsparse.inference import compile_again
+from fxsparse.input_check import as_captured
 from fxsparse.inputs import drawn, from_json
 from fxsparse.module import SparseModule
 from fxsparse.plain_weights import with_plain_weights
@@ -122,7 +123,8 @@ def _inferring(
     shape_inputs = from_json(row) if example_inputs is None and row is not None else example_inputs
     made_by, model = saved_training.made_by(header), opened(model)
     given = model if saved_artefact.has_names(header, model) or made_by else with_plain_weights(model)[0]
-    shell = _as_saved(made_by, shape_inputs, tree_of(without_values(given)))
+    traced = as_captured(shape_inputs, saved_checks.of_header(header))
+    shell = _as_saved(made_by, traced, tree_of(without_values(given)))
     sparse = saved_artefact.restore(header, tensors, shell).to(place)
     changed = saved_artefact.what_differs(header, place)
     if changed is None or header["tier"] == "walk" or shape_inputs is None:
@@ -141,7 +143,8 @@ def _trained(
         raise CheckpointError(
             f"expected the state of step {header['step']}, got {int(state['fxsparse_step'])}."
         )
-    recipe = saved_training.recipe(run, _as_saved(run.made_by, run.example_inputs, shell), state)
+    traced = as_captured(run.example_inputs, run.accepts)
+    recipe = saved_training.recipe(run, _as_saved(run.made_by, traced, shell), state)
     history = {**header["topology"], "tensors": moved}
     sparse = rebuild(recipe, versioned(state, recipe.shell), run.training, history, more)
     saved_training.check_same(header, sparse)

@@ -69,6 +69,13 @@ def compiled(model: nn.Module, *example: Any) -> nn.Module:
     return fxsparse.compile(model, Plan(sparsity=0.0), example_inputs=example).eval()
 
 
+def copies(sparse: nn.Module, model: nn.Module, folder: Path) -> list[nn.Module]:
+    """The module, and what comes back of it in every way."""
+    fxsparse.save(sparse, folder / "file")
+    loaded = fxsparse.load(folder / "file", model).train(sparse.training)
+    return [sparse, copy.deepcopy(sparse), pickle.loads(pickle.dumps(sparse)), loaded]
+
+
 def assert_serves(sparse: nn.Module, model: nn.Module, *inputs: Any) -> None:
     torch.testing.assert_close(sparse(*inputs), model.eval()(*inputs))
 
@@ -162,23 +169,59 @@ def test_one_tensor_or_two_matters_where_the_model_asks() -> None:
 
 
 @pytest.mark.parametrize("places", [(0, 0, 0), (0, 1, 1), (0, 1, 2)])
-def test_attention_captured_for_any_of_its_uses_serves_all(places: tuple[int, ...]) -> None:
+def test_attention_captured_for_any_of_its_uses_serves_all(places: tuple[int, ...], tmp_path: Path) -> None:
     attention = nn.MultiheadAttention(16, 2, batch_first=True).eval()
     tensors = [torch.randn(2, 5, 16) for _ in range(3)]
     a, b, c = tensors
-    sparse = compiled(attention, *(tensors[k] for k in places))
-    for inputs in ((a, b, c), (a, a, a), (a, b, b)):
-        torch.testing.assert_close(sparse(*inputs)[0], attention(*inputs)[0])
+    first = compiled(attention, *(tensors[k] for k in places))
+    for sparse in copies(first, attention, tmp_path):
+        for inputs in ((a, b, c), (a, a, a), (a, b, b)):
+            torch.testing.assert_close(sparse(*inputs)[0], attention(*inputs)[0])
 
 
-def test_one_tensor_given_twice_is_no_matter_where_the_model_does_not_ask() -> None:
-    class Both(Two):
+class Both(Two):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.a(x) * self.b(y)
+
+
+class BothMatrices(Both):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return super().forward(x, y) if x.dim() == 2 else x
+
+
+@pytest.mark.parametrize("make", [Both, BothMatrices])
+def test_one_tensor_given_twice_is_no_matter_where_the_model_does_not_ask(
+    make: type[Both], tmp_path: Path
+) -> None:
+    model, x = make(), torch.randn(4, 8)
+    for sparse in copies(compiled(model, x, x), model, tmp_path):
+        assert_serves(sparse, model, x, torch.randn(4, 8))
+        assert_serves(sparse, model, x, x)
+
+
+def test_one_tensor_given_twice_comes_back_where_the_model_asks(tmp_path: Path) -> None:
+    model, x, y = Identity(), torch.randn(4, 8), torch.randn(4, 8)
+    for sparse in copies(compiled(model, x, x), model, tmp_path):
+        assert_serves(sparse, model, y, y)
+        with pytest.raises(TraceError, match="expected one tensor as 'x' and 'y'"):
+            sparse(x, y)
+
+
+def test_a_transformed_model_that_got_one_tensor_twice_comes_back(tmp_path: Path) -> None:
+    class Inner(BothMatrices):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c, self.d = nn.Linear(8, 8), nn.Linear(8, 8)
+
         def forward(self, x: Tensor, y: Tensor) -> Tensor:
-            return self.a(x) * self.b(y)
+            return self.d(super().forward(self.c(x), self.c(y)))
 
-    model, x = Both(), torch.randn(4, 8)
-    sparse = compiled(model, x, x)
-    assert_serves(sparse, model, x, torch.randn(4, 8))
+    model, x, y = Inner(), torch.randn(4, 8), torch.randn(4, 8)
+    plan = Plan(transform=SparseParallel(), sparsity=0.5)
+    first, *others = copies(fxsparse.compile(model, plan, example_inputs=(x, x)).eval(), model, tmp_path)
+    assert not torch.equal(first(x, y), first(x, x))
+    for sparse in others:
+        torch.testing.assert_close(sparse(x, y), first(x, y))
 
 
 def test_containers_are_those_of_the_example() -> None:
@@ -191,11 +234,11 @@ def test_containers_are_those_of_the_example() -> None:
 
 
 def test_values_that_an_export_took_for_granted_hold() -> None:
-    class Scaled(Two):
+    class Times(Two):
         def forward(self, x: Tensor, times: int = 1) -> Tensor:
             return self.b(self.a(x)) * times if x.shape[0] < 8 else x
 
-    model, x = Scaled(), torch.randn(4, 8)
+    model, x = Times(), torch.randn(4, 8)
     sparse = compiled(model, x, 3)
     assert_serves(sparse, model, x, 3)
     with pytest.raises(TraceError, match="expected 3 as 'times', as in the example, got 4"):
@@ -247,10 +290,8 @@ def test_an_argument_by_position_is_the_models_and_not_the_examples(
 ) -> None:
     model, x = make(), torch.randn(4, 8)
     given = {name: torch.rand(4, 8) for name in names}
-    first = compiled(model, x, given)
-    fxsparse.save(first, tmp_path / "file")
     both = given.get("plus"), given["times"]
-    for sparse in (first, pickle.loads(pickle.dumps(first)), fxsparse.load(tmp_path / "file", model).eval()):
+    for sparse in copies(compiled(model, x, given), model, tmp_path):
         torch.testing.assert_close(sparse(x, **given), model(x, **given))
         if make is Sides or names == ("plus", "times"):
             torch.testing.assert_close(sparse(x, *both), model(x, *both))
@@ -259,6 +300,33 @@ def test_an_argument_by_position_is_the_models_and_not_the_examples(
             sparse(x, *both)
         with pytest.raises(TraceError, match=r"expected 'times'.* by name, .* got 2 arguments by position"):
             sparse(x, given["times"])
+
+
+class Scaled(Two):
+    """Bytes and truths are not taken as other numbers are."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        if x.dtype == torch.uint8:
+            x = x.float() / 255
+        y = self.b(self.a(x))
+        return y.masked_fill(mask, 0) if mask.dtype == torch.bool else y + mask
+
+
+def test_an_export_is_for_the_dtypes_of_its_example(tmp_path: Path) -> None:
+    model = Scaled()
+    numbers, truths = torch.rand(4, 8), torch.rand(4, 8) > 0.5
+    given = [(numbers, numbers), (numbers, truths), ((255 * numbers).to(torch.uint8), truths)]
+    for example in given:
+        for sparse in copies(compiled(model, *example), model, tmp_path):
+            assert_serves(sparse, model, *example)
+            for call in given:
+                if call is not example:
+                    with pytest.raises(
+                        TraceError, match=r"expected a tensor of torch\.\w+ as '\w+', .* got one of"
+                    ):
+                        sparse(*call)
+    half = compiled(model, *given[0]).bfloat16()
+    assert half(numbers.bfloat16(), numbers.bfloat16()).dtype == torch.bfloat16
 
 
 def test_an_export_asks_for_every_tensor_of_its_example() -> None:
