@@ -226,8 +226,9 @@ def _difference(
     """How the program differs from what was seen of the model, in words."""
     for mode, want in expected.items():
         try:
-            graph, training = program.graphs[mode], mode == "train"
-            got = observe(program.skeleton, graph, example_inputs, training=training, device=device)
+            # A call of the GraphModule itself would print what fails.
+            call, training = program.graphs[mode].forward, mode == "train"
+            got = observe(program.skeleton, call, example_inputs, training=training, device=device)
         except RUN_FAILURES as error:
             lines = str(error).strip().splitlines()
             return f"its {mode} graph raises {type(error).__name__}: {lines[0] if lines else 'no message'}"
@@ -266,7 +267,8 @@ def _tells_tensors_apart(
     try:
         copy = copy_structure(model)
         want = observe(copy, copy, other, training=False, device=device)
-        got = observe(program.skeleton, program.graphs["eval"], other, training=False, device=device)
+        call = program.graphs["eval"].forward
+        got = observe(program.skeleton, call, other, training=False, device=device)
     except RUN_FAILURES:
         return True
     return compare(want, got) is not None

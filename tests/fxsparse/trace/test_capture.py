@@ -155,6 +155,21 @@ def test_the_walk_takes_what_nothing_else_can() -> None:
         capture(Stubborn(), torch.randn(2, 4), strict=True)
 
 
+def test_a_graph_that_fails_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    class State(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, state: tuple[Tensor | None, ...] = (None, None)) -> Tensor:
+            return self.layer(x) if state[0] is None else self.layer(x) + state[0]
+
+    program = capture(State(), torch.randn(2, 4))
+    assert program.tier == "export"
+    assert "its train graph raises TypeError" in program.notes[0]
+    assert capsys.readouterr() == ("", "")
+
+
 def test_a_tensor_without_values_in_an_export_is_no_constant() -> None:
     class Gradient(nn.Module):
         def __init__(self) -> None:
