@@ -37,6 +37,7 @@ def trace_export(
     if is_exported(root):
         assert isinstance(root, fx.GraphModule)
         gm = bind(copy.deepcopy(root.graph), root)
+        _refuse_vmap(gm)
         _clean(gm)
         return gm, _fixed_batches(gm, "as it was exported")
     if not has_meta(root) and not has_meta(example_inputs):
@@ -62,6 +63,7 @@ def _trace(root: nn.Module, example_inputs: Any) -> tuple[fx.GraphModule, list[s
             gm = _export(root, args, kwargs, None)
         except RUN_FAILURES as error:  # torch's own errors (Dynamo, guards, constraints) derive from these
             raise TraceError(f"torch.export failed: {reason(error)}") from error
+    _refuse_vmap(gm)
     _clean(gm)
     return gm, notes or _fixed_batches(gm, "the model's code depends on it")
 
@@ -105,6 +107,13 @@ def _at_least_two(inputs: Any) -> Any:
 
 def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor) and leaf.dim()]
+
+
+def _refuse_vmap(gm: fx.GraphModule) -> None:
+    """A graph that enters ``torch.vmap`` leaves PyTorch inside of it where it fails, and its layers see no batch."""
+    for node in gm.graph.nodes:
+        if getattr(node.target, "__module__", "") == "torch._functorch.predispatch":
+            raise TraceError("the forward calls torch.vmap, inside of which layers see one sample each")
 
 
 def _clean(gm: fx.GraphModule) -> None:

@@ -10,6 +10,8 @@ import torchvision
 import transformers
 from torch import Tensor, nn
 
+import fxsparse
+from fxsparse import Plan
 from fxsparse.errors import TraceError
 from fxsparse.passes import CollectWeights, Functionalize
 from fxsparse.pipeline import PassContext, Program, run_passes
@@ -153,6 +155,27 @@ def test_the_walk_takes_what_nothing_else_can() -> None:
     assert [note.split(":")[0] for note in program.notes] == ["symbolic", "export"]
     with pytest.raises(TraceError, match="strict=True refuses the walk"):
         capture(Stubborn(), torch.randn(2, 4), strict=True)
+
+
+class Mapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.vmap(self.a)(x))
+
+
+def test_layers_inside_of_vmap_are_not_taken_for_a_graphs() -> None:
+    model, x = Mapped().eval(), torch.randn(3, 4)
+    program = capture(model, x)
+    assert program.tier == "walk"
+    assert program.notes[1].startswith("export: the forward calls torch.vmap")
+    compact = fxsparse.compile(model, Plan(sparsity=0.0, storage="compact"), example_inputs=x).eval()
+    fast = fxsparse.compile(model, mode="infer", example_inputs=x)
+    for made in (compact, fast):
+        torch.testing.assert_close(made(x), model(x).detach())
+    assert fxsparse.count_flops(model, x).uncounted
 
 
 def test_a_graph_that_fails_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
