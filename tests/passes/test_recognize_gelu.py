@@ -1,7 +1,5 @@
 """GELU spelled out becomes one call, and a kernel takes it in."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +8,9 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 import fxsparse
-from fxsparse import inference
+from fxsparse import choosing, inference, kernel
+from fxsparse.choosing import Choice
+from fxsparse.inference import Speed
 from fxsparse.passes import Functionalize, RecognizeGelu
 from fxsparse.pipeline import PassContext, run_passes
 from fxsparse.report import Report
@@ -84,8 +84,11 @@ def test_keeps_a_view_that_others_read() -> None:
 
 
 def test_gpt2s_product_and_gelu_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "NEVER_SLOWER", 0.0)  # so small a model would else run by its own forward
-    monkeypatch.setattr(inference, "CLEAR_GAIN", -math.inf)  # and without sparse kernels
+    def choose(*call, **options) -> Choice:
+        return Choice(kernel.registered()["cpu-csr"], {"dense": 20.0, "cpu-csr": 10.0}, {}, "measured")
+
+    monkeypatch.setattr(choosing, "choose", choose)
+    monkeypatch.setattr(inference, "speed_of", lambda *call: Speed(200.0, 100.0, 2.0))
     config = transformers.GPT2Config(
         n_layer=1, n_embd=32, n_head=2, vocab_size=50, use_cache=False, bos_token_id=1, eos_token_id=1
     )
