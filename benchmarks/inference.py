@@ -11,6 +11,7 @@ requirements clash), by its own clock.  Outputs are compared with the eager mode
 
 import itertools
 import os
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -32,6 +33,8 @@ QUICK = ("768x3072", "ResNet-18", "BERT-base")
 SECONDS, LONGEST = 12.0, 120.0
 """Rounds go on for about SECONDS, at least 15 of them; fewer, but five, where 15 would take more than LONGEST."""
 _TURN_US = 1000
+_INSTALLED = re.compile(r"\(\S*/site-packages/")
+"""Where packages lie on the machine at hand, in notes that name a line of one."""
 
 
 def main() -> None:
@@ -150,7 +153,7 @@ def _artefact(made: Rivals) -> dict[str, Any]:
         "share": round(sparse / work, 4) if work else None,
         "kernels": kernels,
         "bytes": {name: report.totals[f"bytes_{name}"] for name in ("dense", "sparse")},
-        "notes": list(report.notes),
+        "notes": [_INSTALLED.sub("(", note) for note in report.notes],
     }
 
 

@@ -1,6 +1,8 @@
 """The grid, a small cell and the tables of benchmarks.inference."""
 
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from benchmarks.models.published import WHOLE, linear
 from benchmarks.rivals import TORCH
 
 RIVALS = ("eager", "ours", "MKL CSR", "ONNX Runtime")
+RESULTS = Path(bench.__file__).parent / "results"
 TINY = {"model": "tiny", "sparsity": 0.9, "batch": 2, "threads": 1, "rivals": RIVALS}
 
 
@@ -152,3 +155,9 @@ def test_the_figure_has_a_panel_for_each_model(tmp_path):
     ]
     draw(cells, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_results_name_no_folder_of_a_machine(path):
+    assert bench._INSTALLED.sub("(", "(/home/me/lib/site-packages/torch/x.py:1)") == "(torch/x.py:1)"
+    assert not re.search(r"/(home|root|tmp|opt|usr|Users)/|site-packages", path.read_text())
